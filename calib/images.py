@@ -1,0 +1,165 @@
+"""ImageFolder batches as NumPy arrays, without torch: what calibration and evaluation read."""
+
+import dataclasses
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a file becomes a model's input: the shorter side is resized to size / crop_pct, the centre is cut out.
+
+    `size` is (height, width) in pixels; `mean` and `std` are per RGB channel, of values in [0, 1].
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in RESAMPLING:
+            raise ValueError(f"interpolation {self.interpolation!r} is not known; choose one of {', '.join(RESAMPLING)}")
+        for field in ("size", "mean", "std"):  # JSON and YAML give lists
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.size[0] != self.size[1]:
+            raise ValueError(f"input size {self.size} is not square; only square inputs are supported")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class ImageFolder(NamedTuple):
+    """Images in one folder a class, as ImageNet is laid out; a class's index is its place among the sorted names."""
+
+    root: Path
+    classes: tuple[str, ...]
+    samples: tuple[tuple[Path, int], ...]  # (file, class index), sorted by class and name
+
+
+_Decoding = list[tuple[Path, int, "Future[np.ndarray]"]]
+
+
+class Batch(NamedTuple):
+    images: np.ndarray  # (N, 3, H, W) float32, normalised
+    labels: np.ndarray  # (N,) int64
+
+
+def scan_image_folder(root: str | Path, classes: Sequence[str] | None = None) -> ImageFolder:
+    """Lists the images below `root`, a folder of class folders.
+
+    Args:
+        classes: the class names the model was trained with, in order; None accepts any.
+
+    Raises:
+        FileNotFoundError: `root` is not there.
+        ValueError: it holds no class folders or no images, or other classes than `classes`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds one folder of images a class")
+    found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    if classes is not None:
+        _check_classes(root, found, tuple(classes))
+    samples = tuple(
+        (path, index)
+        for index, name in enumerate(found)
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in EXTENSIONS
+    )
+    if not samples:
+        raise ValueError(f"{root}: no images in its {len(found)} class folders; the layout is {root}/CLASS/IMAGE.jpg")
+    return ImageFolder(root, found, samples)
+
+
+def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    if len(found) != len(expected):
+        raise ValueError(f"{root}: {len(found)} class folders, but the model has {len(expected)} classes")
+    for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
+        if ours != theirs:
+            raise ValueError(f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; the order is by folder name")
+
+
+def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes and preprocesses one file to (3, H, W) float32.
+
+    Raises:
+        ValueError: the file is missing or cannot be decoded; it is named.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = _resize_and_crop(image.convert("RGB"), preprocessing)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
+        raise ValueError(f"{path}: {reason}; mend or remove it, or set data.skip_unreadable=true") from error
+    array = np.asarray(pixels, dtype=np.float32) / np.float32(255)
+    array = (array - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Resizes the shorter side to floor(size / crop_pct), then cuts out the centre, as timm and torchvision do."""
+    side = preprocessing.size[0]
+    short = math.floor(side / preprocessing.crop_pct)
+    long = int(short * max(image.size) / min(image.size))
+    size = (short, long) if image.width <= image.height else (long, short)
+    if image.size != size:
+        image = image.resize(size, RESAMPLING[preprocessing.interpolation])
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+def image_batches(
+    samples: Sequence[tuple[Path, int]],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    workers: int = 4,
+    skipped: list[Path] | None = None,
+) -> Iterator[Batch]:
+    """Yields batches in the order of `samples`, decoded by threads that stay two batches ahead.
+
+    Args:
+        skipped: unreadable files are left out and added to this list; without a list they are an error.
+
+    Raises:
+        ValueError: a file cannot be read and there is no list `skipped`.
+    """
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        files = iter(samples)
+        chunks = iter(lambda: list(itertools.islice(files, batch_size)), [])
+        pending: deque[_Decoding] = deque()
+        try:
+            for chunk in chunks:
+                pending.append([(path, label, pool.submit(load_image, path, preprocessing)) for path, label in chunk])
+                if len(pending) > 2:
+                    yield from _collect(pending.popleft(), skipped)
+            while pending:
+                yield from _collect(pending.popleft(), skipped)
+        finally:
+            for _, _, future in itertools.chain.from_iterable(pending):
+                future.cancel()
+
+
+def _collect(decoding: _Decoding, skipped: list[Path] | None) -> Iterator[Batch]:
+    """Yields the batch once its files are decoded; nothing when all of them were skipped."""
+    images, labels = [], []
+    for path, label, future in decoding:
+        if skipped is not None and isinstance(future.exception(), ValueError):
+            skipped.append(path)
+            continue
+        images.append(future.result())
+        labels.append(label)
+    if images:
+        yield Batch(np.stack(images), np.asarray(labels, dtype=np.int64))

@@ -1,0 +1,65 @@
+"""quantize(model, recipe): every module that has a quantized twin is swapped for it."""
+
+import copy
+
+from torch import nn
+
+from qat.layers import QuantConv2d, QuantLinear, weight_quantizers
+from qat.quantizers import quantizers
+from qat.recipe import RECIPES, Recipe
+from qat.twins import swin
+
+TWINS = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, **swin.TWINS}
+SITES = {"patch_embed.proj": "patch_embed", "head.fc": "head"}  # sites that are not named as their module is
+
+
+def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy of `model` made of quantized twins, its quantizers off and not yet calibrated.
+
+    The copy computes what `model` computes until its quantizers are switched on. Calibrate it (qat.ptq.calibrate) or load
+    calibrated ranges, then `enable` it.
+
+    Raises:
+        ValueError: a rule of the recipe matches no site of this model.
+    """
+    twin = _rewrite(copy.deepcopy(model), "", recipe)
+    # A named recipe serves every family and may name sites that this model has not; a written one is meant for it.
+    sites = [quantizer.site.removesuffix(".weight") for quantizer in quantizers(twin)]
+    for rule in recipe.rules:
+        if recipe.name not in RECIPES and rule.quantize and not any(map(rule.matches, sites)):
+            raise ValueError(f"recipe {recipe.name!r}: {rule.sites!r} matches no site of this model")
+    return twin
+
+
+def _rewrite(module: nn.Module, path: str, recipe: Recipe) -> nn.Module:
+    """Children first: a block's twin takes over the twins of its linears."""
+    for name, child in module.named_children():
+        setattr(module, name, _rewrite(child, f"{path}.{name}".lstrip("."), recipe))
+    twin = TWINS.get(type(module))
+    return module if twin is None else twin(module, SITES.get(path, path), recipe.quantizer).train(module.training)
+
+
+def enable(model: nn.Module) -> None:
+    """Switches every quantizer to quantizing. Raises ValueError, naming the site, where a range is missing or dead."""
+    for quantizer in quantizers(model):
+        quantizer.quantize()
+
+
+def disable(model: nn.Module) -> None:
+    """Switches every quantizer off: the model computes in float."""
+    for quantizer in quantizers(model):
+        quantizer.off()
+
+
+def fold_constants(model: nn.Module) -> None:
+    """Readies a model for export: biases become constants, and weights are clipped to what their grid can express.
+
+    The clipping matters where a weight's range is below its largest value: QuantizeLinear saturates at -128, the narrow
+    grid of weights ends at -127.
+    """
+    for module in model.modules():
+        if isinstance(module, swin.QuantSwinBlock):
+            module.fold()
+    for quantizer, weight in weight_quantizers(model):
+        scale = quantizer.amax / quantizer.spec.qmax
+        weight.data.clamp_(quantizer.spec.qmin * scale, quantizer.spec.qmax * scale)

@@ -1,0 +1,67 @@
+"""The `qswin` command: a table of entry points, and how every one of them is run.
+
+A command is a module with `add_arguments(parser)` and `main(args)`. Its module is imported only when it is asked for, so
+that evaluating an ONNX file never imports torch.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+
+from absl import app, logging
+from absl.flags import argparse_flags
+
+COMMANDS = {
+    "calibrate": ("qat.ptq", "quantize a trained model and calibrate its ranges"),
+    "train": ("qat.train", "fine-tune a quantized (QAT) or a float model; several processes: torchrun qat/train.py"),
+    "export": ("qat.export", "write a checkpoint as ONNX: INT8 with Q/DQ nodes, FP32 or FP16"),
+    "evaluate": ("qat.evaluate", "Acc@1 and Acc@5 of a checkpoint or an ONNX file over a folder of images"),
+    "inspect": ("qat.inspect", "list every quantizer of a checkpoint: site, bits, range, state"),
+    "build": ("trt.build", "build a TensorRT-RTX engine from an ONNX file, ahead of time"),
+}
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+Main = Callable[[argparse.Namespace], None]
+
+
+def run(add_arguments: AddArguments, main: Main, prog: str | None = None, argv: list[str] | None = None) -> None:
+    """Parses the command line, runs `main` and exits: 0, or 2 after one line about what the user can mend.
+
+    Only ValueError and OSError are the user's to mend; anything else is a defect and keeps its traceback, and
+    `--verbosity=1` shows the traceback of those two as well.
+    """
+
+    def parse(argv: list[str]) -> argparse.Namespace:
+        parser = argparse_flags.ArgumentParser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add_arguments(parser)
+        return parser.parse_args(argv[1:])
+
+    def guarded(args: argparse.Namespace) -> None:
+        try:
+            main(args)
+        except (ValueError, OSError) as error:
+            logging.debug("traceback", exc_info=True)
+            message = " ".join(str(error).split())
+            print(f"{prog or 'qswin'}: error: {message}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, argv=argv, flags_parser=parse)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print("usage: qswin COMMAND [--help] ...\n")
+        print("\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()))
+        return
+    if command not in COMMANDS:
+        print(f"qswin: error: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(COMMANDS[command][0])
+    run(module.add_arguments, module.main, f"qswin {command}", [sys.argv[0], *sys.argv[2:]])
+
+
+if __name__ == "__main__":
+    main()
