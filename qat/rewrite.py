@@ -51,15 +51,19 @@ def disable(model: nn.Module) -> None:
         quantizer.off()
 
 
-def fold_constants(model: nn.Module) -> None:
-    """Readies a model for export: biases become constants, and weights are clipped to what their grid can express.
-
-    The clipping matters where a weight's range is below its largest value: QuantizeLinear saturates at -128, the narrow
-    grid of weights ends at -127.
-    """
+def fold_biases(model: nn.Module) -> None:
+    """Turns each block's position bias and shift mask into one constant, for inference."""
     for module in model.modules():
         if isinstance(module, swin.QuantSwinBlock):
             module.fold()
+
+
+def clip_weights(model: nn.Module) -> None:
+    """Clips weights to what their grid can express, which changes nothing for a model that quantizes them.
+
+    It is for export: where a weight's range is below its largest value, QuantizeLinear saturates at -128, but the narrow
+    grid of weights ends at -127.
+    """
     for quantizer, weight in weight_quantizers(model):
-        scale = quantizer.amax / quantizer.spec.qmax
+        scale = quantizer.amax.detach() / quantizer.spec.qmax
         weight.data.clamp_(quantizer.spec.qmin * scale, quantizer.spec.qmax * scale)

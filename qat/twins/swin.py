@@ -31,7 +31,7 @@ class QuantWindowAttention(nn.Module):
         self.av = QuantMatMul(f"{site}.probs", f"{site}.v", quantizer)
         self.proj = attn.proj
         self.proj_drop = attn.proj_drop
-        self.folded_bias: Tensor | None = None
+        self.register_buffer("folded_bias", None, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         windows, tokens, _ = x.shape
@@ -73,7 +73,7 @@ class QuantWindowAttentionV2(nn.Module):
         self.av = QuantMatMul(f"{site}.probs", f"{site}.v", quantizer)
         self.proj = attn.proj
         self.proj_drop = attn.proj_drop
-        self.folded_bias: Tensor | None = None
+        self.register_buffer("folded_bias", None, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         windows, tokens, _ = x.shape

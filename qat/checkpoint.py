@@ -1,0 +1,117 @@
+"""Checkpoints: a .safetensors file of tensors and a .json sidecar that says what they are."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from calib.files import sha256, write_atomic, write_json
+from calib.images import Preprocessing
+from models.registry import build_model, check_state, read_state
+from qat.config import build_float_model, load_config, model_arguments
+from qat.quantizers import quantizers
+from qat.recipe import Recipe
+from qat.rewrite import enable, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint is, apart from its tensors: the sidecar.
+
+    `model` is build_model's arguments, `stage` float, ptq or qat, `recipe` None for a float model, `parent` the SHA-256 of the
+    checkpoint this one was made from, `metrics` what was measured when it was saved.
+    """
+
+    model: dict[str, Any]
+    stage: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None = None
+    recipe: Recipe | None = None
+    parent: str | None = None
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        recipe = None if self.recipe is None else self.recipe.to_dict()
+        return {**values, "preprocessing": self.preprocessing.to_dict(), "recipe": recipe}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Description":
+        values = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**values | {
+            "preprocessing": Preprocessing(**values["preprocessing"]),
+            "classes": None if values["classes"] is None else tuple(values["classes"]),
+            "recipe": None if values["recipe"] is None else Recipe.from_dict(values["recipe"]),
+        })
+
+
+def save_checkpoint(path: Path, model: nn.Module, description: Description) -> None:
+    """Writes a model and its sidecar, each atomically; the sidecar, with the checksum of the tensors, last.
+
+    Raises:
+        ValueError: a quantizer was never calibrated or its range is dead.
+        OSError: there is no room, say.
+    """
+    for quantizer in quantizers(model):
+        quantizer.check_range()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(path, safetensors.torch.save(tensors))
+    write_json(path.with_suffix(".json"), {**description.to_dict(), "sha256": sha256(path)})
+
+
+def read_description(path: Path) -> Description:
+    """The sidecar of a checkpoint.
+
+    Raises:
+        FileNotFoundError: the checkpoint or its sidecar is not there.
+        ValueError: the sidecar is malformed, or it is another file's.
+    """
+    sidecar = path.with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not sidecar.is_file():
+        raise FileNotFoundError(f"{path}: its sidecar {sidecar.name} is missing; for bare weights give their --config")
+    try:
+        values = json.loads(sidecar.read_text())
+        description, checksum = Description.from_dict(values), values["sha256"]
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{sidecar}: not a sidecar of qswin ({error}); save the checkpoint again") from error
+    if sha256(path) != checksum:
+        raise ValueError(f"{path}: truncated or changed since its sidecar was written; save or copy both again")
+    return description
+
+
+def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
+    """A model that was saved by `save_checkpoint`, ready to use: in evaluation mode, its quantizers quantizing.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the file is truncated, foreign or does not fit its sidecar.
+    """
+    path = Path(path)
+    description = read_description(path)
+    model = build_model(**description.model)
+    if description.recipe is not None:
+        model = quantize(model, description.recipe)
+    state = read_state(path)
+    check_state(state, model.state_dict(), path)
+    model.load_state_dict(state)
+    enable(model)
+    return model.eval(), description
+
+
+def load_model(path: Path, config_file: str | None, overrides: list[str]) -> tuple[nn.Module, Description]:
+    """A checkpoint, or, with a config file that describes them, bare float weights.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the file is no checkpoint, or is not what its sidecar or the config says.
+    """
+    if config_file is None:
+        return load_checkpoint(path)
+    config = load_config(config_file, ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"])
+    model, preprocessing = build_float_model(config)
+    return model, Description(model_arguments(config), "float", preprocessing, parent=sha256(path))

@@ -1,0 +1,73 @@
+"""What is done to an exported ONNX graph: weights laid out and quantized ahead of time, and opset 17."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+
+def finish_weights(model: ir.Model, int8: bool) -> None:
+    """Transposes quantized weights ahead of time and, with `int8`, stores them as INT8.
+
+    The exporter leaves weight -> Q -> DQ -> Transpose -> MatMul. Afterwards the weight is stored transposed with its scales
+    along axis 1, so that DQ feeds MatMul itself, as fusions to INT8 kernels want it; with `int8` Q is computed here, by
+    QuantizeLinear's definition: saturate(round_half_even(x / scale)).
+    """
+    for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
+        weight = quantize.inputs[0]
+        if weight is None or not weight.is_initializer() or len(weight.uses()) > 1:
+            continue
+        _transpose_ahead(weight, quantize, quantize.outputs[0].consumers()[0])
+        if int8:
+            _quantize_ahead(weight, quantize)
+
+
+def _transpose_ahead(weight: ir.Value, quantize: ir.Node, dequantize: ir.Node) -> None:
+    consumers = dequantize.outputs[0].consumers()
+    if len(consumers) != 1 or consumers[0].op_type != "Transpose":
+        return
+    _store(weight, _array(weight).T)
+    for node in (quantize, dequantize):
+        if "axis" in node.attributes:
+            node.attributes["axis"] = ir.AttrInt64("axis", 1 - node.attributes["axis"].as_int())
+        node.outputs[0].shape = weight.shape
+    consumers[0].outputs[0].replace_all_uses_with(dequantize.outputs[0])
+    dequantize.graph.remove(consumers[0], safe=True)
+
+
+def _quantize_ahead(weight: ir.Value, quantize: ir.Node) -> None:
+    values, scale = _array(weight), _array(quantize.inputs[1])
+    if "axis" in quantize.attributes:
+        scale = np.expand_dims(scale, [d for d in range(values.ndim) if d != quantize.attributes["axis"].as_int()])
+    _store(weight, np.clip(np.rint(values / scale), -128, 127).astype(np.int8))
+    quantize.outputs[0].replace_all_uses_with(weight)
+    quantize.graph.remove(quantize, safe=True)
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    return value.const_value.numpy()
+
+
+def _store(value: ir.Value, array: np.ndarray) -> None:
+    """Gives an initializer another array, and the type and shape that go with it."""
+    tensor = ir.tensor(np.ascontiguousarray(array), name=value.name)
+    value.const_value, value.dtype, value.shape = tensor, tensor.dtype, tensor.shape
+
+
+def lower_to_opset_17(model: ir.Model) -> None:
+    """Turns an opset 18 graph into opset 17, TensorRT 8.6's newest.
+
+    Swin's graphs use one operator whose definition opset 18 changed: ReduceMean (the average pooling), whose axes became an
+    input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
+
+    Raises:
+        ValueError: a node has no form in opset 17; it is named.
+    """
+    for node in model.graph:
+        if node.op_type == "ReduceMean" and len(node.inputs) == 2:
+            node.attributes["axes"] = ir.AttrInt64s("axes", _array(node.inputs[1]).tolist())
+            node.attributes.pop("noop_with_empty_axes", None)
+            node.resize_inputs(1)
+        elif onnx.defs.get_schema(node.op_type, 18).since_version > 17:
+            raise ValueError(f"{node.name}: {node.op_type} has no form in opset 17; export with --opset 18 or newer")
+        node.version = None
+    model.graph.opset_imports[""] = 17

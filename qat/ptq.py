@@ -1,0 +1,169 @@
+"""Post-training quantization: ranges from a pass over some images. The command `qswin calibrate`."""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from absl import logging
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from calib.files import sha256
+from calib.images import ImageFolder, image_batches, scan_image_folder
+from qat.checkpoint import Description, save_checkpoint
+from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
+from qat.distributed import Ranks, process_group
+from qat.layers import weight_quantizers
+from qat.quantizers import TensorQuantizer, quantizers
+from qat.rewrite import enable, quantize
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor], dead_range: float | None = None) -> int:
+    """Calibrates every quantizer of a rewritten model in one pass and switches them on.
+
+    Under torch.distributed each rank passes its own batches, and all end with the ranges of the whole.
+
+    Args:
+        batches: (N, 3, H, W) on the model's device.
+        dead_range: stands in for ranges that come out as 0.
+
+    Returns:
+        The number of images seen by this rank.
+
+    Raises:
+        ValueError: there were no images, or a range is dead and `dead_range` is None; the site is named.
+    """
+    activations = activation_quantizers(model)
+    for quantizer in activations:
+        quantizer.observe()
+    images = 0
+    with torch.inference_mode():
+        for batch in batches:
+            model(batch)
+            images += len(batch)
+    merge_ranks(activations)
+    if not images:
+        raise ValueError("calibration saw 0 images; raise calibration.images or check data.root")
+    set_ranges(model, dead_range=dead_range)
+    enable(model)
+    return images
+
+
+def activation_quantizers(model: nn.Module) -> list[TensorQuantizer]:
+    """The quantizers of a model apart from its weights'."""
+    weights = {quantizer for quantizer, _ in weight_quantizers(model)}
+    return [quantizer for quantizer in quantizers(model) if quantizer not in weights]
+
+
+def set_ranges(model: nn.Module, calibrator: str | None = None, dead_range: float | None = None) -> None:
+    """Takes all ranges from what a pass has left in the histograms; may be called again with another calibrator.
+
+    Args:
+        calibrator: over each site's own.
+
+    Raises:
+        ValueError: a site was never reached.
+    """
+    for quantizer in activation_quantizers(model):
+        quantizer.set_range_from_histogram(calibrator)
+    for quantizer, weight in weight_quantizers(model):
+        quantizer.set_range_from_weight(weight)
+    if dead_range is not None:
+        for quantizer in quantizers(model):
+            quantizer._amax[quantizer._amax == 0] = dead_range
+
+
+def merge_ranks(observers: list[TensorQuantizer]) -> None:
+    """Adds up the histograms of all ranks, so that every rank has those of a single process over all images."""
+    if not (dist.is_initialized() and observers):
+        return
+    device = observers[0]._amax.device
+    histograms = [quantizer.histogram for quantizer in observers if quantizer.histogram is not None]
+    amax = torch.tensor([histogram.amax for histogram in histograms], dtype=torch.float64, device=device)
+    dist.all_reduce(amax, dist.ReduceOp.MAX)
+    for histogram, largest in zip(histograms, amax.tolist(), strict=True):
+        histogram.reserve(largest)  # the bins of all ranks are now the same
+    counts = torch.from_numpy(np.stack([histogram.counts for histogram in histograms])).to(device)
+    dist.all_reduce(counts)
+    for histogram, total in zip(histograms, counts.cpu().numpy(), strict=True):
+        histogram.counts = total
+
+
+def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[tuple[Path, int]]:
+    """`images` of a folder's samples, drawn without replacement; the same for the same seed. Raises ValueError for 0."""
+    if images < 1:
+        raise ValueError("calibration.images is 0; calibration needs at least 1 image, and 256 to 1024 do well")
+    return random.Random(seed).sample(folder.samples, min(images, len(folder.samples)))
+
+
+def run_calibration(config: Config, ranks: Ranks) -> Path:
+    """Builds, quantizes and calibrates the model of a config; writes <run>/ptq.safetensors and returns its path."""
+    recipe = recipe_of(config)
+    if not recipe.rules:
+        raise ValueError("recipe 'none' quantizes nothing; choose gemm or full")
+    folder = scan_image_folder(Path(config.data.root) / "train")
+    samples = draw_samples(folder, config.calibration.images, config.seed)
+    model, preprocessing = build_float_model(config)
+    if model.num_classes != len(folder.classes):
+        raise ValueError(f"{folder.root}: {len(folder.classes)} class folders, but the model has {model.num_classes} classes")
+    twin = quantize(model, recipe).to(ranks.device)
+    run = claim_run(config, "calibrate")
+    skipped: list[Path] | None = [] if config.data.skip_unreadable else None
+    mine = samples[ranks.rank :: ranks.world]
+    batches = image_batches(mine, preprocessing, config.calibration.batch_size, config.data.workers, skipped)
+    tensors = (torch.from_numpy(batch.images).to(ranks.device) for batch in batches)
+    steps = -(-len(mine) // config.calibration.batch_size)
+    quiet = not (ranks.main and sys.stderr.isatty())
+    start = time.perf_counter()
+    images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), recipe.dead_range)
+    seconds = time.perf_counter() - start
+    total, left_out = ranks.sum([images, len(skipped or ())])
+    checkpoint = config.model.checkpoint
+    description = Description(
+        model_arguments(config),
+        "ptq",
+        preprocessing,
+        folder.classes,
+        recipe,
+        parent=None if checkpoint is None else sha256(checkpoint),
+        metrics={"calibration_images": int(total), "unreadable_images": int(left_out)},
+    )
+    path = run / "ptq.safetensors"
+    if ranks.main:
+        save_checkpoint(path, twin, description)
+        sites = len(list(quantizers(twin)))
+        logging.info("%s: %d quantizers from %d images in %.1f s", path, sites, total, seconds)
+    return path
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and its overrides, as calibrate and train take them."""
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the file's, e.g. data.root=DIR")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Quantizes and calibrates a trained model; writes <run>/ptq.safetensors and its sidecar."
+    parser.epilog = (
+        "example:\n  qswin calibrate --config configs/swin_tiny_tinyimagenet.yaml"
+        " data.root=DIR model.checkpoint=FILE run=runs/x"
+    )
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    with process_group(config.device) as ranks:
+        run_calibration(config, ranks)
+
+
+if __name__ == "__main__":
+    from qswin import run
+
+    run(add_arguments, main, "qat.ptq")

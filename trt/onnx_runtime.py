@@ -1,0 +1,55 @@
+"""ONNX files in ONNX Runtime, the engine that runs everywhere. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from calib.images import Preprocessing
+
+
+LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented)
+
+
+class OnnxRuntimePredictor:
+    """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> (N, classes) float32.
+
+    Attributes:
+        metadata: what the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no ONNX file, or not one of qswin's.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such ONNX file")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except LOAD_ERRORS as error:
+            raise ValueError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again") from error
+        self.metadata = _read_metadata(Path(path), self._session.get_modelmeta().custom_metadata_map)
+        self.preprocessing = Preprocessing(**self.metadata["preprocessing"])
+        self.classes: list[str] | None = self.metadata["classes"]
+        batch = self._session.get_inputs()[0].shape[0]
+        self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        missing = 0 if self.batch_size is None else self.batch_size - len(images)
+        padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
+        return self._session.run(["logits"], {"input": padded})[0][: len(images)]
+
+
+def _read_metadata(path: Path, properties: dict[str, str]) -> dict[str, Any]:
+    try:
+        metadata = json.loads(properties["qswin"])
+        return {**metadata, "preprocessing": metadata["preprocessing"], "classes": metadata["classes"]}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: has no qswin metadata; export it with qswin export") from error
