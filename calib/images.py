@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+UNREADABLE = "missing, or cannot be read as an image; mend or remove it, or set data.skip_unreadable=true"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,9 @@ def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]
         raise ValueError(f"{root}: {len(found)} class folders, but the model has {len(expected)} classes")
     for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
         if ours != theirs:
-            raise ValueError(f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; the order is by folder name")
+            raise ValueError(
+                f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; the order is by folder name"
+            )
 
 
 def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
@@ -102,8 +105,7 @@ def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
         with Image.open(path) as image:
             pixels = _resize_and_crop(image.convert("RGB"), preprocessing)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
-        raise ValueError(f"{path}: {reason}; mend or remove it, or set data.skip_unreadable=true") from error
+        raise ValueError(f"{path}: {UNREADABLE}") from error
     array = np.asarray(pixels, dtype=np.float32) / np.float32(255)
     array = (array - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
     return np.ascontiguousarray(array.transpose(2, 0, 1))

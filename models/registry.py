@@ -68,7 +68,9 @@ def load_weights(model: nn.Module, family: ModuleType, path: Path) -> None:
     state = read_state(path)
     expected = model.state_dict()
     if not set(state) & set(expected) and not any(key.startswith("layers.") for key in state):
-        raise ValueError(f"{path}: a foreign checkpoint (its first tensor is {next(iter(state), None)!r}); none fits the model")
+        raise ValueError(
+            f"{path}: a foreign checkpoint (its first tensor is {next(iter(state), None)!r}); none fits the model"
+        )
     try:
         state = family.convert_state(state, model)
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:

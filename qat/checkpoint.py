@@ -41,11 +41,14 @@ class Description:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Description":
         values = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-        return cls(**values | {
-            "preprocessing": Preprocessing(**values["preprocessing"]),
-            "classes": None if values["classes"] is None else tuple(values["classes"]),
-            "recipe": None if values["recipe"] is None else Recipe.from_dict(values["recipe"]),
-        })
+        return cls(
+            **values
+            | {
+                "preprocessing": Preprocessing(**values["preprocessing"]),
+                "classes": None if values["classes"] is None else tuple(values["classes"]),
+                "recipe": None if values["recipe"] is None else Recipe.from_dict(values["recipe"]),
+            }
+        )
 
 
 def save_checkpoint(path: Path, model: nn.Module, description: Description) -> None:

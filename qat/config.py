@@ -223,7 +223,9 @@ def _compare(before: Any, now: Any, file: Path) -> None:
     for key in sorted(flat_before.keys() | flat_now.keys()):
         old, new = flat_before.get(key), flat_now.get(key)
         if old != new:
-            raise ValueError(f"{file.parent}: used by another job ({file.name} has {key}={old}, not {new}); choose another run=FOLDER")
+            raise ValueError(
+                f"{file.parent}: used by another job ({file.name} has {key}={old}, not {new}); choose another run=FOLDER"
+            )
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

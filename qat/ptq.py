@@ -111,7 +111,9 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     samples = draw_samples(folder, config.calibration.images, config.seed)
     model, preprocessing = build_float_model(config)
     if model.num_classes != len(folder.classes):
-        raise ValueError(f"{folder.root}: {len(folder.classes)} class folders, but the model has {model.num_classes} classes")
+        raise ValueError(
+            f"{folder.root}: {len(folder.classes)} class folders, but the model has {model.num_classes} classes"
+        )
     twin = quantize(model, recipe).to(ranks.device)
     run = claim_run(config, "calibrate")
     skipped: list[Path] | None = [] if config.data.skip_unreadable else None

@@ -10,7 +10,6 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from calib.images import Preprocessing
 
-
 LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented)
 
 
@@ -34,7 +33,9 @@ class OnnxRuntimePredictor:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except LOAD_ERRORS as error:
-            raise ValueError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again") from error
+            raise ValueError(
+                f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again"
+            ) from error
         self.metadata = _read_metadata(Path(path), self._session.get_modelmeta().custom_metadata_map)
         self.preprocessing = Preprocessing(**self.metadata["preprocessing"])
         self.classes: list[str] | None = self.metadata["classes"]
