@@ -47,6 +47,7 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
         raise ValueError(f"device={device}: {str(error).splitlines()[0]}; choose device=cpu") from error
     if target.type == "cuda":
         torch.cuda.set_device(target)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions too
     if world > 1:
         dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:

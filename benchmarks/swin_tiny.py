@@ -1,0 +1,100 @@
+"""Accuracy of Swin-T on Tiny-ImageNet: float, PTQ for each calibrator and recipe, and given checkpoints; torch and ONNX Runtime.
+
+    python -m benchmarks.swin_tiny --data DIR --checkpoint FILE --out docs/results/swin_tiny.json [--trained runs/x/qat.safetensors ...]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.results import commit, device_name, write_rows
+from calib.calibrators import CALIBRATORS
+from calib.images import image_batches, scan_image_folder
+from qat.checkpoint import Description, load_checkpoint
+from qat.config import build_float_model, load_config, model_arguments
+from qat.evaluate import TorchPredictor
+from qat.export import export_onnx, save_onnx
+from qat.ptq import calibrate, draw_samples, set_ranges
+from qat.recipe import named_recipe
+from qat.rewrite import quantize
+from trt.evaluate import evaluate
+from trt.onnx_runtime import OnnxRuntimePredictor
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "swin_tiny_tinyimagenet.yaml"
+
+
+class Table:
+    """Evaluates models over the same decoded images and collects rows."""
+
+    def __init__(self, args: argparse.Namespace, description: Description) -> None:
+        folder = scan_image_folder(args.data / "val")
+        samples = folder.samples[:: args.every]
+        self.batches = list(image_batches(samples, description.preprocessing, 64, workers=args.workers))
+        self.args, self.rows = args, []
+
+    def add(self, model: torch.nn.Module, description: Description, calibrator: str | None) -> None:
+        """One row from torch and one from the exported ONNX."""
+        row = {
+            "model": "swin_tiny_patch4_window7_224",
+            "recipe": description.recipe.name if description.recipe else "none",
+            "calibrator": calibrator,
+            "bits": 8 if description.recipe else 32,
+            "stage": description.stage,
+        }
+        torch_result = evaluate(TorchPredictor(model, description, self.args.device), self.batches)
+        self._append(row, "torch", torch_result, device_name(self.args.device))
+        with tempfile.TemporaryDirectory() as folder:
+            onnx = Path(folder) / "model.onnx"
+            precision = "int8" if description.recipe else "fp32"
+            save_onnx(onnx, export_onnx(model, description, precision), description.to_dict())
+            ort_result = evaluate(OnnxRuntimePredictor(onnx), self.batches)
+        self._append(row, "onnxruntime", ort_result, device_name("cpu"))
+        model.to(self.args.device)
+
+    def _append(self, row: dict, backend: str, result: dict, device: str) -> None:
+        measured = {"acc1": round(result["acc1"], 2), "acc5": round(result["acc5"], 2), "images": result["images"]}
+        self.rows.append({**row, "backend": backend, **measured, "device": device, "commit": self.args.commit})
+        print(" ".join(f"{value!s:<12}" for value in list(self.rows[-1].values())[1:9]), flush=True)
+        write_rows(self.args.out, self.rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--trained", nargs="*", type=Path, default=[], help="checkpoints to add; PTQ is left out then")
+    parser.add_argument("--images", type=int, default=512, help="calibration images")
+    parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--commit", default=commit())
+    args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False
+    config = load_config(CONFIG, [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"])
+    model, preprocessing = build_float_model(config)
+    floating = Description(model_arguments(config), "float", preprocessing)
+    table = Table(args, floating)
+    for path in args.trained:
+        table.add(*load_checkpoint(path), calibrator=None)
+    if args.trained:
+        return
+    table.add(model, floating, None)
+    samples = draw_samples(scan_image_folder(args.data / "train"), args.images, seed=0)
+    for name in ("gemm", "full"):
+        recipe = named_recipe(name)
+        twin = quantize(model, recipe).to(args.device)
+        images = image_batches(samples, preprocessing, 64, workers=args.workers)
+        start = time.perf_counter()
+        calibrate(twin, (torch.from_numpy(batch.images).to(args.device) for batch in images))
+        print(f"{name}: {args.images} images calibrated in {time.perf_counter() - start:.1f} s")
+        for calibrator in CALIBRATORS:
+            set_ranges(twin, calibrator)
+            table.add(twin, Description(model_arguments(config), "ptq", preprocessing, recipe=recipe), calibrator)
+
+
+if __name__ == "__main__":
+    main()
