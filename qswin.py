@@ -40,6 +40,8 @@ def run(add_arguments: AddArguments, main: Main, prog: str | None = None, argv: 
     def guarded(args: argparse.Namespace) -> None:
         try:
             main(args)
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            sys.stderr.close()
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             message = " ".join(str(error).split())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 BINS = 1 << 14  # at least 8192 of them lie below the largest value: 4 or more for each of TensorRT's 2048
-SMALLEST_EXPONENT = -126  # of a normal float32; anything smaller counts as zero
+SMALLEST_EXPONENT = -100  # a range below 2**-100 is none; 1 / bin_width must stay within float32
 
 
 class Histogram:
@@ -52,7 +52,8 @@ class Histogram:
         if not np.isfinite(amax):
             raise ValueError(f"an activation is {amax}: no range can be taken from it")
         self.amax = max(self.amax, amax)
-        self._widen(max(int(np.frexp(amax)[1]), self.exponent))
+        if self.amax > 0:
+            self._widen(max(int(np.frexp(self.amax)[1]), self.exponent))
 
     def merge(self, other: "Histogram") -> None:
         """Adds another histogram's counts, another rank's for instance. `other` is widened to the common range."""

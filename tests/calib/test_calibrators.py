@@ -1,0 +1,152 @@
+"""Calibrators against brute force on the raw values."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from calib import calibrators
+from calib.calibrators import CALIBRATORS, Histogram, find_range
+
+finite = st.floats(-1e6, 1e6, width=32)
+arrays = hnp.arrays(np.float32, st.integers(1, 200), elements=finite)
+
+
+def filled(*chunks: np.ndarray) -> Histogram:
+    histogram = Histogram()
+    for chunk in chunks:
+        histogram.add(chunk)
+    return histogram
+
+
+@given(arrays, st.integers(0, 200), st.randoms())
+@settings(max_examples=100, deadline=None)
+def test_counts_do_not_depend_on_batches_or_order(values, cut, rnd):
+    shuffled = values.copy()
+    rnd.shuffle(shuffled)
+    whole, cut_up = filled(values), filled(shuffled[:cut], shuffled[cut:])
+    assert (whole.counts == cut_up.counts).all()
+    assert (whole.amax, whole.exponent) == (cut_up.amax, cut_up.exponent)
+
+
+@given(arrays, arrays)
+@settings(max_examples=100, deadline=None)
+def test_merging_is_counting_everything_in_one_place(first, second):
+    merged = filled(first)
+    merged.merge(filled(second))
+    assert (merged.counts == filled(first, second).counts).all()
+
+
+@given(arrays)
+@settings(max_examples=100, deadline=None)
+def test_counts_are_numpys(values):
+    histogram = filled(values)
+    expected, _ = np.histogram(np.abs(values).astype(np.float64), histogram.edges)
+    assert histogram.counts.sum() == values.size
+    assert (histogram.counts == expected).all()
+    assert histogram.amax == np.abs(values).max()
+
+
+def test_a_growing_range_loses_no_count():
+    chunks = [np.full(10, 10.0**power, np.float32) for power in range(-6, 7)]
+    histogram = filled(*chunks)
+    assert histogram.counts.sum() == 130 and histogram.amax == 1e6
+
+
+def test_memory_does_not_grow():
+    histogram = filled(np.ones(10))
+    size = histogram.counts.nbytes
+    histogram.add(np.random.default_rng(0).normal(size=100_000) * 1000)
+    assert histogram.counts.nbytes == size
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match="an activation is"):
+        Histogram().add(np.array([1.0, value]))
+
+
+def heavy_tail(seed: int, size: int = 20_000) -> np.ndarray:
+    return np.random.default_rng(seed).standard_t(4, size).astype(np.float32)
+
+
+@pytest.mark.parametrize("percentile", [50, 99, 99.9, 100])
+def test_percentile_is_numpys_to_a_bin(percentile):
+    values = np.abs(heavy_tail(0))
+    histogram = filled(values)
+    expected = np.quantile(values, percentile / 100, method="inverted_cdf")
+    assert find_range(histogram, f"percentile:{percentile}") == pytest.approx(expected, abs=histogram.bin_width)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+def test_mse_is_the_best_of_a_brute_force_search(bits):
+    values = np.abs(heavy_tail(1)).astype(np.float64)
+    histogram = filled(values)
+    qmax = 2 ** (bits - 1) - 1
+
+    def error(amax):
+        step = amax / qmax
+        return np.mean((np.minimum(np.rint(values / step), qmax) * step - values) ** 2)
+
+    best = min(error(values.max() * i / 128) for i in range(1, 129))
+    assert error(find_range(histogram, "mse", bits)) <= best * 1.001
+
+
+def reference_divergence(counts: np.ndarray, i: int, levels: int) -> float:
+    """KL(P, Q) bin by bin, as TensorRT's calibration was published, with SciPy's entropy."""
+    level = np.digitize(range(i), np.linspace(0, i, levels + 1)) - 1
+    level[counts[:i] == 0] = -1
+    totals, sizes = np.zeros(levels), Counter(level)
+    for index, count in zip(level, counts[:i], strict=True):
+        if index >= 0:
+            totals[index] += count
+    q = np.array([totals[index] / sizes[index] if index >= 0 else 0.0 for index in level])
+    p = counts[:i].copy()
+    p[-1] += counts[i:].sum()
+    return stats.entropy(p / p.sum(), q / q.sum())
+
+
+@pytest.mark.parametrize("i", [128, 129, 500, 1023, 1024, 2047, 2048])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_divergence_is_the_published_one(i, bits):
+    counts = filled(heavy_tail(2)).rebinned(2048)
+    expected = reference_divergence(counts, i, 2 ** (bits - 1))
+    assert calibrators._kl_divergence(counts, i, 2 ** (bits - 1)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_entropy_takes_the_least_divergence_with_ties_to_the_wider_range():
+    histogram = filled(heavy_tail(3, 5000))
+    counts = histogram.rebinned(2048)
+    counts[0] = counts[1]
+    divergences = {i: reference_divergence(counts, i, 128) for i in range(128, 2049)}
+    least = min(divergences.values())
+    best = max(i for i, divergence in divergences.items() if np.isclose(divergence, least, rtol=1e-12))
+    assert find_range(histogram, "entropy") == pytest.approx(histogram.amax * best / 2048)
+
+
+def test_entropy_ignores_a_crowd_of_zeros():
+    values = np.abs(heavy_tail(4))
+    assert find_range(filled(values, np.zeros(10**6)), "entropy") == find_range(filled(values, np.zeros(10)), "entropy")
+
+
+@given(st.integers(0, 1000), st.integers(-20, 20), st.sampled_from(sorted(CALIBRATORS)))
+@settings(max_examples=40, deadline=None)
+def test_ranges_lie_within_the_data_and_scale_with_it(seed, exponent, calibrator):
+    values = heavy_tail(seed, 2000)
+    found, scaled = (find_range(filled(values * 2.0**e), calibrator) for e in (0, exponent))
+    assert 0 < found <= np.abs(values).max()
+    assert scaled == found * 2.0**exponent
+
+
+def test_zeros_give_a_range_of_zero():
+    assert find_range(filled(np.zeros(5)), "entropy") == 0
+
+
+@pytest.mark.parametrize("name", ["best", "max:3", "percentile:0", "percentile:x"])
+def test_unknown_calibrators_are_refused(name):
+    with pytest.raises(ValueError, match="calibrator"):
+        find_range(filled(np.ones(3)), name)

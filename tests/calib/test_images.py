@@ -1,0 +1,69 @@
+"""Image batches against timm's own evaluation transform."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+
+from calib.images import Preprocessing, image_batches, load_image, scan_image_folder
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 217), (217, 300), (33, 70), (1, 1), (224, 224)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9, 0.875])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_preprocessing_is_timms(tmp_path, shape, crop_pct, interpolation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    expected = create_transform((3, 32, 32), interpolation=interpolation, crop_pct=crop_pct)(image).numpy()
+    preprocessing = Preprocessing(size=(32, 32), interpolation=interpolation, crop_pct=crop_pct)
+    np.testing.assert_allclose(load_image(tmp_path / "a.png", preprocessing), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+    Image.new(mode, (8, 8)).save(file := tmp_path / "a.tiff")
+    assert load_image(file, Preprocessing(size=(8, 8))).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_every_image_comes_once_and_in_order(data, batch_size):
+    folder = scan_image_folder(data / "val")
+    batches = list(image_batches(folder.samples, Preprocessing(size=(8, 8)), batch_size))
+    assert np.concatenate([batch.labels for batch in batches]).tolist() == [label for _, label in folder.samples]
+    assert {len(batch.labels) for batch in batches[:-1]} <= {batch_size}
+
+
+def test_classes_are_the_sorted_folders(data):
+    folder = scan_image_folder(data / "val")
+    assert folder.classes == ("class0", "class1", "class2", "class3", "class4")
+    assert len(folder.samples) == 20
+
+
+def test_an_unreadable_image_is_named_or_skipped(data):
+    bad = data / "val" / "class1" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    folder = scan_image_folder(data / "val")
+    with pytest.raises(ValueError, match=r"class1/1\.png.*skip_unreadable"):
+        list(image_batches(folder.samples, Preprocessing(size=(8, 8)), 4))
+    skipped = []
+    batches = list(image_batches(folder.samples, Preprocessing(size=(8, 8)), 1, skipped=skipped))
+    assert skipped == [bad] and len(batches) == 19
+
+
+def test_folders_that_cannot_be_used_say_why(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        scan_image_folder(tmp_path / "nowhere")
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images"):
+        scan_image_folder(tmp_path / "empty")
+    with pytest.raises(ValueError, match="5 class folders, but the model has 3"):
+        scan_image_folder(data / "val", ["a", "b", "c"])
+    with pytest.raises(ValueError, match="class 4 is 'class4' here but 'zebra'"):
+        scan_image_folder(data / "val", ["class0", "class1", "class2", "class3", "zebra"])
+
+
+def test_settings_that_cannot_be_used_say_why():
+    with pytest.raises(ValueError, match="interpolation"):
+        Preprocessing(interpolation="nearest-ish")
+    with pytest.raises(ValueError, match="not square"):
+        Preprocessing(size=(8, 16))

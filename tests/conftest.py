@@ -1,0 +1,111 @@
+"""Fixtures: a small Swin that exercises shifts, masks and merging, folders of images, and the shared assets."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.registry import build_model
+from qat.ptq import calibrate
+from qat.recipe import named_recipe
+from qat.rewrite import quantize
+
+SMALL = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
+ASSETS = Path(os.environ.get("QSWIN_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
+
+
+def pytest_configure(config):
+    torch.set_num_threads(2)
+    config.addinivalue_line("markers", "assets: needs the trained models and images of shared/assets")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_swin(name: str = V1, seed: int = 0, **settings) -> torch.nn.Module:
+    """A small random Swin; V2's zero-initialised norms are filled, as training would."""
+    torch.manual_seed(seed)
+    model = build_model(name, num_classes=5, **{**SMALL, **settings})
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.normal_(module.weight, 1.0, 0.1)
+    return model
+
+
+@pytest.fixture(params=[V1, V2], ids=["v1", "v2"])
+def swin(request) -> torch.nn.Module:
+    return small_swin(request.param)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def quantized(images) -> torch.nn.Module:
+    """A calibrated small Swin V1 of the full recipe."""
+    twin = quantize(small_swin(), named_recipe("full"))
+    calibrate(twin, [images])
+    return twin
+
+
+def write_images(root: Path, classes: int = 5, each: int = 4, side: int = 40, seed: int = 0) -> Path:
+    """train/ and val/ folders of random images whose mean colour tells their class."""
+    rng = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(each):
+                pixels = rng.integers(0, 128, (side, side, 3)) + 127 * label // classes
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_images(tmp_path / "data")
+
+
+@pytest.fixture
+def config_file(tmp_path, data) -> Path:
+    """A config for the small Swin over `data`, with a saved float checkpoint as its weights."""
+    weights = tmp_path / "weights.pth"
+    torch.save(small_swin().state_dict(), weights)
+    text = f"""\
+model:
+  name: {V1}
+  num_classes: 5
+  checkpoint: {weights}
+  kwargs: {{img_size: 32, patch_size: 2, window_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 4]}}
+data:
+  root: {data}
+  workers: 0
+calibration:
+  images: 8
+  batch_size: 4
+train:
+  batch_size: 4
+  lr: 1.0e-3
+  augment:
+    scale: [0.7, 1.0]
+run: {tmp_path / "run"}
+device: cpu
+"""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    if not ASSETS.is_dir():
+        pytest.skip(f"the shared assets are not at {ASSETS}; set QSWIN_ASSETS to their folder")
+    return ASSETS
