@@ -1,6 +1,6 @@
 """Accuracy of Swin-T on Tiny-ImageNet: float, PTQ for each calibrator and recipe, and given checkpoints; torch and ONNX Runtime.
 
-    python -m benchmarks.swin_tiny --data DIR --checkpoint FILE --out docs/results/swin_tiny.json [--trained runs/x/qat.safetensors ...]
+python -m benchmarks.swin_tiny --data DIR --checkpoint FILE --out docs/results/swin_tiny.json [--trained runs/x/qat.safetensors ...]
 """
 
 import argparse
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--trained", nargs="*", type=Path, default=[], help="checkpoints to add; PTQ is left out then")
+    parser.add_argument("--recipes", nargs="*", default=["gemm", "full"])
+    parser.add_argument("--calibrators", nargs="*", default=list(CALIBRATORS))
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -84,14 +86,14 @@ def main() -> None:
         return
     table.add(model, floating, None)
     samples = draw_samples(scan_image_folder(args.data / "train"), args.images, seed=0)
-    for name in ("gemm", "full"):
+    for name in args.recipes:
         recipe = named_recipe(name)
         twin = quantize(model, recipe).to(args.device)
         images = image_batches(samples, preprocessing, 64, workers=args.workers)
         start = time.perf_counter()
         calibrate(twin, (torch.from_numpy(batch.images).to(args.device) for batch in images))
         print(f"{name}: {args.images} images calibrated in {time.perf_counter() - start:.1f} s")
-        for calibrator in CALIBRATORS:
+        for calibrator in args.calibrators:
             set_ranges(twin, calibrator)
             table.add(twin, Description(model_arguments(config), "ptq", preprocessing, recipe=recipe), calibrator)
 

@@ -112,7 +112,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
         reason = "holds pickled code, which is never run" if "eights" in str(error) else "is truncated or no checkpoint"
         raise ValueError(f"{path}: {reason}; save only its state dict: torch.save(model.state_dict(), FILE)") from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: truncated, or not a PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise ValueError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not a checkpoint but a {type(state).__name__}; save model.state_dict()")
     while (inner := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)) is not None:
         state = state[inner]
     tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}

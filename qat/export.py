@@ -55,7 +55,7 @@ def export_onnx(
     Args:
         model: is left as it is.
         precision: int8 keeps the quantizers; fp32 and fp16 export the same weights without them.
-        opset: 17 or newer. The exporter writes 18 and newer; for 17 the one node that changed since is rewritten.
+        opset: 17 or newer. The exporter writes 18 and newer; for 17 the reductions, which changed since, are rewritten.
         batch: a fixed batch size; None leaves it free.
 
     Raises:

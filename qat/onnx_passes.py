@@ -56,14 +56,14 @@ def _store(value: ir.Value, array: np.ndarray) -> None:
 def lower_to_opset_17(model: ir.Model) -> None:
     """Turns an opset 18 graph into opset 17, TensorRT 8.6's newest.
 
-    Swin's graphs use one operator whose definition opset 18 changed: ReduceMean (the average pooling), whose axes became an
-    input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
+    Swin's graphs use one kind of operator that opset 18 changed: reductions (average pooling, cosine attention's norms), whose
+    axes became an input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
 
     Raises:
         ValueError: a node has no form in opset 17; it is named.
     """
     for node in model.graph:
-        if node.op_type == "ReduceMean" and len(node.inputs) == 2:
+        if node.op_type.startswith("Reduce") and len(node.inputs) == 2:
             node.attributes["axes"] = ir.AttrInt64s("axes", _array(node.inputs[1]).tolist())
             node.attributes.pop("noop_with_empty_axes", None)
             node.resize_inputs(1)

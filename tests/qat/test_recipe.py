@@ -29,7 +29,9 @@ def test_patterns_match_whole_parts_of_a_name(pattern, site, matches):
 
 
 def test_later_rules_win_setting_by_setting():
-    recipe = Recipe("mine", (Rule("*", quantize=True, activation_bits=6), Rule("fc2", calibrator="max"), Rule("head", quantize=False)))
+    recipe = Recipe(
+        "mine", (Rule("*", quantize=True, activation_bits=6), Rule("fc2", calibrator="max"), Rule("head", quantize=False))
+    )
     assert recipe.settings("mlp.fc2")["activation_bits"] == 6 and recipe.settings("mlp.fc2")["calibrator"] == "max"
     assert recipe.settings("head") is None and recipe.settings("fc1") is not None
 
@@ -51,7 +53,9 @@ def test_quantizers_follow_the_recipe():
     assert isinstance(recipe.quantizer("fc2"), nn.Identity)
 
 
-rules = st.builds(Rule, st.text(min_size=1), st.booleans(), st.sampled_from([None, 4]), st.none(), st.sampled_from([None, "max"]))
+rules = st.builds(
+    Rule, st.text(min_size=1), st.booleans(), st.sampled_from([None, 4]), st.none(), st.sampled_from([None, "max"])
+)
 
 
 @given(st.builds(Recipe, st.text(), st.lists(rules).map(tuple), st.integers(2, 8), per_channel=st.booleans()))

@@ -84,7 +84,9 @@ def test_every_quantizer_does_what_its_layer_says(quantized, images):
         if isinstance(module, QuantLinear):
             expected = nn.functional.linear(first, rounded(module._weight_quantizer, module.weight), module.bias)
         elif isinstance(module, QuantConv2d):
-            expected = nn.functional.conv2d(first, rounded(module._weight_quantizer, module.weight), module.bias, module.stride)
+            expected = nn.functional.conv2d(
+                first, rounded(module._weight_quantizer, module.weight), module.bias, module.stride
+            )
         elif isinstance(module, QuantMatMul):
             expected = first @ rounded(module._other_quantizer, inputs[1])
         else:

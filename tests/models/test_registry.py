@@ -1,0 +1,112 @@
+"""Model names and checkpoint files, the original repository's among them."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from models import swin
+from models.registry import build_model, family_of, read_state
+from tests.conftest import SMALL, V1, V2, small_swin
+
+
+def original_layout(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A timm state under the names of the original Swin repository, with the buffers that it stores."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if ".downsample." in key:  # the original merges patches at the end of the stage before
+            stage = int(key.split(".")[1])
+            key = key.replace(f"layers.{stage}.", f"layers.{stage - 1}.", 1)
+        state[key.replace("head.fc.", "head.")] = value
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+    return state
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+@pytest.mark.parametrize("layout", ["safetensors", "pth", "original", "wrapped"])
+def test_checkpoints_of_every_layout_load(tmp_path, name, layout):
+    model = small_swin(name, seed=3)
+    state = model.state_dict()
+    file = tmp_path / ("a.safetensors" if layout == "safetensors" else "a.pth")
+    if layout == "safetensors":
+        safetensors.torch.save_file(state, file)
+    elif layout == "original":
+        torch.save({"model": original_layout(model)}, file)
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}} if layout == "wrapped" else state, file)
+    loaded = build_model(name, num_classes=5, checkpoint=file, **SMALL)
+    assert not loaded.training
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    torch.save({k: v.half() for k, v in small_swin().state_dict().items()}, tmp_path / "a.pth")
+    assert {value.dtype for value in read_state(tmp_path / "a.pth").values()} == {torch.float32}
+
+
+def test_names_are_those_with_twins():
+    assert {"swin_tiny_patch4_window7_224", "swinv2_base_window8_256"} <= set(swin.names())
+    assert not [name for name in swin.names() if "_cr_" in name]
+
+
+def test_an_unknown_name_lists_the_nearest():
+    with pytest.raises(ValueError, match="swin_tiny_patch4_window7_224"):
+        family_of("swin_tiny_patch4_window7")
+
+
+def test_preprocessing_is_the_models_own():
+    values = swin.preprocessing(small_swin())
+    assert values["size"] == (32, 32) and values["mean"] == (0.485, 0.456, 0.406) and values["interpolation"] == "bicubic"
+
+
+def test_settings_that_do_not_work_say_so():
+    with pytest.raises(ValueError, match="embed_dimension"):
+        build_model(V1, embed_dimension=3)
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("/tmp/qswin-was-here", "w"))
+
+
+def save(tmp_path, content):
+    file = tmp_path / "a.pth"
+    torch.save(content, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: save(p, Evil()), "pickled code"),
+        (lambda p: save(p, {"model": Evil()}), "pickled code"),
+        (lambda p: save(p, {"weight": torch.zeros(3)}), "foreign"),
+        (lambda p: save(p, {}), "foreign"),
+        (lambda p: save(p, [1, 2]), "not a checkpoint but a list"),
+        (lambda p: save(p, small_swin(embed_dim=32).state_dict()), "has shape"),
+        (lambda p: save(p, {k: v for k, v in small_swin().state_dict().items() if "fc2" not in k}), "fc2.*missing"),
+        (lambda p: save(p, small_swin(depths=[2, 4]).state_dict()), "of this model"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used_say_why(tmp_path, make, words):
+    file = make(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s){file}.*({words})"):
+        build_model(V1, num_classes=5, checkpoint=file, **SMALL)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("keep", [0, 10, 1000])
+def test_truncated_files_are_refused(tmp_path, suffix, keep):
+    file = tmp_path / f"a{suffix}"
+    state = small_swin().state_dict()
+    safetensors.torch.save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="truncated"):
+        read_state(file)
+
+
+def test_weights_that_cannot_be_downloaded_name_the_file_option(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="model.checkpoint=FILE"):
+        build_model(V1, pretrained=True)
