@@ -1,9 +1,10 @@
 """Side by side with NVIDIA ModelOpt on a CPU, in one run: calibration, a QAT step, nodes of the exported graph.
 
-    pip install nvidia-modelopt requests; python -m benchmarks.modelopt --out docs/results/modelopt-cpu.json
+pip install nvidia-modelopt requests
+python -m benchmarks.modelopt --out docs/results/modelopt-cpu.json
 
-Swin-T with random weights and random images, which cost what trained ones do. Both calibrate by percentile 99.99 of a
-histogram. ModelOpt quantizes the weighted layers (its INT8 default), as our `gemm` does; `full` adds attention and residuals.
+Swin-T with random weights and images, which cost what trained ones do. Both calibrate by percentile 99.99 of a histogram.
+ModelOpt quantizes the weighted layers (its INT8 default), as our `gemm` does; `full` adds attention and residuals.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Accuracy of Swin-T on Tiny-ImageNet: float, PTQ for each calibrator and recipe, and given checkpoints; torch and ONNX Runtime.
+"""Accuracy of Swin-T on Tiny-ImageNet in torch and ONNX Runtime: float, PTQ for each calibrator and recipe, or checkpoints.
 
-python -m benchmarks.swin_tiny --data DIR --checkpoint FILE --out docs/results/swin_tiny.json [--trained runs/x/qat.safetensors ...]
+python -m benchmarks.swin_tiny --data DIR --checkpoint FILE --out docs/results/swin_tiny.json [--trained CHECKPOINT ...]
 """
 
 import argparse
@@ -44,15 +44,19 @@ class Table:
             "bits": 8 if description.recipe else 32,
             "stage": description.stage,
         }
-        torch_result = evaluate(TorchPredictor(model, description, self.args.device), self.batches)
-        self._append(row, "torch", torch_result, device_name(self.args.device))
+        if "torch" in self.args.backends:
+            result = evaluate(TorchPredictor(model, description, self.args.device), self.batches)
+            self._append(row, "torch", result, device_name(self.args.device))
+        if "onnxruntime" in self.args.backends:
+            self._append(row, "onnxruntime", self._onnxruntime(model, description), device_name("cpu"))
+            model.to(self.args.device)
+
+    def _onnxruntime(self, model: torch.nn.Module, description: Description) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             onnx = Path(folder) / "model.onnx"
             precision = "int8" if description.recipe else "fp32"
             save_onnx(onnx, export_onnx(model, description, precision), description.to_dict())
-            ort_result = evaluate(OnnxRuntimePredictor(onnx), self.batches)
-        self._append(row, "onnxruntime", ort_result, device_name("cpu"))
-        model.to(self.args.device)
+            return evaluate(OnnxRuntimePredictor(onnx), self.batches)
 
     def _append(self, row: dict, backend: str, result: dict, device: str) -> None:
         measured = {"acc1": round(result["acc1"], 2), "acc5": round(result["acc5"], 2), "images": result["images"]}
@@ -67,6 +71,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--trained", nargs="*", type=Path, default=[], help="checkpoints to add; PTQ is left out then")
+    parser.add_argument("--backends", nargs="*", default=["torch", "onnxruntime"])
+    parser.add_argument("--no_float", action="store_true", help="leave out the float model")
     parser.add_argument("--recipes", nargs="*", default=["gemm", "full"])
     parser.add_argument("--calibrators", nargs="*", default=list(CALIBRATORS))
     parser.add_argument("--images", type=int, default=512, help="calibration images")
@@ -84,7 +90,8 @@ def main() -> None:
         table.add(*load_checkpoint(path), calibrator=None)
     if args.trained:
         return
-    table.add(model, floating, None)
+    if not args.no_float:
+        table.add(model, floating, None)
     samples = draw_samples(scan_image_folder(args.data / "train"), args.images, seed=0)
     for name in args.recipes:
         recipe = named_recipe(name)

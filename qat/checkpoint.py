@@ -21,8 +21,8 @@ from qat.rewrite import enable, quantize
 class Description:
     """What a checkpoint is, apart from its tensors: the sidecar.
 
-    `model` is build_model's arguments, `stage` float, ptq or qat, `recipe` None for a float model, `parent` the SHA-256 of the
-    checkpoint this one was made from, `metrics` what was measured when it was saved.
+    `model` is build_model's arguments, `stage` float, ptq or qat, `recipe` None for a float model, `parent` the SHA-256 of
+    the checkpoint this one was made from, `metrics` what was measured when it was saved.
     """
 
     model: dict[str, Any]

@@ -56,8 +56,8 @@ def _store(value: ir.Value, array: np.ndarray) -> None:
 def lower_to_opset_17(model: ir.Model) -> None:
     """Turns an opset 18 graph into opset 17, TensorRT 8.6's newest.
 
-    Swin's graphs use one kind of operator that opset 18 changed: reductions (average pooling, cosine attention's norms), whose
-    axes became an input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
+    Opset 18 changed one kind of operator in Swin's graphs: reductions (average pooling, norms of cosine attention), whose axes
+    became an input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
 
     Raises:
         ValueError: a node has no form in opset 17; it is named.

@@ -105,13 +105,16 @@ class TensorQuantizer(nn.Module):
         """Counts |x| into the histogram; the binning is `Histogram.add`'s, done on x's device."""
         if self.histogram is None or self.spec.amax is not None:
             return
-        magnitudes = x.detach().float().abs().flatten()
+        flat = x.detach().flatten()
+        low, high = flat.aminmax()
         try:
-            self.histogram.reserve(magnitudes.max().item())
+            self.histogram.reserve(max(-low.item(), high.item()))
         except ValueError as error:
             raise ValueError(f"{self.site}: {error}; look for an overflow or a broken weight before this site") from error
-        index = magnitudes.mul_(1 / self.histogram.bin_width).to(torch.int16)
-        self.histogram.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
+        # On a CPU, temporaries that stay in the cache are three times as fast as ones as large as the tensor.
+        for chunk in flat.split(1 << 20 if x.is_cpu else flat.numel()):
+            index = chunk.float().abs().mul_(1 / self.histogram.bin_width).to(torch.int16)
+            self.histogram.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
 
     def observe(self) -> None:
         """Starts counting afresh."""

@@ -33,7 +33,12 @@ def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
     Args:
         logits: (N, classes).
         labels: (N,) class indices.
+
+    Raises:
+        ValueError: a label is no class of the model.
     """
+    if labels.max(initial=0) >= logits.shape[1]:
+        raise ValueError(f"the images have a label {labels.max()}, but the model has {logits.shape[1]} classes")
     own = logits[np.arange(len(labels)), labels]
     rank = (~(logits <= own[:, None])).sum(axis=1)
     return int((rank < 1).sum()), int((rank < 5).sum())

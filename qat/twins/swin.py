@@ -2,7 +2,7 @@
 
 Each twin reads like the float forward with its quantizers visible in it. They take the float module's parameters, under the
 same state-dict names, and differ from it in three ways only: the matmuls and residual adds are modules with quantizers on
-their inputs; the position bias and the shift mask are one tensor, added once, and a constant after `fold()`; and padding that
+their inputs; the position bias and the shift mask are one tensor, added once, and a constant after `fold()`; padding that
 adds nothing is left out of the graph.
 """
 

@@ -1,0 +1,196 @@
+"""The trainer: killed and resumed, on several ranks, stopped by bad numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qat import train
+from qat.checkpoint import load_checkpoint
+from qat.config import load_config
+from qat.data import epoch_batches
+from qat.distributed import process_group
+from qat.ptq import run_calibration
+from qat.quantizers import quantizers
+from tests.conftest import small_swin
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def ptq(config_file):
+    with process_group("cpu") as ranks:
+        return run_calibration(load_config(config_file, []), ranks)
+
+
+def run(config_file, *overrides) -> tuple[Path, list[dict]]:
+    """Trains in this process; returns the run's folder and its log."""
+    config = load_config(config_file, list(overrides))
+    with process_group("cpu") as ranks:
+        path = train.Trainer(config, ranks).run()
+    return path, read_log(path.parent)
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(log: list[dict]) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+
+
+def command(config_file, *overrides, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29613"] if ranks > 1 else []
+    return [sys.executable, *launcher, str(ROOT / "qat" / "train.py"), "--config", str(config_file), *overrides]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_qat_writes_a_checkpoint_and_learns(config_file, ptq):
+    path, log = run(config_file, f"init={ptq}", "train.epochs=6", "train.learn_ranges=true", "train.ema_decay=0.5")
+    assert path.name == "qat.safetensors"
+    _, description = load_checkpoint(path)
+    assert description.stage == "qat" and description.metrics["steps"] == 30
+    loss = losses(log)
+    assert sum(loss[i] for i in range(25, 30)) < sum(loss[i] for i in range(5))
+
+
+def test_a_float_model_trains_with_the_same_file(config_file):
+    path, _ = run(config_file, "recipe=none", "train.augment.mixup=0.2", "train.accumulate=2")
+    model, description = load_checkpoint(path)
+    assert path.name == "float.safetensors" and description.recipe is None and not list(quantizers(model))
+
+
+def test_learned_ranges_move_and_are_kept(config_file, ptq):
+    path, _ = run(config_file, f"init={ptq}", "train.learn_ranges=true", "train.range_lr=0.05")
+    before, after = ({q.site: q.amax for q in quantizers(load_checkpoint(file)[0])} for file in (ptq, path))
+    moved = [site for site in before if not torch.allclose(before[site], after[site], rtol=0.01)]
+    assert len(moved) > len(before) / 2
+    assert all((amax > 0).all() for amax in after.values())
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5])
+def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, seconds):
+    """SIGKILL some time after the first step, then a second start, against a run that nobody disturbed."""
+    options = (f"init={ptq}", "train.epochs=8", "train.ema_decay=0.9", "train.save_minutes=0.003", "train.distill=0.5")
+    _, undisturbed = run(config_file, *options, f"run={tmp_path / 'whole'}")
+    folder = tmp_path / "killed"
+    arguments = command(config_file, *options, f"run={folder}")
+    process = subprocess.Popen(arguments, env=os.environ, start_new_session=True)
+    while not (folder / "last.pt").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it was killed before it was done
+    subprocess.run(arguments, check=True)
+    resumed = losses(read_log(folder))
+    expected = losses(undisturbed)
+    assert list(resumed) == list(expected)
+    assert list(resumed.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    first, second = (load_checkpoint(f / "qat.safetensors")[0].state_dict() for f in (tmp_path / "whole", folder))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_train_as_one_with_the_whole_batch(config_file, ptq, tmp_path):
+    """DDP averages gradients: two ranks of batch 2 follow one process of batch 4 on the same images."""
+    same = (f"init={ptq}", "train.augment.hflip=0", "train.augment.scale=[1, 1]", "train.augment.ratio=[1, 1]", "train.lr=1e-5")
+    _, one = run(config_file, *same, f"run={tmp_path / 'one'}")
+    arguments = command(config_file, *same, "train.batch_size=2", f"run={tmp_path / 'two'}", ranks=2)
+    subprocess.run(arguments, check=True, env=ENVIRONMENT)
+    two = losses(read_log(tmp_path / "two"))
+    assert list(two.values()) == pytest.approx(list(losses(one).values()), rel=2e-2)
+    states = (load_checkpoint(tmp_path / name / "qat.safetensors")[0].state_dict() for name in ("one", "two"))
+    for first, second in zip(*(state.values() for state in states), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_of_all_ranks_are_one_permutation():
+    parts = [epoch_batches(103, 4, rank, 3, seed=1, epoch=2) for rank in range(3)]
+    dealt = [index for part in parts for batch in part for index in batch]
+    assert len(dealt) == len(set(dealt)) == 96 and {len(part) for part in parts} == {8}
+    whole = epoch_batches(103, 12, 0, 1, seed=1, epoch=2)
+    assert [sorted(batch) for batch in whole] == [sorted(sum(step, [])) for step in zip(*parts, strict=True)]
+    assert whole != epoch_batches(103, 12, 0, 1, seed=1, epoch=3)
+
+
+def test_workers_do_not_change_the_losses(config_file, ptq, tmp_path):
+    logs = [run(config_file, f"init={ptq}", f"data.workers={n}", f"run={tmp_path / str(n)}")[1] for n in (0, 2)]
+    assert losses(logs[0]) == losses(logs[1])
+
+
+def test_a_loss_that_is_not_finite_names_step_files_and_site(config_file, ptq):
+    trainer = make_trainer(config_file, ptq)
+    broken = trainer.model.layers[1].blocks[0].mlp.fc2
+    broken._input_quantizer._amax.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"loss is nan at step 0; the range of layers\.1\.blocks\.0\.mlp\.fc2 is inf.*\.png"):
+        trainer.run()
+
+
+def test_values_that_are_not_finite_are_traced_to_the_first_module():
+    model = small_swin()
+    with torch.no_grad():
+        model.layers[0].blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+    assert "layers.0.blocks.1.mlp.fc1" in train.find_non_finite(model, torch.randn(1, 3, 32, 32))
+
+
+def make_trainer(config_file, ptq, *overrides) -> train.Trainer:
+    with process_group("cpu") as ranks:
+        return train.Trainer(load_config(config_file, [f"init={ptq}", *overrides]), ranks)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(config_file, ptq):
+    trainer = make_trainer(config_file, ptq, "train.epochs=4", "train.warmup_steps=4", "train.min_lr=1e-4")
+    factors = []
+    for trainer.step in range(21):
+        factors.append(trainer.lr_factor())
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[12] == pytest.approx((1 + 0.1) / 2) and factors[20] == pytest.approx(0.1)
+
+
+def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file, ptq):
+    trainer = make_trainer(config_file, ptq, "train.learn_ranges=true", "train.range_lr=0.5")
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    groups = [({names[id(p)] for p in g["params"]}, g["weight_decay"], g["lr"]) for g in trainer.optimizer.param_groups]
+    (decayed, decay, _), (plain, none, _), (ranges, of_ranges, rate) = groups
+    assert decay == 0.05 and none == of_ranges == 0 and rate == 0.5
+    assert all(name.endswith("_log_gain") for name in ranges) and len(ranges) == len(list(quantizers(trainer.model)))
+    assert all(name.endswith(".weight") for name in decayed) and any("relative_position" in name for name in plain)
+    assert len(decayed | plain | ranges) == len(names)
+
+
+def test_distillation_is_the_divergence_from_the_teacher():
+    student, teacher = torch.randn(6, 9), torch.randn(6, 9)
+    p, q = (F.softmax(logits.double() / 2, dim=-1) for logits in (teacher, student))
+    expected = 4 * (p * (p / q).log()).sum(dim=-1).mean()
+    assert train.distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "QAT starts from a calibrated checkpoint"),
+        (["init=PTQ", "recipe=none"], "its recipe is 'full', the config's is 'none'"),
+        (["init=PTQ", "train.amp=fp8"], "fp32, bf16, fp16"),
+        (["init=PTQ", "train.batch_size=21"], "do not fill one step"),
+        (["init=PTQ", "train.epochs=0"], "train.epochs must be 1 or more"),
+    ],
+)
+def test_jobs_that_cannot_run_say_why(config_file, ptq, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        run(config_file, *(override.replace("PTQ", str(ptq)) for override in overrides))
+
+
+def test_a_broken_last_pt_says_what_to_do(config_file, ptq):
+    path, _ = run(config_file, f"init={ptq}")
+    (path.parent / "last.pt").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=r"last\.pt: cannot be read; delete it"):
+        run(config_file, f"init={ptq}")

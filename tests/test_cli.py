@@ -1,0 +1,152 @@
+"""Commands as a user types them: help, exit codes, and one line about what is wrong."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qswin
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def invoke(command: str, *arguments) -> int:
+    """Runs a command in this process and returns its exit code."""
+    module = importlib.import_module(qswin.COMMANDS[command][0])
+    with pytest.raises(SystemExit) as stop:
+        qswin.run(module.add_arguments, module.main, f"qswin {command}", ["qswin", *map(str, arguments)])
+    return stop.value.code or 0
+
+
+def fails(capsys, command: str, *arguments) -> str:
+    """The one line that a failing command prints; the exit code is 2."""
+    capsys.readouterr()
+    assert invoke(command, *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"qswin {command}: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", qswin.COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    assert invoke(command, "--help") == 0
+    assert "example:\n" in capsys.readouterr().out
+
+
+def test_the_table_of_commands(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qswin"])
+    qswin.main()
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in qswin.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["qswin", "calibrat"])
+    with pytest.raises(SystemExit, match="2"):
+        qswin.main()
+
+
+def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert invoke("calibrate", "--config", config_file) == 0
+    assert invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx") == 0
+    for model in ("ptq.safetensors", "int8.onnx"):
+        assert invoke("evaluate", "--model", run / model, "--data", data / "val", "--json", run / "r.json") == 0
+    assert invoke("inspect", "--checkpoint", run / "ptq.safetensors") == 0
+    assert "layers.1.downsample.reduction.weight" in capsys.readouterr().out
+
+
+def test_bare_weights_are_evaluated_and_exported_with_their_config(config_file, data, tmp_path):
+    weights = tmp_path / "weights.pth"
+    assert invoke("evaluate", "--model", weights, "--data", data / "val", "--config", config_file) == 0
+    onnx = tmp_path / "a.onnx"
+    assert invoke("export", "--checkpoint", weights, "--onnx", onnx, "--precision", "fp32", "--config", config_file) == 0
+    assert onnx.is_file()
+
+
+def test_calibrate_says_what_is_wrong(config_file, data, tmp_path, capsys):
+    def says(*arguments):
+        return fails(capsys, "calibrate", "--config", config_file, *arguments)
+
+    assert "unknown key 'calibration.image'; the nearest is 'calibration.images'" in says("calibration.image=3")
+    assert "train.epochs" in says("train.epochs=soon")
+    assert "no such folder" in says(f"data.root={tmp_path / 'nowhere'}")
+    assert "0 images" in says("calibration.images=0") or "calibration.images is 0" in says("calibration.images=0")
+    assert "nearest names are" in says("model.name=swin_tinny")
+    assert "no such checkpoint" in says("model.checkpoint=missing.pth")
+    assert "5 class folders, but the model has 7" in says("model.num_classes=7", "model.checkpoint=null")
+    assert "head.fc.weight has shape (5, 32), the model has (7, 32)" in says("model.num_classes=7")
+    assert "recipe 'fulll' is not known" in says("recipe=fulll")
+    assert not (tmp_path / "run").exists()
+    (bad := data / "train" / "class0" / "0.png").write_bytes(b"no image")
+    assert f"{bad}: missing, or cannot be read" in says("calibration.images=20")
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert "used by another job" in says("calibration.images=19")
+
+
+def test_pickled_code_is_never_run(config_file, tmp_path, capsys):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"model": Payload()}, tmp_path / "evil.pth")
+    line = fails(capsys, "calibrate", "--config", config_file, f"model.checkpoint={tmp_path / 'evil.pth'}")
+    assert "pickled code" in line and not (tmp_path / "executed").exists()
+
+
+def test_export_and_evaluate_say_what_is_wrong(config_file, data, tmp_path, capsys):
+    weights, onnx = tmp_path / "weights.pth", tmp_path / "a.onnx"
+    assert "no such checkpoint" in fails(capsys, "export", "--checkpoint", "x.safetensors", "--onnx", onnx)
+    assert "sidecar" in fails(capsys, "export", "--checkpoint", weights, "--onnx", onnx)
+    described = ("--checkpoint", weights, "--onnx", onnx, "--config", config_file)
+    assert "run qswin calibrate first" in fails(capsys, "export", *described)
+    assert "opset 13 is too old" in fails(capsys, "export", *described, "--precision", "fp32", "--opset", 13)
+    assert "--batch two" in fails(capsys, "export", *described, "--batch", "two")
+    assert not onnx.exists()
+    (tmp_path / "few" / "a").mkdir(parents=True)
+    assert "no images" in fails(capsys, "evaluate", "--model", weights, "--data", tmp_path / "few", "--config", config_file)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(config_file, tmp_path):
+    """The kernel refuses files over 40 kB: the config of the run fits, the checkpoint does not."""
+    script = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import qat.ptq, qswin
+resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
+qswin.run(qat.ptq.add_arguments, qat.ptq.main, "qswin calibrate", ["qswin", "--config", sys.argv[1]])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(config_file)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "ptq.safetensors: not saved" in done.stderr.splitlines()[-1]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["calibrate.yaml"]
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def broken(args):
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        qswin.run(lambda parser: None, broken, "qswin", ["qswin"])
+
+
+@pytest.mark.assets
+def test_the_trained_swin_scores_what_it_should(assets, tmp_path, capsys):
+    """The shared Swin-T, INT8 by calibration on 32 images, on 100 validation images: near the float model's answers."""
+    import json
+    import tarfile
+
+    for split in ("train10k", "val5k"):
+        with tarfile.open(assets / f"tiny_imagenet_{split}.tar") as tar:
+            tar.extractall(tmp_path / "data", filter="data")
+    config = ("--config", ROOT / "configs" / "swin_tiny_tinyimagenet.yaml", f"data.root={tmp_path / 'data'}")
+    weights = assets / "swin_tiny_tinyimagenet.safetensors"
+    calibration = ("calibration.images=32", "calibration.batch_size=16", f"run={tmp_path / 'run'}")
+    assert invoke("calibrate", *config, f"model.checkpoint={weights}", *calibration) == 0
+    scores = {}
+    for name, arguments in {"float": (weights, *config[:2]), "ptq": (tmp_path / "run" / "ptq.safetensors",)}.items():
+        file = tmp_path / f"{name}.json"
+        options = ("--data", tmp_path / "data" / "val", "--images", 100, "--json", file)
+        assert invoke("evaluate", "--model", arguments[0], *arguments[1:], *options) == 0
+        scores[name] = json.loads(file.read_text())
+    assert scores["float"]["acc1"] == pytest.approx(48, abs=10)
+    assert scores["ptq"]["acc1"] == pytest.approx(scores["float"]["acc1"], abs=4)

@@ -1,0 +1,94 @@
+"""Accuracy counted against brute force; evaluation of ONNX files from the command line, without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.images import Batch, Preprocessing, image_batches, scan_image_folder
+from qat.checkpoint import Description
+from qat.export import export_onnx, save_onnx
+from tests.conftest import SMALL, V1, small_swin
+from trt.evaluate import count_correct, evaluate
+from trt.onnx_runtime import OnnxRuntimePredictor
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = tuple(f"class{i}" for i in range(5))
+DESCRIPTION = Description({"name": V1, "num_classes": 5, **SMALL}, "float", Preprocessing(size=(32, 32)), CLASSES)
+
+
+@given(st.integers(1, 20), st.integers(1, 12), st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_counts_are_torchs_topk(images, classes, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.permuted(np.arange(images * classes, dtype=np.float32)).reshape(images, classes)
+    labels = rng.integers(0, classes, images)
+    top = torch.from_numpy(logits).topk(min(5, classes)).indices.numpy()
+    expected = (top[:, 0] == labels).sum(), (top == labels[:, None]).any(axis=1).sum()
+    assert count_correct(logits, labels) == expected
+
+
+def test_nan_is_never_right():
+    assert count_correct(np.full((3, 10), np.nan), np.zeros(3, dtype=int)) == (0, 0)
+
+
+def test_a_label_the_model_does_not_know_is_an_error():
+    with pytest.raises(ValueError, match="label 7.*3 classes"):
+        count_correct(np.zeros((1, 3)), np.array([7]))
+
+
+def test_evaluation_weighs_images_not_batches():
+    batches = [Batch(np.zeros((n, 3, 1, 1), np.float32), np.full(n, label)) for n, label in ((9, 0), (1, 1))]
+    result = evaluate(lambda images: np.tile(np.float32([9, 0, 1, 2, 3, 4, 5]), (len(images), 1)), batches)
+    assert (result["acc1"], result["acc5"], result["images"]) == (90.0, 90.0, 10)
+
+
+def test_no_images_is_an_error():
+    with pytest.raises(ValueError, match="0 images"):
+        evaluate(lambda images: images, [])
+
+
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("onnx") / "a.onnx"
+    save_onnx(file, export_onnx(small_swin(), DESCRIPTION, "fp32"), DESCRIPTION.to_dict())
+    return file
+
+
+def test_the_command_agrees_with_torch_and_never_imports_it(onnx, data, tmp_path):
+    blocked = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'qswin'; import qswin; qswin.main()"
+    arguments = ["evaluate", "--model", str(onnx), "--data", str(data / "val"), "--json", str(tmp_path / "r.json")]
+    subprocess.run([sys.executable, "-c", blocked, *arguments], cwd=ROOT, check=True)
+    result = json.loads((tmp_path / "r.json").read_text())
+    folder = scan_image_folder(data / "val")
+    model = small_swin()
+    with torch.no_grad():
+        batches = list(image_batches(folder.samples, DESCRIPTION.preprocessing, 7))
+        right = sum(count_correct(model(torch.from_numpy(b.images)).numpy(), b.labels)[0] for b in batches)
+    assert result["acc1"] == pytest.approx(100 * right / 20) and result["images"] == 20
+
+
+def test_a_fixed_batch_is_filled_up(tmp_path):
+    graph = export_onnx(small_swin(depths=[1], num_heads=[2]), DESCRIPTION, "fp32", batch=4)
+    save_onnx(tmp_path / "a.onnx", graph, DESCRIPTION.to_dict())
+    predictor = OnnxRuntimePredictor(tmp_path / "a.onnx")
+    images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    assert predictor.batch_size == 4
+    np.testing.assert_allclose(predictor(images[:3]), predictor(images)[:3], atol=1e-6)
+
+
+def test_files_that_are_no_models_say_so(tmp_path, onnx):
+    with pytest.raises(FileNotFoundError, match="no such ONNX file"):
+        OnnxRuntimePredictor(tmp_path / "b.onnx")
+    (tmp_path / "c.onnx").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"c\.onnx: ONNX Runtime cannot load it"):
+        OnnxRuntimePredictor(tmp_path / "c.onnx")
+    (tmp_path / "d.onnx").write_bytes(onnx.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"d\.onnx"):
+        OnnxRuntimePredictor(tmp_path / "d.onnx")
