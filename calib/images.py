@@ -106,8 +106,8 @@ def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
             pixels = _resize_and_crop(image.convert("RGB"), preprocessing)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
-    array = np.asarray(pixels, dtype=np.float32) / np.float32(255)
-    array = (array - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
+    array: np.ndarray = np.asarray(pixels, dtype=np.float32) / np.float32(255)
+    array = (array - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

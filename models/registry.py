@@ -103,7 +103,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+            state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:

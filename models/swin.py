@@ -29,7 +29,7 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return family.checkpoint_filter_fn(state, model)
 
 
-def preprocessing(model: nn.Module) -> dict[str, Any]:
+def preprocessing(model: Any) -> dict[str, Any]:
     """The preprocessing in the model's own configuration; keys as calib.images.Preprocessing."""
     config = resolve_data_config(model=model)
     side = model.patch_embed.img_size or config["input_size"][1:]

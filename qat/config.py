@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -108,7 +108,7 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{path}: {missing[0]} is not set; add {missing[0]}=VALUE to the command line")
-    return OmegaConf.to_object(config)
+    return cast(Config, OmegaConf.to_object(config))
 
 
 def _entries_of_file(path: Path) -> list[tuple[str, Any, str]]:
@@ -191,8 +191,8 @@ def model_arguments(config: Config) -> dict[str, Any]:
 
 def build_float_model(config: Config) -> tuple[Any, Preprocessing]:
     """The float model a config describes, with its weights, and its preprocessing. Raises ValueError."""
-    source = {"checkpoint": config.model.checkpoint, "pretrained": config.model.pretrained}
-    model = build_model(**model_arguments(config), **source)
+    source, published = config.model.checkpoint, config.model.pretrained
+    model = build_model(checkpoint=source, pretrained=published, **model_arguments(config))
     own = family_of(config.model.name).preprocessing(model)
     try:
         return model, Preprocessing(**{**own, **config.data.preprocessing})
@@ -207,8 +207,8 @@ def claim_run(config: Config, stage: str) -> Path:
         ValueError: the folder holds this stage of a job with other settings; the first that differs is named.
     """
     folder = Path(config.run)
-    settings = OmegaConf.to_container(OmegaConf.structured(config))
-    settings = {key: value for key, value in settings.items() if key not in ("run", "resume", "device")}
+    everything = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+    settings = {key: value for key, value in everything.items() if key not in ("run", "resume", "device")}
     file = folder / f"{stage}.yaml"
     if file.is_file():
         _compare(yaml.safe_load(file.read_text()), settings, file)

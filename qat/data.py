@@ -42,7 +42,7 @@ def train_transform(preprocessing: Preprocessing, augment: AugmentConfig) -> Any
         scale=augment.scale,
         ratio=augment.ratio,
         hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,
+        color_jitter=augment.color_jitter,
         auto_augment=augment.auto_augment,
         re_prob=augment.erase,
         interpolation=preprocessing.interpolation,

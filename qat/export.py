@@ -94,7 +94,7 @@ def _export(twin: nn.Module, example: Tensor, opset: int, dynamic: bool) -> ir.M
     shapes = {0: torch.export.Dim("batch", min=1)} if dynamic else None
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # the exporter's deprecations, which a user cannot act on
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             twin,
             (example,),
             input_names=["input"],

@@ -65,7 +65,7 @@ def quantize_dequantize(x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
         scale: one value, or one for each index of dimension `axis`.
         axis: the dimension that the scales belong to; None for one scale.
     """
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     scale = scale.reshape(()) if axis is None else scale.flatten()
     zero_point = torch.zeros(scale.shape, dtype=torch.int8)
     quantized = torch.onnx.ops.symbolic(

@@ -76,8 +76,6 @@ class QuantAdd(nn.Module):
 
 def weight_quantizers(model: nn.Module) -> list[tuple[TensorQuantizer, Tensor]]:
     """Every weight's quantizer with the weight it belongs to."""
-    return [
-        (module._weight_quantizer, module.weight)
-        for module in model.modules()
-        if isinstance(getattr(module, "_weight_quantizer", None), TensorQuantizer)
-    ]
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantConv2d)]
+    pairs = [(layer._weight_quantizer, layer.weight) for layer in layers]
+    return [(quantizer, weight) for quantizer, weight in pairs if isinstance(quantizer, TensorQuantizer)]

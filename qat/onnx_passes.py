@@ -1,5 +1,7 @@
 """What is done to an exported ONNX graph: weights laid out and quantized ahead of time, and opset 17."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -16,12 +18,12 @@ def finish_weights(model: ir.Model, int8: bool) -> None:
         weight = quantize.inputs[0]
         if weight is None or not weight.is_initializer() or len(weight.uses()) > 1:
             continue
-        _transpose_ahead(weight, quantize, quantize.outputs[0].consumers()[0])
+        _transpose_ahead(model.graph, weight, quantize, quantize.outputs[0].consumers()[0])
         if int8:
-            _quantize_ahead(weight, quantize)
+            _quantize_ahead(model.graph, weight, quantize)
 
 
-def _transpose_ahead(weight: ir.Value, quantize: ir.Node, dequantize: ir.Node) -> None:
+def _transpose_ahead(graph: ir.Graph, weight: ir.Value, quantize: ir.Node, dequantize: ir.Node) -> None:
     consumers = dequantize.outputs[0].consumers()
     if len(consumers) != 1 or consumers[0].op_type != "Transpose":
         return
@@ -31,23 +33,23 @@ def _transpose_ahead(weight: ir.Value, quantize: ir.Node, dequantize: ir.Node) -
             node.attributes["axis"] = ir.AttrInt64("axis", 1 - node.attributes["axis"].as_int())
         node.outputs[0].shape = weight.shape
     consumers[0].outputs[0].replace_all_uses_with(dequantize.outputs[0])
-    dequantize.graph.remove(consumers[0], safe=True)
+    graph.remove(consumers[0], safe=True)
 
 
-def _quantize_ahead(weight: ir.Value, quantize: ir.Node) -> None:
+def _quantize_ahead(graph: ir.Graph, weight: ir.Value, quantize: ir.Node) -> None:
     values, scale = _array(weight), _array(quantize.inputs[1])
     if "axis" in quantize.attributes:
         scale = np.expand_dims(scale, [d for d in range(values.ndim) if d != quantize.attributes["axis"].as_int()])
     _store(weight, np.clip(np.rint(values / scale), -128, 127).astype(np.int8))
     quantize.outputs[0].replace_all_uses_with(weight)
-    quantize.graph.remove(quantize, safe=True)
+    graph.remove(quantize, safe=True)
 
 
-def _array(value: ir.Value) -> np.ndarray:
+def _array(value: Any) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _store(value: ir.Value, array: np.ndarray) -> None:
+def _store(value: Any, array: np.ndarray) -> None:
     """Gives an initializer another array, and the type and shape that go with it."""
     tensor = ir.tensor(np.ascontiguousarray(array), name=value.name)
     value.const_value, value.dtype, value.shape = tensor, tensor.dtype, tensor.shape
@@ -56,8 +58,8 @@ def _store(value: ir.Value, array: np.ndarray) -> None:
 def lower_to_opset_17(model: ir.Model) -> None:
     """Turns an opset 18 graph into opset 17, TensorRT 8.6's newest.
 
-    Opset 18 changed one kind of operator in Swin's graphs: reductions (average pooling, norms of cosine attention), whose axes
-    became an input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
+    Opset 18 changed one kind of operator in Swin graphs, reductions (average pooling, the norms of cosine attention): their
+    axes became an input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
 
     Raises:
         ValueError: a node has no form in opset 17; it is named.

@@ -81,7 +81,9 @@ class Trainer:
         if self.ranks.world > 1:
             devices = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
             network = DistributedDataParallel(network, devices, broadcast_buffers=False)
-        return torch.compile(network) if self.options.compile else network
+        if self.options.compile:
+            network.compile()
+        return network
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         samples, ranks = len(self.folder.samples), self.ranks
@@ -151,7 +153,9 @@ class Trainer:
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """DDP sums gradients with the last of the accumulated batches only."""
-        return contextlib.nullcontext() if last or self.ranks.world == 1 else self.network.no_sync()
+        if last or not isinstance(self.network, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.network.no_sync()
 
     def loss(self, batch: TrainBatch, part: int) -> Tensor:
         """Cross-entropy, mixed with the distance from the float model's output when distilling."""

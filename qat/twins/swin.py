@@ -7,6 +7,7 @@ adds nothing is left out of the graph.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,14 @@ class QuantWindowAttention(nn.Module):
         self.num_heads, self.scale = attn.num_heads, attn.scale
         self.qkv = attn.qkv
         self.relative_position_bias_table = attn.relative_position_bias_table
-        self.register_buffer("relative_position_index", attn.relative_position_index, persistent=False)
+        self.relative_position_index: Tensor
+        self.register_buffer("relative_position_index", attn.get_buffer("relative_position_index"), persistent=False)
         self.qk = QuantMatMul(f"{site}.q", f"{site}.k", quantizer)
         self.attn_drop = attn.attn_drop
         self.av = QuantMatMul(f"{site}.probs", f"{site}.v", quantizer)
         self.proj = attn.proj
         self.proj_drop = attn.proj_drop
+        self.folded_bias: Tensor | None
         self.register_buffer("folded_bias", None, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -43,9 +46,10 @@ class QuantWindowAttention(nn.Module):
         x = self.av(attn, v).transpose(1, 2).reshape(windows, tokens, -1)
         return self.proj_drop(self.proj(x))
 
+    @torch.no_grad()
     def fold(self, mask: Tensor | None) -> None:
         """Computes bias and mask once, for inference: the graph then holds one constant."""
-        self.folded_bias = self._bias(mask).detach()
+        self.folded_bias = self._bias(mask)
 
     def _bias(self, mask: Tensor | None) -> Tensor:
         """Position bias plus mask: (num_windows or 1, heads, N, N)."""
@@ -66,13 +70,17 @@ class QuantWindowAttentionV2(nn.Module):
         self.cpb_mlp = attn.cpb_mlp
         self.qkv = attn.qkv
         self.q_bias, self.v_bias = attn.q_bias, attn.v_bias
+        self.k_bias: Tensor
+        self.relative_coords_table: Tensor
+        self.relative_position_index: Tensor
         for name in ("k_bias", "relative_coords_table", "relative_position_index"):
-            self.register_buffer(name, getattr(attn, name), persistent=False)
+            self.register_buffer(name, attn.get_buffer(name), persistent=False)
         self.qk = QuantMatMul(f"{site}.q", f"{site}.k", quantizer)
         self.attn_drop = attn.attn_drop
         self.av = QuantMatMul(f"{site}.probs", f"{site}.v", quantizer)
         self.proj = attn.proj
         self.proj_drop = attn.proj_drop
+        self.folded_bias: Tensor | None
         self.register_buffer("folded_bias", None, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -89,9 +97,10 @@ class QuantWindowAttentionV2(nn.Module):
         x = self.av(attn, v).transpose(1, 2).reshape(windows, tokens, -1)
         return self.proj_drop(self.proj(x))
 
+    @torch.no_grad()
     def fold(self, mask: Tensor | None) -> None:
         """Computes bias and mask once, for inference: the graph then holds one constant and no cpb_mlp."""
-        self.folded_bias = self._bias(mask).detach()
+        self.folded_bias = self._bias(mask)
 
     def _bias(self, mask: Tensor | None) -> Tensor:
         """Continuous position bias plus mask: (num_windows or 1, heads, N, N)."""
@@ -119,14 +128,15 @@ class QuantSwinBlock(nn.Module):
             raise ValueError(f"{site}: models with a dynamic image size are not supported; build it for one img_size")
         self.window_size, self.shift_size = block.window_size, block.shift_size
         self.norm1 = block.norm1
-        self.attn = block.attn
+        self.attn: Any = block.attn  # a twin by now
         self.drop_path1 = block.drop_path1
         self.add1 = QuantAdd(f"{site}.add1", quantizer)
         self.norm2 = block.norm2
         self.mlp = block.mlp
         self.drop_path2 = block.drop_path2
         self.add2 = QuantAdd(f"{site}.add2", quantizer)
-        self.register_buffer("attn_mask", block.attn_mask, persistent=False)
+        self.attn_mask: Tensor | None
+        self.register_buffer("attn_mask", dict(block.named_buffers()).get("attn_mask"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.add1(x, self.drop_path1(self._window_attention(self.norm1(x))))

@@ -102,7 +102,13 @@ def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, sec
 
 def test_two_ranks_train_as_one_with_the_whole_batch(config_file, ptq, tmp_path):
     """DDP averages gradients: two ranks of batch 2 follow one process of batch 4 on the same images."""
-    same = (f"init={ptq}", "train.augment.hflip=0", "train.augment.scale=[1, 1]", "train.augment.ratio=[1, 1]", "train.lr=1e-5")
+    same = (
+        f"init={ptq}",
+        "train.augment.hflip=0",
+        "train.augment.scale=[1, 1]",
+        "train.augment.ratio=[1, 1]",
+        "train.lr=1e-5",
+    )
     _, one = run(config_file, *same, f"run={tmp_path / 'one'}")
     arguments = command(config_file, *same, "train.batch_size=2", f"run={tmp_path / 'two'}", ranks=2)
     subprocess.run(arguments, check=True, env=ENVIRONMENT)
@@ -131,7 +137,9 @@ def test_a_loss_that_is_not_finite_names_step_files_and_site(config_file, ptq):
     trainer = make_trainer(config_file, ptq)
     broken = trainer.model.layers[1].blocks[0].mlp.fc2
     broken._input_quantizer._amax.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"loss is nan at step 0; the range of layers\.1\.blocks\.0\.mlp\.fc2 is inf.*\.png"):
+    with pytest.raises(
+        ValueError, match=r"loss is nan at step 0; the range of layers\.1\.blocks\.0\.mlp\.fc2 is inf.*\.png"
+    ):
         trainer.run()
 
 

@@ -1,14 +1,13 @@
 """TensorRT-RTX takes every graph that is exported, on a CPU."""
 
-
 import pytest
 
+from calib.images import Preprocessing
 from qat.checkpoint import Description
 from qat.export import export_onnx, save_onnx
 from qat.ptq import calibrate
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
-from calib.images import Preprocessing
 from tests.conftest import SMALL, V1, V2, small_swin
 from trt.build import build_engine
 
