@@ -200,8 +200,11 @@ def build_float_model(config: Config) -> tuple[Any, Preprocessing]:
         raise ValueError(f"data.preprocessing: {error}; its keys are {', '.join(own)}") from error
 
 
-def claim_run(config: Config, stage: str) -> Path:
+def claim_run(config: Config, stage: str, products: tuple[str, ...]) -> Path:
     """Makes the run's folder and leaves the settings there as <stage>.yaml, so that no other job overwrites its files.
+
+    Args:
+        products: the files that the stage writes; a job that has left none of them may be run again with other settings.
 
     Raises:
         ValueError: the folder holds this stage of a job with other settings; the first that differs is named.
@@ -210,7 +213,7 @@ def claim_run(config: Config, stage: str) -> Path:
     everything = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
     settings = {key: value for key, value in everything.items() if key not in ("run", "resume", "device")}
     file = folder / f"{stage}.yaml"
-    if file.is_file():
+    if file.is_file() and any((folder / product).exists() for product in products):
         _compare(yaml.safe_load(file.read_text()), settings, file)
     else:
         write_atomic(file, yaml.safe_dump(settings, sort_keys=False).encode())

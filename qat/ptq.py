@@ -115,7 +115,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
             f"{folder.root}: {len(folder.classes)} class folders, but the model has {model.num_classes} classes"
         )
     twin = quantize(model, recipe).to(ranks.device)
-    run = claim_run(config, "calibrate")
+    run = claim_run(config, "calibrate", ("ptq.safetensors",))
     skipped: list[Path] | None = [] if config.data.skip_unreadable else None
     mine = samples[ranks.rank :: ranks.world]
     batches = image_batches(mine, preprocessing, config.calibration.batch_size, config.data.workers, skipped)

@@ -55,7 +55,7 @@ class Trainer:
         self.validation = scan_image_folder(Path(config.data.root) / "val", self.folder.classes)
         model, self.description = starting_model(config, self.folder)
         self.stage = self.description.stage
-        self.run_folder = claim_run(config, "train")
+        self.run_folder = claim_run(config, "train", ("last.pt", f"{self.stage}.safetensors"))
         self.model = model.to(ranks.device).train()
         if self.options.learn_ranges:
             for quantizer in quantizers(self.model):
@@ -92,13 +92,14 @@ class Trainer:
     def run(self) -> Path:
         """Trains to the end, from the beginning or from `last.pt`, and returns the finished checkpoint's path."""
         self.resume()
+        metrics: dict[str, float] = {}
         with self._logs() as log:
             while self.step < self.total_steps:
                 self.train_epoch(log)
-                log({"step": self.step, "epoch": self.step // self.steps_per_epoch, **self.validate()})
+                metrics = self.validate()
+                log({"step": self.step, "epoch": self.step // self.steps_per_epoch, **metrics})
                 self.save()
-            metrics = self.validate()
-        return self.finish(metrics)
+        return self.finish(metrics or self.validate())  # a run that is already done has nothing to train
 
     def train_epoch(self, log: Log) -> None:
         """The rest of the epoch that `step` lies in."""

@@ -74,9 +74,11 @@ def test_every_config_that_comes_with_qswin_loads(file):
 
 
 def test_a_run_folder_belongs_to_one_job(config_file):
-    config = load_config(config_file, [])
-    folder = claim_run(config, "train")
-    assert claim_run(config, "train") == folder  # the same job may come back
-    claim_run(load_config(config_file, ["train.lr=1"]), "calibrate")  # another stage has its own settings
+    config, other = load_config(config_file, []), load_config(config_file, ["train.lr=1"])
+    claim_run(other, "train", ("last.pt",))
+    folder = claim_run(config, "train", ("last.pt",))  # the other job left nothing
+    (folder / "last.pt").touch()
+    assert claim_run(config, "train", ("last.pt",)) == folder  # the same job may come back
+    claim_run(other, "calibrate", ("ptq.safetensors",))  # another stage has its own settings
     with pytest.raises(ValueError, match=r"used by another job.*train\.lr=0\.001, not 1\.0.*choose another run"):
-        claim_run(load_config(config_file, ["train.lr=1"]), "train")
+        claim_run(other, "train", ("last.pt",))
