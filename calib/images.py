@@ -85,9 +85,14 @@ def scan_image_folder(root: str | Path, classes: Sequence[str] | None = None) ->
     return ImageFolder(root, found, samples)
 
 
+def check_class_count(root: Path, folders: int, classes: int) -> None:
+    """Raises ValueError unless there are as many class folders as the model has classes."""
+    if folders != classes:
+        raise ValueError(f"{root}: {folders} class folders, but the model has {classes} classes")
+
+
 def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    if len(found) != len(expected):
-        raise ValueError(f"{root}: {len(found)} class folders, but the model has {len(expected)} classes")
+    check_class_count(root, len(found), len(expected))
     for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
         if ours != theirs:
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.files import sha256
-from calib.images import ImageFolder, image_batches, scan_image_folder
+from calib.images import ImageFolder, check_class_count, image_batches, scan_image_folder
 from qat.checkpoint import Description, save_checkpoint
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.distributed import Ranks, process_group
@@ -110,10 +110,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     folder = scan_image_folder(Path(config.data.root) / "train")
     samples = draw_samples(folder, config.calibration.images, config.seed)
     model, preprocessing = build_float_model(config)
-    if model.num_classes != len(folder.classes):
-        raise ValueError(
-            f"{folder.root}: {len(folder.classes)} class folders, but the model has {model.num_classes} classes"
-        )
+    check_class_count(folder.root, len(folder.classes), model.num_classes)
     twin = quantize(model, recipe).to(ranks.device)
     run = claim_run(config, "calibrate", ("ptq.safetensors",))
     skipped: list[Path] | None = [] if config.data.skip_unreadable else None

@@ -7,6 +7,7 @@ seed and the step (qat/data.py), and the next start goes on from there, to the s
 import argparse
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -31,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from calib.files import sha256, write_atomic
-from calib.images import ImageFolder, image_batches, scan_image_folder
+from calib.images import ImageFolder, check_class_count, image_batches, scan_image_folder
 from qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.data import TrainBatch, TrainImages, epoch_batches, load_batches, seed_everything, train_transform
@@ -257,8 +258,7 @@ class Trainer:
 
     def description_with(self, metrics: dict[str, float]) -> Description:
         """The sidecar of the finished checkpoint."""
-        values = {**vars(self.description), "metrics": {**metrics, "steps": self.total_steps}}
-        return Description(**values)
+        return dataclasses.replace(self.description, metrics={**metrics, "steps": self.total_steps})
 
     @contextlib.contextmanager
     def _logs(self) -> Iterator[Log]:
@@ -311,17 +311,14 @@ def starting_model(config: Config, folder: ImageFolder) -> tuple[nn.Module, Desc
         if description.classes is not None and description.classes != folder.classes:
             raise ValueError(f"{folder.root}: its classes are not those of {config.init}")
         stage = "qat" if description.recipe else "float"
-        values = {**vars(description), "stage": stage, "classes": folder.classes, "parent": sha256(config.init)}
-        return model, Description(**values)
+        parent = sha256(config.init)
+        return model, dataclasses.replace(description, stage=stage, classes=folder.classes, parent=parent)
     if recipe.rules:
         raise ValueError(
             "QAT starts from a calibrated checkpoint: run qswin calibrate first and give init=<run>/ptq.safetensors"
         )
     model, preprocessing = build_float_model(config)
-    if model.num_classes != len(folder.classes):
-        raise ValueError(
-            f"{folder.root}: {len(folder.classes)} class folders, but the model has {model.num_classes} classes"
-        )
+    check_class_count(folder.root, len(folder.classes), model.num_classes)
     return model, Description(model_arguments(config), "float", preprocessing, folder.classes)
 
 
