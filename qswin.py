@@ -17,7 +17,7 @@ COMMANDS = {
     "train": ("qat.train", "fine-tune a quantized (QAT) or a float model; several processes: torchrun qat/train.py"),
     "export": ("qat.export", "write a checkpoint as ONNX: INT8 with Q/DQ nodes, FP32 or FP16"),
     "evaluate": ("qat.evaluate", "Acc@1 and Acc@5 of a checkpoint or an ONNX file over a folder of images"),
-    "inspect": ("qat.inspect", "list every quantizer of a checkpoint: site, bits, range, state"),
+    "inspect": ("qat.listing", "list every quantizer of a checkpoint: site, bits, range, state"),
     "build": ("trt.build", "build a TensorRT-RTX engine from an ONNX file, ahead of time"),
 }
 

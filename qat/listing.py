@@ -21,4 +21,4 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     from qswin import run
 
-    run(add_arguments, main, "qat.inspect")
+    run(add_arguments, main, "qat.listing")
