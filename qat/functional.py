@@ -28,7 +28,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            return grad * saved, None, None, None
+            return torch.where(saved, grad, 0.0), None, None, None  # grad * saved would convert the mask: half as fast
         rounded = saved.round()
         clipped = rounded.clamp(*ctx.limits)
         inside = rounded == clipped

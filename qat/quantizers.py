@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from calib.calibrators import BINS, Histogram, check_calibrator, find_range
 from qat.functional import fake_quantize, quantize_dequantize, scale_gradient
 
+CPU_CHUNK = 1 << 18  # values counted at a time on a CPU: the temporaries stay in its cache
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
@@ -106,15 +108,21 @@ class TensorQuantizer(nn.Module):
         if self.histogram is None or self.spec.amax is not None:
             return
         flat = x.detach().flatten()
-        low, high = flat.aminmax()
+        size = min(flat.numel(), CPU_CHUNK) if x.is_cpu else flat.numel()
+        magnitudes = torch.empty(size, device=x.device)
+        bins = torch.empty(size, dtype=torch.int16, device=x.device)
+        for chunk in flat.split(size):
+            here = magnitudes[: len(chunk)].copy_(chunk).abs_()
+            self._reserve(here.max().item())
+            index = bins[: len(chunk)].copy_(here.mul_(1 / self.histogram.bin_width))
+            self.histogram.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
+
+    def _reserve(self, amax: float) -> None:
+        assert self.histogram is not None
         try:
-            self.histogram.reserve(max(-low.item(), high.item()))
+            self.histogram.reserve(amax)
         except ValueError as error:
             raise ValueError(f"{self.site}: {error}; look for an overflow or a broken weight before this site") from error
-        # On a CPU, temporaries that stay in the cache are three times as fast as ones as large as the tensor.
-        for chunk in flat.split(1 << 20 if x.is_cpu else flat.numel()):
-            index = chunk.float().abs().mul_(1 / self.histogram.bin_width).to(torch.int16)
-            self.histogram.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
 
     def observe(self) -> None:
         """Starts counting afresh."""
