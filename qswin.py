@@ -16,9 +16,12 @@ COMMANDS = {
     "calibrate": ("qat.ptq", "quantize a trained model and calibrate its ranges"),
     "train": ("qat.train", "fine-tune a quantized (QAT) or a float model; several processes: torchrun qat/train.py"),
     "export": ("qat.export", "write a checkpoint as ONNX: INT8 with Q/DQ nodes, FP32 or FP16"),
-    "evaluate": ("qat.evaluate", "Acc@1 and Acc@5 of a checkpoint or an ONNX file over a folder of images"),
-    "inspect": ("qat.listing", "list every quantizer of a checkpoint: site, bits, range, state"),
-    "build": ("trt.build", "build a TensorRT-RTX engine from an ONNX file, ahead of time"),
+    "build": ("trt.build", "build a TensorRT or TensorRT-RTX engine from an ONNX file"),
+    "calib-cache": ("trt.calib_cache", "make a calibration cache for implicit INT8, by TensorRT or offline"),
+    "evaluate": ("qat.evaluate", "Acc@1 and Acc@5 of a checkpoint, an ONNX file or an engine over a folder of images"),
+    "bench": ("qat.bench", "time engines, ONNX files and checkpoints side by side"),
+    "compare": ("trt.compare", "errors of an engine or ONNX file against an ONNX file, by output or layer"),
+    "inspect": ("qat.listing", "list a checkpoint's quantizers, or the layers of an engine or ONNX file"),
 }
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -56,7 +59,7 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print("usage: qswin COMMAND [--help] ...\n")
-        print("\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()))
+        print("\n".join(f"  {name:<11} {summary}" for name, (_, summary) in COMMANDS.items()))
         return
     if command not in COMMANDS:
         print(f"qswin: error: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)

@@ -12,12 +12,12 @@ import torch
 
 from benchmarks.results import commit, device_name, write_rows
 from calib.calibrators import CALIBRATORS
-from calib.images import image_batches, scan_image_folder
+from calib.images import draw_samples, image_batches, scan_image_folder
 from qat.checkpoint import Description, load_checkpoint
 from qat.config import build_float_model, load_config, model_arguments
 from qat.evaluate import TorchPredictor
 from qat.export import export_onnx, save_onnx
-from qat.ptq import calibrate, draw_samples, set_ranges
+from qat.ptq import calibrate, set_ranges
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
 from trt.evaluate import evaluate

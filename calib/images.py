@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,6 +99,13 @@ def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]
             raise ValueError(
                 f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; the order is by folder name"
             )
+
+
+def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[tuple[Path, int]]:
+    """`images` of a folder's samples, drawn without replacement; the same for the same seed. Raises ValueError for 0."""
+    if images < 1:
+        raise ValueError("0 images to calibrate on; calibration needs at least 1, and 256 to 1024 do well")
+    return random.Random(seed).sample(folder.samples, min(images, len(folder.samples)))
 
 
 def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The command `qswin evaluate`: a checkpoint with torch, or an ONNX file without importing it."""
+"""The command `qswin evaluate`: a checkpoint with torch, or an ONNX file or engine without importing it."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.model.suffix == ".onnx":
+    if args.model.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         engines.main(args)
         return
     from qat.checkpoint import load_model

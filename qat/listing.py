@@ -1,21 +1,27 @@
-"""The command `qswin inspect`: every quantizer of a checkpoint in one table."""
+"""The command `qswin inspect`: every quantizer of a checkpoint in one table, or the layers of an engine or ONNX file."""
 
 import argparse
-from pathlib import Path
 
-from qat.checkpoint import load_checkpoint
-from qat.quantizers import table
+from calib.files import write_json
+from trt import listing as engines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Lists every quantizer of a checkpoint: site, bits, range, state."
-    parser.epilog = "example:\n  qswin inspect --checkpoint runs/x/ptq.safetensors"
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    engines.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    model, _ = load_checkpoint(args.checkpoint)
+    if args.model.suffix != ".safetensors":
+        engines.main(args)
+        return
+    from qat.checkpoint import load_checkpoint
+    from qat.quantizers import quantizers, table
+
+    model, _ = load_checkpoint(args.model)
     print(table(model))
+    if args.json:
+        rows = [{"site": q.site, "bits": q.spec.bits, "amax": q.amax.flatten().tolist()} for q in quantizers(model)]
+        write_json(args.json, {"model": str(args.model), "quantizers": rows})
 
 
 if __name__ == "__main__":

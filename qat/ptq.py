@@ -1,7 +1,6 @@
 """Post-training quantization: ranges from a pass over some images. The command `qswin calibrate`."""
 
 import argparse
-import random
 import sys
 import time
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.files import sha256
-from calib.images import ImageFolder, check_class_count, image_batches, scan_image_folder
+from calib.images import check_class_count, draw_samples, image_batches, scan_image_folder
 from qat.checkpoint import Description, save_checkpoint
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.distributed import Ranks, process_group
@@ -93,13 +92,6 @@ def merge_ranks(observers: list[TensorQuantizer]) -> None:
     dist.all_reduce(counts)
     for histogram, total in zip(histograms, counts.cpu().numpy(), strict=True):
         histogram.counts = total
-
-
-def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[tuple[Path, int]]:
-    """`images` of a folder's samples, drawn without replacement; the same for the same seed. Raises ValueError for 0."""
-    if images < 1:
-        raise ValueError("calibration.images is 0; calibration needs at least 1 image, and 256 to 1024 do well")
-    return random.Random(seed).sample(folder.samples, min(images, len(folder.samples)))
 
 
 def run_calibration(config: Config, ranks: Ranks) -> Path:

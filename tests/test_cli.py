@@ -52,7 +52,7 @@ def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
     assert invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx") == 0
     for model in ("ptq.safetensors", "int8.onnx"):
         assert invoke("evaluate", "--model", run / model, "--data", data / "val", "--json", run / "r.json") == 0
-    assert invoke("inspect", "--checkpoint", run / "ptq.safetensors") == 0
+    assert invoke("inspect", "--model", run / "ptq.safetensors") == 0
     assert "layers.1.downsample.reduction.weight" in capsys.readouterr().out
 
 

@@ -1,96 +1,364 @@
-"""Engines built ahead of time with TensorRT-RTX, which needs no GPU for it. The command `qswin build`.
+"""Engines from exported ONNX files: TensorRT on a GPU, TensorRT-RTX ahead of time without one. The command `qswin build`.
 
 An engine is code: load only engines you built yourself.
 """
 
 import argparse
+import dataclasses
 import time
+from collections.abc import Collection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import onnx
 from absl import logging
 
+from calib.cache import ALGORITHMS, parse_cache, read_cache
 from calib.files import sha256, write_atomic, write_json
-from trt.onnx_runtime import OnnxRuntimePredictor
+from calib.trt_calibrator import make_calibrator
+from trt.engine import SUFFIXES
+from trt.gpu import find_gpu
+from trt.onnx_files import opset, parse_metadata, properties, read_onnx
+from trt.precision import (
+    PRESETS,
+    is_half,
+    is_quantized,
+    not_honoured,
+    resolve_overrides,
+    set_layer_precisions,
+    write_half_precision,
+)
+from trt.version import TARGETS, Backend, find_backend
+
+PRECISIONS = ("fp32", "tf32", "fp16", "int8", "best")
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def import_tensorrt_rtx() -> ModuleType:
-    """TensorRT-RTX's Python bindings. Raises ValueError, with the command that installs them, where they are missing."""
-    try:
-        import tensorrt_rtx_bindings
-    except ImportError as error:
-        raise ValueError(
-            "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
-        ) from error
-    return tensorrt_rtx_bindings
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """How to build.
+
+    Attributes:
+        precision: fp32, tf32, fp16, int8 (the rest in FP16), or best: all that the builder may choose from.
+        target: tensorrt or tensorrt-rtx.
+        profile: smallest, usual and largest batch, for a graph whose batch is free.
+        overrides: see trt.precision.resolve_overrides.
+        calib_cache: a calibration cache, for INT8 of a graph without Q/DQ (TensorRT before 11).
+        capability: TensorRT-RTX's compute capability to build for, "8.9"; TensorRT builds for the GPU that is here.
+        timing_cache: a file of measured tactics, read and added to.
+        workspace: bytes of GPU memory that tactics may use; None for all of it.
+        level: builder optimization level, 0 to 5; None for TensorRT's default.
+        fold: fold constants first (Polygraphy, ONNX-GraphSurgeon).
+    """
+
+    precision: str = "best"
+    target: str = "tensorrt"
+    profile: tuple[int, int, int] = (1, 8, 64)
+    overrides: tuple[str, ...] = ()
+    calib_cache: Path | None = None
+    capability: str = "8.9"
+    timing_cache: Path | None = None
+    workspace: int | None = None
+    level: int | None = None
+    fold: bool = False
 
 
-def build_engine(onnx: Path, capability: str = "SM89", shapes: tuple[int, int, int] = (1, 8, 64)) -> bytes:
-    """Builds an engine for a GPU that need not be there; precisions are those written in the ONNX graph.
+def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, Any]]:
+    """Builds an engine.
 
-    Args:
-        capability: a name of TensorRT-RTX's ComputeCapability, SM75 to SM121.
-        shapes: smallest, usual and largest batch, for a graph whose batch is free.
+    Returns:
+        The serialized engine, and its sidecar but for the engine's own checksum.
 
     Raises:
-        ValueError: TensorRT-RTX is not installed, does not know the capability, or cannot take the graph.
+        FileNotFoundError: a file is missing.
+        ValueError: the installed TensorRT has not what is asked for (the alternative is named), or cannot take the graph.
     """
-    trt = import_tensorrt_rtx()
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx.read_bytes()):
-        raise ValueError(f"{onnx}: TensorRT-RTX cannot parse it: {parser.get_error(0).desc()}")
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(_capability(trt, capability), 0)
-    _add_profile(builder, network, config, shapes)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise ValueError(f"{onnx}: TensorRT-RTX {trt.__version__} cannot build it for {capability}; its log is above")
-    return bytes(engine)
+    backend, model = find_backend(options.target), read_onnx(path)
+    check_possible(path, model, options, backend)
+    metadata = parse_metadata(path, properties(model))
+    if options.fold:
+        model = fold_constants(model)
+    overrides = resolve_overrides(model, options.overrides)
+    if not backend.can.weak_typing and options.precision not in ("fp32", "tf32"):
+        model = write_half_precision(model, overrides)
+    start = time.perf_counter()
+    warm = options.timing_cache is not None and options.timing_cache.is_file()
+    engine, profile = build_network(path, model, options, backend, overrides, _cached_calibrator(options))
+    gpu = find_gpu()
+    return engine, {
+        **metadata,
+        "onnx": path.name,
+        "onnx_sha256": sha256(path),
+        "target": backend.target,
+        "version": backend.version,
+        "gpu": None if gpu is None else gpu.name,
+        "capability": gpu.capability if gpu and backend.can.needs_gpu else options.capability,
+        "engine_precision": options.precision,
+        "overrides": list(options.overrides),
+        "not_honoured": _not_honoured(engine, overrides) if backend.can.weak_typing and overrides else {},
+        "calib_cache_sha256": None if options.calib_cache is None else sha256(options.calib_cache),
+        "profile": profile,
+        "seconds": round(time.perf_counter() - start, 1),
+        "warm_timing_cache": warm,
+    }
 
 
-def _capability(trt: ModuleType, name: str) -> Any:
-    known = {key: value for key, value in trt.ComputeCapability.__members__.items() if key.startswith("SM")}
-    if name not in known:
-        raise ValueError(f"compute capability {name!r}: TensorRT-RTX {trt.__version__} builds for {', '.join(known)}")
-    return known[name]
+def check_possible(
+    path: Path, model: onnx.ModelProto, options: BuildOptions, backend: Backend, calibrated: bool = False
+) -> None:
+    """Raises ValueError when the backend, the graph and the precision do not go together; says what would.
+
+    Args:
+        calibrated: ranges come from a calibrator.
+    """
+    precision, quantized = options.precision, is_quantized(model)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not known; choose {', '.join(PRECISIONS)}")
+    if opset(model) > backend.can.newest_opset:
+        raise ValueError(
+            f"{path}: opset {opset(model)}, but {backend} takes {backend.can.newest_opset} at most;"
+            f" qswin export --opset {backend.can.newest_opset}"
+        )
+    if backend.can.needs_gpu and find_gpu() is None:
+        raise ValueError(f"{backend} builds on a GPU, and there is none here; --target tensorrt-rtx builds without one")
+    if quantized and precision in ("fp32", "tf32", "fp16"):
+        raise ValueError(
+            f"{path}: has Q/DQ nodes, which are INT8; build it as int8 or best, or export with --precision fp32"
+        )
+    if is_half(model) and precision in ("fp32", "tf32"):
+        raise ValueError(f"{path}: its weights are FP16; export with --precision fp32")
+    if options.calib_cache is not None:
+        _check_calibrated(path, options, backend, quantized)
+    elif precision == "int8" and not quantized and not calibrated:
+        raise ValueError(f"{path}: has no Q/DQ nodes; export with --precision int8, or give a --calib-cache")
 
 
-def _add_profile(builder: Any, network: Any, config: Any, shapes: tuple[int, int, int]) -> None:
+def _check_calibrated(path: Path, options: BuildOptions, backend: Backend, quantized: bool) -> None:
+    if not backend.can.implicit_int8:
+        raise ValueError(f"{backend} has no implicit INT8, so no use for a calibration cache; build a Q/DQ graph instead")
+    if quantized or options.precision not in ("int8", "best"):
+        raise ValueError(f"{path}: a calibration cache is for --precision int8 or best of a graph without Q/DQ nodes")
+    assert options.calib_cache is not None
+    read_cache(options.calib_cache, backend.version, sha256(path))
+
+
+def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with constant subgraphs computed ahead of time. Raises ValueError where ONNX-GraphSurgeon is missing."""
+    try:
+        import onnx_graphsurgeon  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--fold needs ONNX-GraphSurgeon: pip install onnx-graphsurgeon") from error
+    from polygraphy.backend.onnx import fold_constants as fold
+
+    return fold(model)
+
+
+def _cached_calibrator(options: BuildOptions) -> Any | None:
+    """A calibrator that gives TensorRT what is in the cache."""
+    if options.calib_cache is None:
+        return None
+    _, algorithm, _ = parse_cache(options.calib_cache.read_bytes(), str(options.calib_cache))
+    return make_calibrator(
+        next(key for key, name in ALGORITHMS.items() if name == algorithm), cache=str(options.calib_cache)
+    )
+
+
+def build_network(
+    path: Path,
+    model: onnx.ModelProto,
+    options: BuildOptions,
+    backend: Backend,
+    overrides: dict[str, str],
+    calibrator: Any | None = None,
+    outputs: Collection[str] = (),
+) -> tuple[bytes, tuple[int, int, int]]:
+    """Builds what `check_possible` has let through.
+
+    Args:
+        outputs: tensors to give out besides the logits.
+
+    Returns:
+        The serialized engine, and the batches it takes: smallest, usual, largest.
+
+    Raises:
+        ValueError: TensorRT cannot parse or build the graph.
+    """
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_bytes
+    from polygraphy.exception import PolygraphyException
+
+    try:
+        builder, network, parser = network_from_onnx_bytes(
+            model.SerializeToString(), strongly_typed=backend.target == "tensorrt" and not backend.can.weak_typing
+        )
+        fixed = network.get_input(0).shape[0]
+        profile = options.profile if fixed == -1 else (fixed, fixed, fixed)
+        if backend.can.weak_typing:
+            set_layer_precisions(network, overrides)
+        mark_outputs(network, outputs)
+        config = _config(network, profile, options, backend, calibrator)
+        engine = engine_bytes_from_network((builder, network, parser), config, save_timing_cache=_timing_cache(options))
+    except PolygraphyException as error:
+        raise ValueError(f"{path}: {backend} cannot build it ({error}); its log is above") from error
+    return bytes(engine), profile
+
+
+def mark_outputs(network: Any, names: Collection[str]) -> None:
+    """Makes tensors of a TensorRT network outputs, those of the names that it has."""
+    marked = {network.get_output(index).name for index in range(network.num_outputs)}
+    for layer in network:
+        for index in range(layer.num_outputs):
+            tensor = layer.get_output(index)
+            if tensor.name in names and tensor.name not in marked:
+                network.mark_output(tensor)
+
+
+def _timing_cache(options: BuildOptions) -> str | None:
+    return None if options.timing_cache is None else str(options.timing_cache)
+
+
+def _config(
+    network: Any, profile: tuple[int, int, int], options: BuildOptions, backend: Backend, calibrator: Any | None
+) -> Any:
+    """Polygraphy's loader of the builder configuration."""
+    from polygraphy.backend import trt as loaders
+
     image = network.get_input(0)
-    if image.shape[0] != -1:
-        return
-    profile = builder.create_optimization_profile()
-    profile.set_shape(image.name, *((batch, *image.shape[1:]) for batch in shapes))
-    config.add_optimization_profile(profile)
+    shapes = ((batch, *tuple(image.shape)[1:]) for batch in profile)
+    common: dict[str, Any] = {
+        "profiles": [loaders.Profile().add(image.name, *shapes)],
+        "profiling_verbosity": _tensorrt().ProfilingVerbosity.DETAILED,  # so that qswin inspect sees types and fusions
+        "builder_optimization_level": options.level,
+        "load_timing_cache": _timing_cache(options),
+        "memory_pool_limits": None
+        if options.workspace is None
+        else {_tensorrt().MemoryPoolType.WORKSPACE: options.workspace},
+    }
+    if backend.target == "tensorrt-rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        return CreateConfigRTX(compute_capabilities=[_capability(options.capability, backend)], **common)
+    # cuBLAS and cuDNN have been off by default since TensorRT 10: an engine that uses neither needs neither installed.
+    sources = [getattr(_tensorrt().TacticSource, name) for name in ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")]
+    precision, weak = options.precision, backend.can.weak_typing
+    return loaders.CreateConfig(
+        tf32=precision in ("tf32", "best"),
+        fp16=weak and precision in ("fp16", "int8", "best"),
+        int8=weak and (precision == "int8" or (precision == "best" and (calibrator is not None or _has_scales(network)))),
+        calibrator=calibrator,
+        precision_constraints="prefer" if weak and options.overrides else None,
+        tactic_sources=sources,
+        **common,
+    )
+
+
+def _has_scales(network: Any) -> bool:
+    return any(layer.type == _tensorrt().LayerType.QUANTIZE for layer in network)
+
+
+def _tensorrt() -> Any:
+    """The module that Polygraphy uses, tensorrt or tensorrt_rtx."""
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    return lazy_import_trt()
+
+
+def _capability(text: str, backend: Backend) -> tuple[int, int]:
+    """(8, 9) of "8.9". Raises ValueError, with those that there are, for one that TensorRT-RTX does not build for."""
+    names = [name for name in _tensorrt().ComputeCapability.__members__ if name.startswith("SM")]
+    known = [f"{name[2:-1]}.{name[-1]}" for name in names]
+    if text not in known:
+        raise ValueError(f"compute capability {text}: {backend} builds for {', '.join(known)}; --target tensorrt for others")
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def _not_honoured(engine: bytes, overrides: dict[str, str]) -> dict[str, str]:
+    from polygraphy.backend.trt import engine_from_bytes
+
+    from trt.layers import engine_layers
+
+    return not_honoured(engine_layers(engine_from_bytes(engine)), overrides)
+
+
+def save_engine(path: Path, engine: bytes, sidecar: dict[str, Any]) -> None:
+    """Writes an engine and its sidecar, each atomically; the sidecar, with the engine's checksum, last."""
+    write_atomic(path, engine)
+    write_json(path.with_suffix(".json"), {**sidecar, "sha256": sha256(path)})
+
+
+def parse_profile(text: str) -> tuple[int, int, int]:
+    """(1, 16, 64) of "1,16,64"; one number stands for all three. Raises ValueError for anything else."""
+    try:
+        batches = [int(batch) for batch in text.split(",")]
+    except ValueError:
+        batches = []
+    low, usual, high = batches * 3 if len(batches) == 1 else batches if len(batches) == 3 else (0, 0, 0)
+    if not 0 < low <= usual <= high:
+        raise ValueError(f"--shapes {text}: give the smallest, usual and largest batch in order, for instance 1,16,64")
+    return low, usual, high
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "4GiB", "512MiB" or a plain number. Raises ValueError for anything else."""
+    number = text.rstrip("KMGiB")
+    unit = text[len(number) :]
+    if not number.isdigit() or unit not in UNITS:
+        raise ValueError(f"{text!r} is no size; write 4GiB, 512MiB or a number of bytes")
+    return int(number) * UNITS[unit]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Builds a TensorRT-RTX engine from an exported ONNX file, without a GPU."
-    parser.epilog = "example:\n  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --capability SM89"
+    parser.description = "Builds a TensorRT engine from an exported ONNX file, or, without a GPU, a TensorRT-RTX one."
+    parser.epilog = (
+        "example:\n  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --precision int8 --shapes 1,16,64\n"
+        "  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --target tensorrt-rtx --capability 8.9"
+    )
     parser.add_argument("--onnx", required=True, type=Path)
     parser.add_argument("--engine", required=True, type=Path, help="the file to write; its sidecar goes beside it")
-    parser.add_argument("--capability", default="SM89", help="of the GPU it is for: SM75 ... SM121")
-    parser.add_argument("--shapes", default="1,8,64", help="smallest, usual and largest batch")
+    parser.add_argument("--precision", default="best", help=", ".join(PRECISIONS))
+    parser.add_argument("--target", choices=TARGETS, default="tensorrt")
+    parser.add_argument("--capability", default="8.9", help="compute capability that TensorRT-RTX builds for")
+    parser.add_argument("--calib-cache", type=Path, help="implicit INT8 from this cache (qswin calib-cache)")
+    parser.add_argument("--shapes", default="1,8,64", help="smallest, usual and largest batch, or one number")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="PATTERN=PRECISION",
+        help=f"operator type or regular expression on node names, fp32|fp16|int8; or a preset: {', '.join(PRESETS)}",
+    )
+    parser.add_argument("--timing-cache", type=Path, help="default: timing.cache beside the engine")
+    parser.add_argument("--workspace", help="GPU memory for tactics, e.g. 4GiB; default: all of it")
+    parser.add_argument("--level", type=int, choices=range(6), help="builder optimization level")
+    parser.add_argument("--fold", action="store_true", help="fold constants first")
+    parser.add_argument("--json", type=Path, help="write the sidecar here too")
 
 
 def main(args: argparse.Namespace) -> None:
-    try:
-        low, usual, high = (int(batch) for batch in args.shapes.split(","))
-    except ValueError as error:
-        raise ValueError(f"--shapes {args.shapes}: give three batch sizes, for instance 1,8,64") from error
-    metadata = OnnxRuntimePredictor(args.onnx).metadata
-    start = time.perf_counter()
-    engine = build_engine(args.onnx, args.capability, (low, usual, high))
-    write_atomic(args.engine, engine)
-    sidecar = {"onnx_sha256": sha256(args.onnx), "tensorrt_rtx": import_tensorrt_rtx().__version__}
-    write_json(args.engine.with_suffix(".json"), {**metadata, **sidecar, "capability": args.capability})
-    seconds = time.perf_counter() - start
-    logging.info("%s: %.1f MB in %.1f s", args.engine, len(engine) / 1e6, seconds)
+    if args.engine.suffix not in SUFFIXES:
+        raise ValueError(f"--engine {args.engine}: end it in {' or '.join(SUFFIXES)}, by which qswin knows an engine")
+    rtx = args.target == "tensorrt-rtx"
+    args.engine.parent.mkdir(parents=True, exist_ok=True)
+    options = BuildOptions(
+        precision=args.precision,
+        target=args.target,
+        profile=parse_profile(args.shapes),
+        overrides=tuple(args.override),
+        calib_cache=args.calib_cache,
+        capability=args.capability,
+        timing_cache=args.timing_cache or (None if rtx else args.engine.with_name("timing.cache")),
+        workspace=None if args.workspace is None else parse_bytes(args.workspace),
+        level=args.level,
+        fold=args.fold,
+    )
+    engine, sidecar = build_engine(args.onnx, options)
+    save_engine(args.engine, engine, sidecar)
+    if args.json:
+        write_json(args.json, sidecar)
+    for node, instead in sidecar["not_honoured"].items():
+        logging.warning("override not honoured: %s is %s", node, instead)
+    warm = ", timing cache warm" if sidecar["warm_timing_cache"] else ""
+    logging.info("%s: %.1f MB in %.1f s%s", args.engine, len(engine) / 1e6, sidecar["seconds"], warm)
 
 
 if __name__ == "__main__":

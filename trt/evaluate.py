@@ -86,10 +86,25 @@ def evaluate_folder(predictor: Predictor, args: argparse.Namespace) -> dict[str,
     return report
 
 
+def open_predictor(path: Path, threads: int = 0) -> Predictor:
+    """An ONNX file or an engine, ready to run. Raises ValueError for a file of another kind."""
+    if path.suffix == ".onnx":
+        from trt.onnx_runtime import OnnxRuntimePredictor
+
+        return OnnxRuntimePredictor(path, threads)
+    from trt.engine import SUFFIXES, EnginePredictor
+
+    if path.suffix in SUFFIXES:
+        return EnginePredictor(path)
+    raise ValueError(
+        f"{path}: not an .onnx file or an engine ({', '.join(SUFFIXES)}); checkpoints need torch: qswin evaluate"
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Acc@1 and Acc@5 over a folder of images, one folder a class."
     parser.epilog = "example:\n  qswin evaluate --model runs/x/int8.onnx --data DIR/val --json runs/x/int8.json"
-    parser.add_argument("--model", required=True, type=Path, help="a checkpoint (.safetensors) or an .onnx file")
+    parser.add_argument("--model", required=True, type=Path, help="a checkpoint (.safetensors), an .onnx file or an engine")
     parser.add_argument("--data", required=True, type=Path, help="folder of class folders, e.g. DIR/val")
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--images", type=int, default=0, help="evaluate about this many, evenly spread; 0: all")
@@ -100,11 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from trt.onnx_runtime import OnnxRuntimePredictor
-
-    if args.model.suffix != ".onnx":
-        raise ValueError(f"{args.model}: not an .onnx file; checkpoints are evaluated with qswin evaluate, where torch is")
-    evaluate_folder(OnnxRuntimePredictor(args.model, args.threads), args)
+    evaluate_folder(open_predictor(args.model, args.threads), args)
 
 
 if __name__ == "__main__":

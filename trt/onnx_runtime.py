@@ -1,14 +1,13 @@
 """ONNX files in ONNX Runtime, the engine that runs everywhere. No torch."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from calib.images import Preprocessing
+from trt.onnx_files import parse_metadata
 
 LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented)
 
@@ -36,7 +35,7 @@ class OnnxRuntimePredictor:
             raise ValueError(
                 f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again"
             ) from error
-        self.metadata = _read_metadata(Path(path), self._session.get_modelmeta().custom_metadata_map)
+        self.metadata = parse_metadata(path, self._session.get_modelmeta().custom_metadata_map)
         self.preprocessing = Preprocessing(**self.metadata["preprocessing"])
         self.classes: list[str] | None = self.metadata["classes"]
         batch = self._session.get_inputs()[0].shape[0]
@@ -46,11 +45,3 @@ class OnnxRuntimePredictor:
         missing = 0 if self.batch_size is None else self.batch_size - len(images)
         padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
         return self._session.run(["logits"], {"input": padded})[0][: len(images)]
-
-
-def _read_metadata(path: Path, properties: dict[str, str]) -> dict[str, Any]:
-    try:
-        metadata = json.loads(properties["qswin"])
-        return {**metadata, "preprocessing": metadata["preprocessing"], "classes": metadata["classes"]}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: has no qswin metadata; export it with qswin export") from error

@@ -1,0 +1,166 @@
+"""Where and how much two models differ: an engine or ONNX file against an ONNX file. The command `qswin compare`."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from calib.build_cache import activations, value_sources
+from calib.files import sha256, write_json
+from calib.images import Preprocessing, image_batches, scan_image_folder
+from trt.build import BuildOptions, build_network
+from trt.engine import SUFFIXES, read_sidecar
+from trt.evaluate import open_predictor
+from trt.onnx_files import parse_metadata, properties, read_onnx
+from trt.precision import resolve_overrides
+from trt.version import find_backend
+
+
+def output_errors(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Errors of logits against a reference's.
+
+    Args:
+        ours, reference: (N, classes).
+
+    Returns:
+        {"max_abs", "mean_abs", "median_abs"}; the same of |ours - reference| / |reference| as "_rel"; "top1_agreement" in
+        per cent; "nan", how many values of ours are NaN or infinite.
+    """
+    difference = np.abs(ours.astype(np.float64) - reference)
+    relative = difference / np.maximum(np.abs(reference), np.finfo(np.float32).tiny)
+    errors: dict[str, Any] = {}
+    for kind, values in (("abs", difference), ("rel", relative)):
+        errors |= {f"max_{kind}": values.max(), f"mean_{kind}": values.mean(), f"median_{kind}": np.median(values)}
+    agreement = 100 * (ours.argmax(axis=1) == reference.argmax(axis=1)).mean()
+    errors = {name: float(value) for name, value in errors.items()}
+    return {**errors, "top1_agreement": float(agreement), "nan": int((~np.isfinite(ours)).sum())}
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    """||ours - reference|| / ||reference||; infinite where ours is not finite."""
+    if not np.isfinite(ours).all():
+        return float("inf")
+    difference = float(np.linalg.norm(ours.astype(np.float64).ravel() - reference.ravel()))
+    return difference / max(float(np.linalg.norm(reference.astype(np.float64).ravel())), 1e-30)
+
+
+def layer_errors(model: Path, reference: Path, images: np.ndarray) -> list[tuple[str, float]]:
+    """(tensor, relative error) of every activation that both have, in the reference's order.
+
+    An engine is built again from the reference, which must be the file it was built from, with every activation as an
+    output: fusions across them are gone, so this finds wrong numbers, not those that fusing makes.
+
+    Raises:
+        ValueError: the engine was built from another ONNX file, or the two share no tensor.
+    """
+    graph = read_onnx(reference)
+    names = list(value_sources(graph))[1:]
+    if model.suffix in SUFFIXES:
+        values = _engine_activations(model, reference, graph, names, images)
+    else:
+        values = _graph_activations(read_onnx(model), graph, names, images)
+    names = [name for name in names if name in values]
+    if not names:
+        raise ValueError(f"{model} and {reference} have no tensor in common")
+    expected = activations(graph, names, images)
+    return [(name, relative_error(values[name], expected[name])) for name in names]
+
+
+def _graph_activations(
+    other: onnx.ModelProto, graph: onnx.ModelProto, names: list[str], images: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Of the tensors that both graphs have, by name, operator and shape.
+
+    The exporter numbers what it makes (`val_7`) and views (`view_7`) anew for each graph: they are left out.
+    """
+    makers, others = ({name: node.op_type for node in g.graph.node for name in node.output} for g in (graph, other))
+    own = {name for name, source in value_sources(other).items() if source == name}
+    same = [n for n in names if n in own and makers[n] == others[n] and not re.fullmatch(r"val_\d+", n)]
+    return activations(other, same, images)
+
+
+def _engine_activations(
+    model: Path, reference: Path, graph: onnx.ModelProto, names: list[str], images: np.ndarray
+) -> dict[str, np.ndarray]:
+    from polygraphy.backend.trt import TrtRunner, engine_from_bytes
+
+    sidecar = read_sidecar(model)
+    if sidecar["onnx_sha256"] != sha256(reference):
+        raise ValueError(
+            f"{model}: built from {sidecar['onnx']}, not from {reference}; --layers needs the file it was built from"
+        )
+    backend, batch = find_backend(sidecar["target"]), len(images)
+    options = BuildOptions(
+        precision=sidecar["engine_precision"],
+        target=sidecar["target"],
+        profile=(batch, batch, batch),
+        overrides=tuple(sidecar["overrides"]),
+        timing_cache=model.with_name("timing.cache"),
+    )
+    overrides = resolve_overrides(graph, options.overrides)
+    engine, _ = build_network(reference, graph, options, backend, overrides, outputs=names)
+    with TrtRunner(engine_from_bytes(engine)) as runner:
+        return {name: np.array(value) for name, value in runner.infer({"input": images}).items()}
+
+
+def first_parting(errors: list[tuple[str, float]], tolerance: float) -> str:
+    """A sentence on the first tensor whose error is above the tolerance."""
+    for name, error in errors:
+        if error > tolerance:
+            return f"they part at {name}: relative error {error:.4f}"
+    return f"no tensor's relative error is above {tolerance}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Errors of an engine or ONNX file against an ONNX file in ONNX Runtime, on the same images."
+    parser.epilog = (
+        "example:\n  qswin compare --model runs/x/fp16.engine --reference runs/x/fp32.onnx --data DIR/val --layers"
+    )
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--reference", required=True, type=Path, help="an .onnx file")
+    parser.add_argument("--data", type=Path, help="folder of class folders; without it, random images")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--layers", action="store_true", help="every activation too, and where they part first")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="relative error of a tensor that counts as parting")
+    parser.add_argument("--json", type=Path)
+
+
+def read_images(args: argparse.Namespace, metadata: dict[str, Any]) -> np.ndarray:
+    """(N, 3, H, W): images spread evenly over the folder, or standard normal noise, seed 0."""
+    preprocessing = Preprocessing(**metadata["preprocessing"])
+    if args.data is None:
+        shape = (args.images, 3, *preprocessing.size)
+        return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    samples = scan_image_folder(args.data).samples
+    spread = samples[:: max(1, len(samples) // args.images)][: args.images]
+    return np.concatenate([batch.images for batch in image_batches(spread, preprocessing, 16)])
+
+
+def main(args: argparse.Namespace) -> None:
+    reference = read_onnx(args.reference)
+    images = read_images(args, parse_metadata(args.reference, properties(reference)))
+    ours, theirs = (open_predictor(path) for path in (args.model, args.reference))
+    size = min(ours.batch_size or 16, theirs.batch_size or 16)
+    logits = [np.concatenate([p(images[i : i + size]) for i in range(0, len(images), size)]) for p in (ours, theirs)]
+    report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **output_errors(*logits)}
+    print(json.dumps(report, indent=1))
+    if args.layers:
+        errors = layer_errors(args.model, args.reference, images[:size])
+        report["layers"] = dict(errors)
+        report["parting"] = first_parting(errors, args.tolerance)
+        worst = sorted(errors, key=lambda item: -item[1])[:10]
+        print("\n".join(f"{error:10.5f}  {name}" for name, error in worst))
+        print(report["parting"])
+    if args.json:
+        write_json(args.json, {**report, "command": sys.argv})
+
+
+if __name__ == "__main__":
+    from qswin import run
+
+    run(add_arguments, main, "trt.compare")

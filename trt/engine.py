@@ -1,0 +1,130 @@
+"""A built engine: its sidecar, whether it fits this machine, and running it. No torch.
+
+An engine is code: load only engines you built yourself.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calib.files import sha256
+from calib.images import Preprocessing
+from trt.gpu import Gpu, find_gpu
+from trt.version import Backend, find_backend
+
+SUFFIXES = (".engine", ".plan")
+NO_RTX = ("9.0", "10.0", "10.3")  # compute capabilities of data-centre GPUs that TensorRT-RTX does not run on
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """What `qswin build` wrote beside an engine.
+
+    Raises:
+        FileNotFoundError: the engine or its sidecar is missing.
+        ValueError: the sidecar is malformed, or it is another file's.
+    """
+    sidecar = path.with_suffix(".json")
+    for file in (path, sidecar):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; an engine and its sidecar are built with qswin build")
+    try:
+        values = json.loads(sidecar.read_text())
+        checksum, _ = values["sha256"], (values["target"], values["version"], values["profile"])
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{sidecar}: not an engine's sidecar ({error}); build the engine again") from error
+    if sha256(path) != checksum:
+        raise ValueError(f"{path}: truncated or changed since its sidecar was written; build it again")
+    return values
+
+
+def check_fits(path: Path, sidecar: dict[str, Any], backend: Backend, gpu: Gpu | None) -> None:
+    """Raises ValueError when this TensorRT or this GPU cannot run the engine, before TensorRT's own error does."""
+    if backend.version != sidecar["version"]:
+        raise ValueError(f"{path}: built by {backend.target} {sidecar['version']}, here is {backend}; build it again here")
+    if gpu is None:
+        raise ValueError(f"{path}: running an engine needs an NVIDIA GPU and its driver; evaluate the .onnx file here")
+    if backend.target == "tensorrt-rtx" and gpu.capability in NO_RTX:
+        raise ValueError(
+            f"{path}: {backend} does not run on compute capability {gpu.capability}; build with --target tensorrt"
+        )
+    if gpu.capability != sidecar["capability"]:
+        raise ValueError(
+            f"{path}: built for compute capability {sidecar['capability']}, {gpu.name} has {gpu.capability}; build it again"
+        )
+
+
+class Engine:
+    """A deserialized engine with buffers on the GPU for one batch size at a time.
+
+    Attributes:
+        sidecar: what `qswin build` wrote: precision, preprocessing, classes, the ONNX file's checksum, ...
+        engine: TensorRT's ICudaEngine.
+        context: its IExecutionContext.
+        stream: the CUDA stream's address.
+
+    Raises:
+        FileNotFoundError: the engine or its sidecar is missing.
+        ValueError: it does not fit this machine.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.sidecar = read_sidecar(path)
+        check_fits(path, self.sidecar, find_backend(self.sidecar["target"]), find_gpu())
+        from polygraphy.backend.trt import engine_from_bytes
+        from polygraphy.cuda import DeviceArray, Stream
+
+        self.engine = engine_from_bytes(path.read_bytes())
+        self.context = self.engine.create_execution_context()
+        self._stream = Stream()
+        self.stream: int = self._stream.ptr
+        self._buffers = {name: DeviceArray() for name in ("input", "logits")}
+        self.smallest, _, self.largest = self.sidecar["profile"]
+        self._batch = 0
+
+    def bind(self, batch: int) -> None:
+        """Sets the batch size of what follows, and makes room for it. Raises ValueError outside the engine's profile."""
+        if not self.smallest <= batch <= self.largest:
+            raise ValueError(
+                f"batch {batch}: the engine takes {self.smallest} to {self.largest}; build it with other --shapes"
+            )
+        if batch == self._batch:
+            return
+        self.context.set_input_shape("input", (batch, *tuple(self.engine.get_tensor_shape("input"))[1:]))
+        for name, buffer in self._buffers.items():
+            buffer.resize(tuple(self.context.get_tensor_shape(name)))
+            self.context.set_tensor_address(name, buffer.ptr)
+        self._batch = batch
+
+    def enqueue(self) -> None:
+        """Puts one inference of the bound batch on the stream."""
+        self.context.execute_async_v3(self.stream)
+
+    def run_bound(self) -> None:
+        """One inference of the bound batch, to its end."""
+        self.enqueue()
+        self._stream.synchronize()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(N, 3, H, W) float32 -> (N, classes) float32; N up to `largest`, filled up to `smallest`."""
+        missing = max(0, self.smallest - len(images))
+        padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
+        self.bind(len(padded))
+        self._buffers["input"].copy_from(np.ascontiguousarray(padded), self._stream)
+        self.enqueue()
+        logits = np.empty(self._buffers["logits"].shape, dtype=np.float32)
+        self._buffers["logits"].copy_to(logits, self._stream)
+        self._stream.synchronize()
+        return logits[: len(images)]
+
+
+class EnginePredictor(Engine):
+    """An engine as trt.evaluate.Predictor."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.preprocessing = Preprocessing(**self.sidecar["preprocessing"])
+        self.classes: list[str] | None = self.sidecar["classes"]
+        self.batch_size: int | None = self.largest

@@ -1,0 +1,117 @@
+"""What an engine or an ONNX graph consists of: layers, their precisions and what was fused."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from typing import Any
+
+import onnx
+
+# As TensorRT's inspector writes formats, "Row major linear FP16 format" or "Half" or "Int8": the first that is found counts.
+TYPES = {
+    "fp32": ("FP32", "Float"),
+    "fp16": ("FP16", "Half"),
+    "bf16": ("BF16", "BFloat16"),
+    "int8": ("Int8", "INT8"),
+    "int32": ("Int32", "INT32"),
+    "int64": ("Int64", "INT64"),
+    "bool": ("Bool", "BOOL"),
+}
+FLOATING = ("fp32", "fp16", "bf16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of an engine, or a node of a graph.
+
+    `nodes` are the ONNX nodes fused into it, `inputs` and `outputs` the types of its tensors, `ms` its time when measured.
+    """
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ms: float | None = None
+
+    @property
+    def precisions(self) -> frozenset[str]:
+        """Types of its floating outputs."""
+        return frozenset(kind for kind in self.outputs if kind in FLOATING)
+
+
+def tensor_type(description: str) -> str:
+    """fp32, fp16, int8, ... from the inspector's description of a tensor's format; "unknown" if it names none."""
+    for kind, words in reversed(TYPES.items()):  # BF16 contains FP16's letters
+        if any(re.search(rf"\b{word}\b", description) for word in words):
+            return kind
+    return "unknown"
+
+
+def engine_layers(engine: Any) -> list[Layer]:
+    """The layers of a TensorRT engine that was built with detailed profiling verbosity, as `qswin build` does."""
+    import tensorrt as trt
+
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return parse_layers(text)
+
+
+def parse_layers(text: str) -> list[Layer]:
+    """Layers from the JSON of TensorRT's engine inspector."""
+    return [_parse_layer(layer) for layer in json.loads(text)["Layers"]]
+
+
+def _parse_layer(layer: dict[str, Any] | str) -> Layer:
+    if isinstance(layer, str):  # an engine without detailed verbosity lists names only
+        return Layer(layer, "", _nodes(layer), (), ())
+    described = layer.get("Metadata", "") or layer["Name"]
+    inputs, outputs = (
+        tuple(tensor_type(tensor.get("Format/Datatype", "")) for tensor in layer.get(key, ()))
+        for key in ("Inputs", "Outputs")
+    )
+    return Layer(layer["Name"], layer.get("LayerType", ""), _nodes(described), inputs, outputs)
+
+
+def _nodes(described: str) -> tuple[str, ...]:
+    """ONNX nodes in a fused layer's name ("a + b", "PWN(a, b)", "{ForeignNode[a...b]}") or metadata ("[ONNX Layer: a]")."""
+    tagged = re.findall(r"\[ONNX Layer: ([^\]]+)\]", described)
+    return tuple(tagged or re.findall(r"[\w./:-]*[A-Za-z_][\w./:]*", described.replace("...", " ")))
+
+
+def graph_layers(model: onnx.ModelProto) -> list[Layer]:
+    """The nodes of an ONNX graph with the types that shape inference gives their tensors."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {
+        info.name: info.type.tensor_type.elem_type for info in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
+    types |= {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    names = {
+        onnx.TensorProto.FLOAT: "fp32",
+        onnx.TensorProto.FLOAT16: "fp16",
+        onnx.TensorProto.INT8: "int8",
+        onnx.TensorProto.INT32: "int32",
+        onnx.TensorProto.INT64: "int64",
+        onnx.TensorProto.BOOL: "bool",
+    }
+
+    def kinds(tensors: Any) -> tuple[str, ...]:
+        return tuple(names.get(types.get(tensor, 0), "unknown") for tensor in tensors if tensor)
+
+    return [Layer(node.name, node.op_type, (node.name,), kinds(node.input), kinds(node.output)) for node in model.graph.node]
+
+
+def layer_table(layers: list[Layer]) -> str:
+    """One line a layer, the slowest first where times are known, and a summary of kinds and precisions."""
+    timed = [layer for layer in layers if layer.ms is not None]
+    shown = sorted(timed, key=lambda layer: -(layer.ms or 0)) if timed else layers
+    lines = [
+        f"{'' if layer.ms is None else f'{layer.ms:8.4f}  '}{'/'.join(sorted(layer.precisions)) or '-':<10} "
+        f"{layer.kind:<20} {layer.name}"
+        for layer in shown
+    ]
+    precisions = Counter("/".join(sorted(layer.precisions)) or "-" for layer in layers)
+    kinds = Counter(layer.kind for layer in layers)
+    total = f"; {sum(layer.ms or 0 for layer in timed):.3f} ms" if timed else ""
+    summary = ", ".join(f"{count} {name}" for name, count in precisions.most_common())
+    return "\n".join([*lines, "", f"{len(layers)} layers: {summary}{total}", str(dict(kinds.most_common(12)))])

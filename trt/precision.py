@@ -1,0 +1,147 @@
+"""Precision of single layers: patterns resolved on the ONNX graph, then set as layer precisions or written as Casts."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import onnx
+
+LAYER_PRECISIONS = ("fp32", "fp16", "int8")
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+# What FP16 breaks: variances overflow (the first system put POW and REDUCE back to FP32, which opset 17 has as one node),
+# and cosine attention's norms divide by small numbers. Of a preset's patterns, one at least must match.
+PRESETS = {
+    "swin-fp16": ("LayerNormalization=fp32", "Pow=fp32", "ReduceMean=fp32"),
+    "swinv2-fp16": ("LayerNormalization=fp32", "ReduceL2=fp32", "Clip=fp32", "Expand=fp32", "Div=fp32"),
+}
+
+
+def resolve_overrides(model: onnx.ModelProto, overrides: Sequence[str]) -> dict[str, str]:
+    """Which nodes the overrides name.
+
+    Args:
+        overrides: "PATTERN=fp32|fp16|int8" or the name of a preset. A pattern is an operator type, or else a regular
+            expression that is searched in node names. Later ones win.
+
+    Returns:
+        {node name: precision}.
+
+    Raises:
+        ValueError: an override is malformed, or matches nothing; near names are listed.
+    """
+    resolved: dict[str, str] = {}
+    for override in overrides:
+        patterns = PRESETS.get(override, (override,))
+        found: dict[str, str] = {}
+        for pattern, precision in map(_parse, patterns):
+            found |= dict.fromkeys(_matches(model, pattern), precision)
+        if not found:
+            raise ValueError(f"override {override!r} matches nothing; {_near(model, override.partition('=')[0])}")
+        resolved |= found
+    return resolved
+
+
+def _parse(override: str) -> tuple[str, str]:
+    pattern, _, precision = override.rpartition("=")
+    if not pattern or precision not in LAYER_PRECISIONS:
+        raise ValueError(
+            f"override {override!r}: give PATTERN={'|'.join(LAYER_PRECISIONS)}, or a preset: {', '.join(PRESETS)}"
+        )
+    return pattern, precision
+
+
+def _matches(model: onnx.ModelProto, pattern: str) -> list[str]:
+    nodes = model.graph.node
+    if any(node.op_type == pattern for node in nodes):
+        return [node.name for node in nodes if node.op_type == pattern]
+    try:
+        return [node.name for node in nodes if re.search(pattern, node.name)]
+    except re.error as error:
+        raise ValueError(f"override {pattern!r} is no regular expression: {error}") from error
+
+
+def _near(model: onnx.ModelProto, pattern: str) -> str:
+    kinds = {node.op_type.lower(): node.op_type for node in model.graph.node}
+    near = [kinds[kind] for kind in difflib.get_close_matches(pattern.lower(), kinds, n=3, cutoff=0.5)]
+    near += difflib.get_close_matches(pattern, [node.name for node in model.graph.node], n=3, cutoff=0.5)
+    return f"near names: {', '.join(near)}" if near else f"the operator types are {', '.join(sorted(kinds.values()))}"
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Whether the graph has Q/DQ nodes."""
+    return any(node.op_type in QDQ for node in model.graph.node)
+
+
+def is_half(model: onnx.ModelProto) -> bool:
+    """Whether the graph's weights are FP16."""
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+
+
+def write_half_precision(model: onnx.ModelProto, overrides: dict[str, str]) -> onnx.ModelProto:
+    """The graph in FP16 with Casts around what stays FP32: the overrides, and Q/DQ, whose scales FP16 would round.
+
+    For strongly typed builders, which take precision from the graph. Inputs and outputs stay FP32.
+
+    Raises:
+        ValueError: an override asks for INT8, which only Q/DQ can give here.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    for name, precision in overrides.items():
+        if precision == "int8":
+            raise ValueError(
+                f"override {name}=int8: a strongly typed graph is INT8 where Q/DQ stand; put the site in the recipe"
+            )
+    if is_half(model):
+        return model
+    kept = [name for name, precision in overrides.items() if precision == "fp32"]
+    blocked = [*DEFAULT_OP_BLOCK_LIST, *QDQ]
+    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked, node_block_list=kept)
+    _drop_repeated_casts(half.graph)
+    return half
+
+
+def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
+    """The converter casts a tensor once for each FP32 node that reads it, always under the same name."""
+    unique = {node.name: node for node in graph.node}
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(unique.values())
+
+
+def set_layer_precisions(network: Any, overrides: dict[str, str]) -> None:
+    """Sets the precision and output types of the layers that the overrides name, in a weakly typed TensorRT network.
+
+    The parser names a layer as its ONNX node. Output types are set too: a layer that computes in FP32 only to write an FP16
+    overflow would help nobody.
+    """
+    import tensorrt as trt
+
+    types = {"fp32": trt.float32, "fp16": trt.float16, "int8": trt.int8}
+    for layer in network:
+        precision = overrides.get(layer.name)
+        if precision is None or layer.get_output(0).dtype not in (trt.float32, trt.float16):
+            continue
+        layer.precision = types[precision]
+        for index in range(layer.num_outputs):
+            layer.set_output_type(index, types[precision])
+
+
+def not_honoured(layers: Iterable[Any], overrides: dict[str, str]) -> dict[str, str]:
+    """Which overrides a built engine did not keep, and what it did instead.
+
+    Args:
+        layers: the engine's, from `trt.layers.engine_layers`.
+
+    Returns:
+        {node name: what it is, or why it cannot be told}.
+    """
+    by_node = {node: layer for layer in layers for node in layer.nodes}
+    problems = {}
+    for node, wanted in overrides.items():
+        layer = by_node.get(node)
+        if layer is None:
+            problems[node] = "gone, or inside a region that the engine does not list"
+        elif wanted not in layer.precisions:
+            problems[node] = "/".join(sorted(layer.precisions)) or "unknown"
+    return problems
