@@ -119,9 +119,17 @@ def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
             pixels = _resize_and_crop(image.convert("RGB"), preprocessing)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
-    array: np.ndarray = np.asarray(pixels, dtype=np.float32) / np.float32(255)
-    array = (array - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+    return _normalize(np.asarray(pixels), preprocessing)
+
+
+def _normalize(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, H, W) float32: (pixel / 255 - mean) / std, looked up, for a byte has 256 values only."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    result = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+    for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
+        values = (levels - np.float32(mean)) / np.float32(std)
+        np.take(values, pixels[..., channel], out=result[channel], mode="clip")
+    return result
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:

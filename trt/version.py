@@ -73,5 +73,5 @@ def find_backend(target: str) -> Backend:
     if "polygraphy.backend.trt" in sys.modules and config.USE_TENSORRT_RTX != rtx:
         raise ValueError("one process cannot use both TensorRT and TensorRT-RTX; run the command again by itself")
     config.USE_TENSORRT_RTX = rtx
-    G_LOGGER.module_severity = G_LOGGER.ERROR
+    G_LOGGER.module_severity, G_LOGGER.colors = G_LOGGER.ERROR, False
     return Backend(target, module.__version__, capabilities(target, module.__version__))
