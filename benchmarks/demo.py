@@ -73,7 +73,7 @@ def main() -> None:
     try:
         import tensorrt_rtx_bindings  # noqa: F401
 
-        qswin("build", "--onnx", str(RUN / "int8.onnx"), "--engine", str(RUN / "int8.engine"))
+        qswin("build", "--onnx", str(RUN / "int8.onnx"), "--engine", str(RUN / "int8.engine"), "--target", "tensorrt-rtx")
         engine = f"{(RUN / 'int8.engine').stat().st_size / 1e6:.2f} MB, built for SM89; it runs on an RTX GPU"
     except ImportError:
         engine = "not built: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"

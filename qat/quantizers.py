@@ -107,14 +107,14 @@ class TensorQuantizer(nn.Module):
         """Counts |x| into the histogram; the binning is `Histogram.add`'s, done on x's device."""
         if self.histogram is None or self.spec.amax is not None:
             return
-        flat = x.detach().flatten()
-        size = min(flat.numel(), CPU_CHUNK) if x.is_cpu else flat.numel()
-        magnitudes = torch.empty(size, device=x.device)
-        bins = torch.empty(size, dtype=torch.int16, device=x.device)
-        for chunk in flat.split(size):
-            here = magnitudes[: len(chunk)].copy_(chunk).abs_()
+        parts = x.detach().split(_rows(x))
+        magnitudes = torch.empty(parts[0].numel(), device=x.device)
+        bins = torch.empty(parts[0].numel(), dtype=torch.int16, device=x.device)
+        for part in parts:
+            here = magnitudes[: part.numel()]
+            here.view(part.shape).copy_(part).abs_()
             self._reserve(here.max().item())
-            index = bins[: len(chunk)].copy_(here.mul_(1 / self.histogram.bin_width))
+            index = bins[: part.numel()].copy_(here.mul_(1 / self.histogram.bin_width))
             self.histogram.counts += torch.bincount(index, minlength=BINS).cpu().numpy()
 
     def _reserve(self, amax: float) -> None:
@@ -187,6 +187,11 @@ class TensorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"{spec.bits} bits, {'per tensor' if spec.axis is None else f'axis {spec.axis}'}, {self.mode.value}"
+
+
+def _rows(x: Tensor) -> int:
+    """How much of a tensor's first dimension to count at a time: CPU_CHUNK values on a CPU, else all."""
+    return max(1, CPU_CHUNK * len(x) // x.numel()) if x.is_cpu else len(x)
 
 
 def quantizers(model: nn.Module) -> Iterator[TensorQuantizer]:

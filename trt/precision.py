@@ -98,15 +98,18 @@ def write_half_precision(model: onnx.ModelProto, overrides: dict[str, str]) -> o
     kept = [name for name, precision in overrides.items() if precision == "fp32"]
     blocked = [*DEFAULT_OP_BLOCK_LIST, *QDQ]
     half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked, node_block_list=kept)
-    _drop_repeated_casts(half.graph)
+    _tidy(half.graph)
     return half
 
 
-def _drop_repeated_casts(graph: onnx.GraphProto) -> None:
-    """The converter casts a tensor once for each FP32 node that reads it, always under the same name."""
+def _tidy(graph: onnx.GraphProto) -> None:
+    """The converter casts a tensor again for each FP32 node that reads it, under the same name, and puts Casts last."""
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
     unique = {node.name: node for node in graph.node}
     del graph.node[:], graph.value_info[:]
     graph.node.extend(unique.values())
+    OnnxModel.graph_topological_sort(graph)
 
 
 def set_layer_precisions(network: Any, overrides: dict[str, str]) -> None:

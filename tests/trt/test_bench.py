@@ -1,0 +1,57 @@
+"""Timing: medians of a clock we turn ourselves; the command over ONNX files and a checkpoint."""
+
+import itertools
+import json
+
+import pytest
+
+from qat import bench as command
+from qat.checkpoint import save_checkpoint
+from qswin import run
+from tests.conftest import small_swin
+from tests.trt.conftest import DESCRIPTION
+from trt.bench import measure, rates, speed_up
+
+
+def test_the_first_run_and_the_warm_up_do_not_count():
+    clock = itertools.chain([90.0, 50.0, 50.0], [1.0, 2.0, 9.0])
+    measured = measure(lambda: next(clock), warmup=2, repeats=3)
+    assert measured["first_ms"] == 90 and measured["ms"] == 2 and 2 < measured["p95_ms"] <= 9
+
+
+def test_rates_and_speed_ups():
+    row = rates({"ms": 4.0}, 8)
+    assert row["images_per_second"] == 2000
+    assert speed_up(row, {"ms": 6.0}) == "1.50" and speed_up(row, None) == "-"
+
+
+def test_side_by_side(graphs, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    checkpoint = tmp_path / "a.safetensors"
+    save_checkpoint(checkpoint, small_swin(), DESCRIPTION)
+    models = [str(checkpoint), str(graphs["fp32"]), str(graphs["int8-batch2"])]
+    more = ["--batch", "1,2", "--cpu-repeats", "2", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    with pytest.raises(SystemExit) as end:
+        run(command.add_arguments, command.main, argv=["qswin", "--model", *models, *more, "--device", "cpu"])
+    assert not end.value.code
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    kinds = [(row["backend"], row["precision"], row["batch"]) for row in rows]
+    assert kinds == [
+        ("torch", "fp32", 1),
+        ("torch", "fp32", 2),
+        ("onnxruntime", "fp32", 1),
+        ("onnxruntime", "fp32", 2),
+        ("onnxruntime", "int8", 2),
+    ]
+    assert all(row["ms"] > 0 for row in rows) and (tmp_path / "b.png").stat().st_size > 5000
+    assert "x torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["a.txt"], "a.txt: cannot be measured here; give .onnx"), (["a.onnx", "--batch", "x"], "--batch x: give batch sizes")],
+)
+def test_what_cannot_be_timed_says_so(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(command.add_arguments, command.main, argv=["qswin", "--model", *arguments])
+    assert end.value.code == 2 and message in capsys.readouterr().err
