@@ -63,6 +63,10 @@ class Run:
     def json(self, name: str) -> Any:
         return json.loads((self.args.onnx / name).read_text())
 
+    def measured(self, name: str) -> dict[str, float]:
+        """The figures of a report, without the paths of the machine."""
+        return {key: value for key, value in self.json(name).items() if isinstance(value, int | float)}
+
     def save(self) -> None:
         write_json(self.args.out, self.report)
 
@@ -101,12 +105,12 @@ class Run:
     def evaluate(self, name: str) -> None:
         command = self.evaluation(f"{name}.engine", "--json", self.file(f"{name}.eval.json"))
         if self.do(f"evaluate {name}", "evaluate", *command[3:]):
-            self.report["evaluations"][f"{name}.engine"] = self.json(f"{name}.eval.json")
+            self.report["evaluations"][f"{name}.engine"] = self.measured(f"{name}.eval.json")
         onnx = ENGINES[name][0]
         against = ["--reference", self.file(f"{onnx}.onnx"), "--data", str(self.args.data / "val"), "--images", "64"]
         report = ["--json", self.file(f"{name}.compare.json")]
         if self.do(f"compare {name}", "compare", "--model", self.file(f"{name}.engine"), *against, *report):
-            self.report.setdefault("errors", {})[name] = self.json(f"{name}.compare.json")
+            self.report.setdefault("errors", {})[name] = self.measured(f"{name}.compare.json")
 
     def bench(self, names: list[str]) -> None:
         models = [self.file(f"{name}.engine") for name in names]
@@ -162,7 +166,7 @@ def main() -> None:
         run.evaluate(name)
     for name in REFERENCES:
         if Path(run.file(f"{name}.ort.json")).is_file():
-            run.report["evaluations"][f"{name}.onnx"] = run.json(f"{name}.ort.json")
+            run.report["evaluations"][f"{name}.onnx"] = run.measured(f"{name}.ort.json")
     run.bench(built)
     if all(Path(run.file(f"{name}.cache")).is_file() for name in ("offline", "tensorrt")):
         run.compare_caches()

@@ -51,7 +51,7 @@ class ImageFolder(NamedTuple):
     samples: tuple[tuple[Path, int], ...]  # (file, class index), sorted by class and name
 
 
-_Decoding = list[tuple[Path, int, "Future[np.ndarray]"]]
+_Decoding = tuple[list[tuple[Path, int]], np.ndarray, list["Future[np.ndarray]"]]
 
 
 class Batch(NamedTuple):
@@ -108,8 +108,8 @@ def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[tuple[Path
     return random.Random(seed).sample(folder.samples, min(images, len(folder.samples)))
 
 
-def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Decodes and preprocesses one file to (3, H, W) float32.
+def load_image(path: str | Path, preprocessing: Preprocessing, out: np.ndarray | None = None) -> np.ndarray:
+    """Decodes and preprocesses one file to (3, H, W) float32, written to `out` if it is given.
 
     Raises:
         ValueError: the file is missing or cannot be decoded; it is named.
@@ -119,17 +119,17 @@ def load_image(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
             pixels = _resize_and_crop(image.convert("RGB"), preprocessing)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
-    return _normalize(np.asarray(pixels), preprocessing)
+    out = np.empty((3, *preprocessing.size), dtype=np.float32) if out is None else out
+    return _normalize(np.asarray(pixels), preprocessing, out)
 
 
-def _normalize(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> (3, H, W) float32: (pixel / 255 - mean) / std, looked up, for a byte has 256 values only."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
-    result = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
     for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
         values = (levels - np.float32(mean)) / np.float32(std)
-        np.take(values, pixels[..., channel], out=result[channel], mode="clip")
-    return result
+        np.take(values, pixels[..., channel], out=out[channel], mode="clip")
+    return out
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
@@ -165,24 +165,33 @@ def image_batches(
         pending: deque[_Decoding] = deque()
         try:
             for chunk in chunks:
-                pending.append([(path, label, pool.submit(load_image, path, preprocessing)) for path, label in chunk])
+                images = np.empty((len(chunk), 3, *preprocessing.size), dtype=np.float32)
+                decoding = [
+                    pool.submit(load_image, path, preprocessing, out) for (path, _), out in zip(chunk, images, strict=True)
+                ]
+                pending.append((chunk, images, decoding))
                 if len(pending) > 2:
-                    yield from _collect(pending.popleft(), skipped)
+                    yield from _collect(*pending.popleft(), skipped)
             while pending:
-                yield from _collect(pending.popleft(), skipped)
+                yield from _collect(*pending.popleft(), skipped)
         finally:
-            for _, _, future in itertools.chain.from_iterable(pending):
+            for future in itertools.chain.from_iterable(decoding for _, _, decoding in pending):
                 future.cancel()
 
 
-def _collect(decoding: _Decoding, skipped: list[Path] | None) -> Iterator[Batch]:
+def _collect(
+    chunk: list[tuple[Path, int]], images: np.ndarray, decoding: list[Future[np.ndarray]], skipped: list[Path] | None
+) -> Iterator[Batch]:
     """Yields the batch once its files are decoded; nothing when all of them were skipped."""
-    images, labels = [], []
-    for path, label, future in decoding:
+    kept = []
+    for index, future in enumerate(decoding):
         if skipped is not None and isinstance(future.exception(), ValueError):
-            skipped.append(path)
+            skipped.append(chunk[index][0])
             continue
-        images.append(future.result())
-        labels.append(label)
-    if images:
-        yield Batch(np.stack(images), np.asarray(labels, dtype=np.int64))
+        future.result()
+        kept.append(index)
+    labels = np.asarray([label for _, label in chunk], dtype=np.int64)
+    if len(kept) == len(chunk):
+        yield Batch(images, labels)
+    elif kept:
+        yield Batch(images[kept], labels[kept])

@@ -150,7 +150,10 @@ def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ValueError("--fold needs ONNX-GraphSurgeon: pip install onnx-graphsurgeon") from error
     from polygraphy.backend.onnx import fold_constants as fold
 
-    return fold(model)
+    folded = fold(model)
+    del folded.metadata_props[:]
+    folded.metadata_props.extend(model.metadata_props)  # ONNX-GraphSurgeon loses them
+    return folded
 
 
 def _cached_calibrator(options: BuildOptions) -> Any | None:
