@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import swin
+from models import swin, vit
 
-FAMILIES: tuple[ModuleType, ...] = (swin,)
+FAMILIES: tuple[ModuleType, ...] = (swin, vit)
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
 
 

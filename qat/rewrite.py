@@ -7,9 +7,9 @@ from torch import nn
 from qat.layers import QuantConv2d, QuantLinear, weight_quantizers
 from qat.quantizers import quantizers
 from qat.recipe import RECIPES, Recipe
-from qat.twins import swin
+from qat.twins import swin, vit
 
-TWINS = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, **swin.TWINS}
+TWINS = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, **swin.TWINS, **vit.TWINS}
 SITES = {"patch_embed.proj": "patch_embed", "head.fc": "head"}  # sites that are not named as their module is
 
 

@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from models import swin
+from models import swin, vit
 from models.registry import build_model, family_of, read_state
 from tests.conftest import SMALL, V1, V2, small_swin
 
@@ -110,3 +110,26 @@ def test_weights_that_cannot_be_downloaded_name_the_file_option(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="model.checkpoint=FILE"):
         build_model(V1, pretrained=True)
+
+
+def test_vits_are_those_with_plain_blocks():
+    names = set(vit.names())
+    assert {"vit_tiny_patch16_224", "vit_base_patch32_384", "deit_small_patch16_224", "deit3_base_patch16_224"} <= names
+    assert not [name for name in names if "rope" in name or "xp_" in name or "distilled" in name]
+
+
+def test_a_vits_preprocessing_is_its_own():
+    """ViT normalizes with 0.5, DeiT with ImageNet's mean."""
+    values = {
+        name: vit.preprocessing(build_model(name, img_size=64)) for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
+    }
+    assert values["vit_tiny_patch16_224"]["mean"] == (0.5, 0.5, 0.5)
+    assert values["deit_tiny_patch16_224"]["mean"] == (0.485, 0.456, 0.406)
+    assert all(value["size"] == (64, 64) for value in values.values())
+
+
+def test_a_vit_checkpoint_loads(tmp_path):
+    model = build_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=1)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    loaded = build_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=1, checkpoint=tmp_path / "a.pth")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())

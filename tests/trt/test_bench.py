@@ -28,7 +28,7 @@ def test_rates_and_speed_ups():
 def test_side_by_side(graphs, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     checkpoint = tmp_path / "a.safetensors"
-    save_checkpoint(checkpoint, small_swin(), DESCRIPTION)
+    save_checkpoint(checkpoint, small_swin(depths=[2, 1]), DESCRIPTION)
     models = [str(checkpoint), str(graphs["fp32"]), str(graphs["int8-batch2"])]
     more = ["--batch", "1,2", "--cpu-repeats", "2", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
     with pytest.raises(SystemExit) as end:

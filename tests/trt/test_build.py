@@ -92,7 +92,7 @@ def test_versions_refuse_what_they_have_not(graphs, monkeypatch):
         check_possible(graphs["fp32"], model, BuildOptions(), TENSORRT86)
     monkeypatch.setattr(build, "find_gpu", lambda: None)
     with pytest.raises(ValueError, match="builds on a GPU, and there is none here; --target tensorrt-rtx"):
-        check_possible(graphs["fp32-17"], read_onnx(graphs["fp32-17"]), BuildOptions(), TENSORRT86)
+        check_possible(graphs["int8-17"], read_onnx(graphs["int8-17"]), BuildOptions(), TENSORRT86)
     monkeypatch.setattr(build, "find_gpu", lambda: object())
     with pytest.raises(ValueError, match="TensorRT 11.0.0 has no implicit INT8"):
         check_possible(graphs["fp32"], model, BuildOptions(calib_cache=graphs["fp32"]), TENSORRT11)

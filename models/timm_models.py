@@ -1,0 +1,22 @@
+"""What every family of timm's models has in common: how one is built, and its own preprocessing."""
+
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+
+def build(name: str, num_classes: int | None = None, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A timm model; `kwargs` are timm's (img_size, drop_path_rate, ...)."""
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def preprocessing(model: Any) -> dict[str, Any]:
+    """The preprocessing in the model's own configuration; keys as calib.images.Preprocessing."""
+    config = resolve_data_config(model=model)
+    side = model.patch_embed.img_size or config["input_size"][1:]
+    keys = ("mean", "std", "interpolation", "crop_pct")
+    return {"size": tuple(side), **{key: config[key] for key in keys}}

@@ -1,0 +1,26 @@
+"""ViT and DeiT, as timm implements them: tiny to large, any patch and image size, class-token or average pooling."""
+
+import re
+
+import timm
+from timm.models import vision_transformer
+from torch import Tensor, nn
+
+from models.timm_models import build, preprocessing
+
+__all__ = ["TASK", "build", "convert_state", "names", "preprocessing"]
+TASK = "classification"
+# Other blocks, other attention, or a head that pools by attention, under the same prefix.
+OTHERS = r"18x2|dinov3|lingbot|radio|rope|rpn|sapiens|siglip_\d|xp_"
+
+
+def names() -> list[str]:
+    """timm's names of the models that are made of its plain ViT blocks."""
+    pattern = r"(vit|deit3?)_(tiny|small|medium|base|large)_patch\d+_"
+    return [name for name in timm.list_models() if re.match(pattern, name) and not re.search(OTHERS, name)]
+
+
+def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state under timm's names, as timm itself converts those of the original repositories."""
+    assert isinstance(model, vision_transformer.VisionTransformer)
+    return vision_transformer.checkpoint_filter_fn(state, model)

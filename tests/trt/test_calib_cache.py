@@ -1,0 +1,47 @@
+"""The command that makes calibration caches, offline; with TensorRT it says what is missing."""
+
+import importlib.util
+import json
+
+import pytest
+
+from calib.cache import read_cache, sidecar_path
+from calib.files import sha256
+from qswin import run
+from trt import calib_cache
+from trt.onnx_files import read_onnx
+
+
+def invoke(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        run(calib_cache.add_arguments, calib_cache.main, argv=["qswin", *map(str, arguments)])
+    return int(end.value.code or 0)
+
+
+def test_an_offline_cache_is_bound_to_its_graph(graphs, data, tmp_path):
+    cache, onnx = tmp_path / "a.cache", graphs["fp32"]
+    assert invoke("--onnx", onnx, "--data", data / "train", "--cache", cache, "--images", 6, "--batch", 4, "--offline") == 0
+    ranges = read_cache(cache, "8.6.0", sha256(onnx))
+    outputs = {name for node in read_onnx(onnx).graph.node for name in node.output}
+    assert set(ranges) <= outputs | {"input"} and {"input", "logits"} <= set(ranges)
+    assert json.loads(sidecar_path(cache).read_text())["offline"] is True
+
+
+def test_the_same_seed_gives_the_same_cache_in_other_batches(graphs, data, tmp_path):
+    common = ["--onnx", graphs["fp32"], "--data", data / "train", "--images", 6, "--offline", "--algorithm", "minmax"]
+    for name, batch in (("a", 4), ("b", 3)):
+        assert invoke(*common, "--cache", tmp_path / f"{name}.cache", "--batch", batch) == 0
+    first, second = (read_cache(tmp_path / f"{name}.cache", "8.6.0", sha256(graphs["fp32"])) for name in "ab")
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_what_cannot_be_calibrated_says_why(graphs, data, tmp_path, capsys):
+    def says(graph, *more):
+        arguments = ["--onnx", graphs[graph], "--data", data / "train", "--cache", tmp_path / "a.cache", *more]
+        assert invoke(*arguments) == 2 and not (tmp_path / "a.cache").exists()
+        return capsys.readouterr().err
+
+    assert "has Q/DQ nodes, whose ranges are in the graph" in says("int8", "--offline")
+    assert "0 images to calibrate on" in says("fp32", "--offline", "--images", 0)
+    if importlib.util.find_spec("tensorrt") is None:
+        assert "tensorrt is not installed" in says("fp32")
