@@ -19,7 +19,9 @@ ASSETS = Path(os.environ.get("QSWIN_ASSETS", Path(__file__).resolve().parents[2]
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start: sums depend on the number of threads
     config.addinivalue_line("markers", "gpu: needs TensorRT and an NVIDIA GPU")
     config.addinivalue_line("markers", "assets: needs the trained models and images of shared/assets")
 
