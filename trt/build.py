@@ -6,7 +6,7 @@ An engine is code: load only engines you built yourself.
 import argparse
 import dataclasses
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,7 @@ def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, An
     backend, model = find_backend(options.target), read_onnx(path)
     check_possible(path, model, options, backend)
     metadata = parse_metadata(path, properties(model))
-    if options.fold:
-        model = fold_constants(model)
-    overrides = resolve_overrides(model, options.overrides)
-    if not backend.can.weak_typing and options.precision not in ("fp32", "tf32"):
-        model = write_half_precision(model, overrides)
+    model, overrides = prepare_graph(model, options, backend)
     start = time.perf_counter()
     warm = options.timing_cache is not None and options.timing_cache.is_file()
     engine, profile = build_network(path, model, options, backend, overrides, _cached_calibrator(options))
@@ -103,6 +99,23 @@ def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, An
     }
 
 
+def prepare_graph(model: onnx.ModelProto, options: BuildOptions, backend: Backend) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The graph as the builder gets it, folded and, for a strongly typed builder, with its precision written in.
+
+    Returns:
+        The graph, and which nodes the overrides name.
+
+    Raises:
+        ValueError: an override is malformed or matches nothing, or ONNX-GraphSurgeon is missing.
+    """
+    if options.fold:
+        model = fold_constants(model)
+    overrides = resolve_overrides(model, options.overrides)
+    if not backend.can.weak_typing and options.precision not in ("fp32", "tf32"):
+        model = write_half_precision(model, overrides)
+    return model, overrides
+
+
 def check_possible(
     path: Path, model: onnx.ModelProto, options: BuildOptions, backend: Backend, calibrated: bool = False
 ) -> None:
@@ -121,6 +134,8 @@ def check_possible(
         )
     if backend.can.needs_gpu and find_gpu() is None:
         raise ValueError(f"{backend} builds on a GPU, and there is none here; --target tensorrt-rtx builds without one")
+    if options.overrides and precision in ("fp32", "tf32"):
+        raise ValueError("--override is for --precision fp16, int8 or best: in fp32 and tf32 there is nothing to keep")
     if quantized and precision in ("fp32", "tf32", "fp16"):
         raise ValueError(
             f"{path}: has Q/DQ nodes, which are INT8; build it as int8 or best, or export with --precision fp32"
@@ -239,7 +254,8 @@ def _config(
     if backend.target == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-        return CreateConfigRTX(compute_capabilities=[_capability(options.capability, backend)], **common)
+        loader = CreateConfigRTX(compute_capabilities=[_capability(options.capability, backend)], **common)
+        return with_tf32(loader, options.precision in ("tf32", "best"))
     # cuBLAS and cuDNN have been off by default since TensorRT 10: an engine that uses neither needs neither installed.
     sources = [getattr(_tensorrt().TacticSource, name) for name in ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")]
     precision, weak = options.precision, backend.can.weak_typing
@@ -252,6 +268,17 @@ def _config(
         tactic_sources=sources,
         **common,
     )
+
+
+def with_tf32(loader: Callable[[Any, Any], Any], tf32: bool) -> Callable[[Any, Any], Any]:
+    """A loader that also switches TF32 on or off: TensorRT-RTX has it on by default, and Polygraphy leaves it so there."""
+
+    def create(builder: Any, network: Any) -> Any:
+        config, flag = loader(builder, network), _tensorrt().BuilderFlag.TF32
+        config.set_flag(flag) if tf32 else config.clear_flag(flag)
+        return config
+
+    return create
 
 
 def _has_scales(network: Any) -> bool:

@@ -13,11 +13,10 @@ import onnx
 from calib.build_cache import activations, value_sources
 from calib.files import sha256, write_json
 from calib.images import Preprocessing, image_batches, scan_image_folder
-from trt.build import BuildOptions, build_network
+from trt.build import BuildOptions, build_network, prepare_graph
 from trt.engine import SUFFIXES, read_sidecar
 from trt.evaluate import open_predictor
 from trt.onnx_files import parse_metadata, properties, read_onnx
-from trt.precision import resolve_overrides
 from trt.version import find_backend
 
 
@@ -106,8 +105,8 @@ def _engine_activations(
         profile=(batch, batch, batch),
         overrides=tuple(sidecar["overrides"]),
     )
-    overrides = resolve_overrides(graph, options.overrides)
-    engine, _ = build_network(reference, graph, options, backend, overrides, outputs=names)
+    prepared, overrides = prepare_graph(graph, options, backend)
+    engine, _ = build_network(reference, prepared, options, backend, overrides, outputs=names)
     with TrtRunner(engine_from_bytes(engine)) as runner:
         return {name: np.array(value) for name, value in runner.infer({"input": images}).items()}
 

@@ -97,7 +97,9 @@ def write_half_precision(model: onnx.ModelProto, overrides: dict[str, str]) -> o
         return model
     kept = [name for name, precision in overrides.items() if precision == "fp32"]
     blocked = [*DEFAULT_OP_BLOCK_LIST, *QDQ]
-    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked, node_block_list=kept)
+    half = onnx.ModelProto()
+    half.CopyFrom(model)  # the converter works in place
+    half = convert_float_to_float16(half, keep_io_types=True, op_block_list=blocked, node_block_list=kept)
     _tidy(half.graph)
     return half
 

@@ -17,10 +17,10 @@ from qswin import run
 from tests.conftest import V2, small_swin
 from tests.trt.conftest import DESCRIPTION
 from trt import build
-from trt.build import BuildOptions, build_engine, check_possible, fold_constants, parse_bytes, parse_profile
+from trt.build import BuildOptions, build_engine, check_possible, fold_constants, parse_bytes, parse_profile, with_tf32
 from trt.onnx_files import read_onnx
 from trt.onnx_runtime import OnnxRuntimePredictor
-from trt.version import Backend, capabilities
+from trt.version import Backend, capabilities, find_backend
 
 TENSORRT86 = Backend("tensorrt", "8.6.0", capabilities("tensorrt", "8.6.0"))
 TENSORRT11 = Backend("tensorrt", "11.0.0", capabilities("tensorrt", "11.0.0"))
@@ -51,6 +51,16 @@ def test_every_graph_builds(rtx, graphs, graph, precision, overrides):
     assert sidecar["onnx_sha256"] == sha256(graphs[graph]) and sidecar["classes"] == list(DESCRIPTION.classes)
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_what_was_asked_for(rtx, tf32):
+    import tensorrt_rtx_bindings as tensorrt
+
+    find_backend("tensorrt-rtx")
+    config = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR)).create_builder_config()
+    with_tf32(lambda builder, network: config, tf32)(None, None)
+    assert config.get_flag(tensorrt.BuilderFlag.TF32) is tf32
+
+
 def test_swin_v2_builds(rtx, tmp_path, images):
     twin = quantize(small_swin(V2), named_recipe("full"))
     calibrate(twin, [images])
@@ -78,6 +88,7 @@ def test_folding_changes_no_result(graphs):
         ("fp32", {"precision": "int4"}, "precision 'int4' is not known; choose fp32"),
         ("fp32", {"capability": "9.0"}, "compute capability 9.0: TensorRT-RTX .* builds for 7.5, .*--target tensorrt"),
         ("fp32", {"overrides": ("nothing=fp32",)}, "matches nothing"),
+        ("fp32", {"precision": "fp32", "overrides": ("Softmax=fp16",)}, "--override is for --precision fp16"),
         ("fp32", {"precision": "int8", "calib_cache": "x.cache"}, "has no implicit INT8"),
     ],
 )

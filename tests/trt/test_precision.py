@@ -61,7 +61,8 @@ def test_half_precision_computes_the_same_to_fp16(graphs, images):
     """And in FP16: with the exact same result it would have done nothing."""
     model = onnx.load(graphs["fp32"])
     expected = run(model, images)
-    half = write_half_precision(onnx.load(graphs["fp32"]), {})
+    half = write_half_precision(model, {})
+    assert not is_half(model)
     error = np.abs(run(half, images) - expected).max()
     assert is_half(half) and 0 < error < 0.01 * np.abs(expected).max()
 
