@@ -17,7 +17,11 @@ class TorchPredictor:
     """A torch model as trt.evaluate.Predictor: NumPy in, NumPy out."""
 
     def __init__(self, model: "nn.Module", description: "Description", device: str) -> None:
+        import torch
+
         self._model, self._device = model.to(device), device
+        self.backend = f"torch {torch.__version__}"
+        self.precision = "fp32" if description.recipe is None else description.recipe.name
         self.preprocessing = description.preprocessing
         self.classes = None if description.classes is None else list(description.classes)
         self.batch_size: int | None = None

@@ -125,6 +125,8 @@ class EnginePredictor(Engine):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
+        self.backend = f"{self.sidecar['target']} {self.sidecar['version']}"
+        self.precision: str = self.sidecar["engine_precision"]
         self.preprocessing = Preprocessing(**self.sidecar["preprocessing"])
         self.classes: list[str] | None = self.sidecar["classes"]
         self.batch_size: int | None = self.largest

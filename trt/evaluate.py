@@ -18,6 +18,8 @@ from calib.images import Batch, Preprocessing, image_batches, scan_image_folder
 class Predictor(Protocol):
     """A model in some backend: (N, 3, H, W) float32 -> (N, classes) float32."""
 
+    backend: str  # "onnxruntime 1.31.1"
+    precision: str  # "int8"
     preprocessing: Preprocessing
     classes: list[str] | None
     batch_size: int | None
@@ -73,11 +75,12 @@ def evaluate_folder(predictor: Predictor, args: argparse.Namespace) -> dict[str,
     batches = image_batches(samples, predictor.preprocessing, size, args.workers, skipped)
     steps = -(-len(samples) // size)
     result = evaluate(predictor, tqdm(batches, "evaluate", steps, disable=not sys.stderr.isatty()))
-    report = {"model": str(args.model), "data": str(args.data), **result, "skipped": len(skipped or ())}
-    print(f"{'model':<40} {'Acc@1':>7} {'Acc@5':>7} {'images':>7} {'images/s':>9}")
+    kind = {"backend": predictor.backend, "precision": predictor.precision}
+    report = {"model": str(args.model), **kind, "data": str(args.data), **result, "skipped": len(skipped or ())}
+    print(f"{'model':<32} {'backend':<20} {'precision':<9} {'Acc@1':>7} {'Acc@5':>7} {'images':>7} {'images/s':>9}")
     print(
-        f"{report['model']:<40} {report['acc1']:7.2f} {report['acc5']:7.2f} {report['images']:7d}"
-        f" {report['images_per_second']:9.1f}"
+        f"{report['model']:<32} {predictor.backend:<20} {predictor.precision:<9} {report['acc1']:7.2f} {report['acc5']:7.2f}"
+        f" {report['images']:7d} {report['images_per_second']:9.1f}"
     )
     if skipped:
         logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])

@@ -36,6 +36,10 @@ class OnnxRuntimePredictor:
                 f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again"
             ) from error
         self.metadata = parse_metadata(path, self._session.get_modelmeta().custom_metadata_map)
+        self.backend, self.precision = (
+            f"onnxruntime {onnxruntime.__version__}",
+            self.metadata.get("precision", "as exported"),
+        )
         self.preprocessing = Preprocessing(**self.metadata["preprocessing"])
         self.classes: list[str] | None = self.metadata["classes"]
         batch = self._session.get_inputs()[0].shape[0]

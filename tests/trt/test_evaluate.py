@@ -72,6 +72,7 @@ def test_the_command_agrees_with_torch_and_never_imports_it(onnx, data, tmp_path
         batches = list(image_batches(folder.samples, DESCRIPTION.preprocessing, 7))
         right = sum(count_correct(model(torch.from_numpy(b.images)).numpy(), b.labels)[0] for b in batches)
     assert result["acc1"] == pytest.approx(100 * right / 20) and result["images"] == 20
+    assert result["backend"].startswith("onnxruntime ") and result["precision"] == "as exported"
 
 
 def test_a_fixed_batch_is_filled_up(tmp_path):
