@@ -45,10 +45,10 @@ class Run:
     def command(self, module: str, *arguments: str) -> list[str]:
         return [sys.executable, "-m", f"trt.{module}", *arguments]
 
-    def do(self, name: str, module: str, *arguments: str) -> bool:
+    def do(self, name: str, command: list[str]) -> bool:
         """Runs a command to its end; says whether it succeeded."""
         begun = time.perf_counter()
-        done = subprocess.run(self.command(module, *arguments), text=True, capture_output=True)
+        done = subprocess.run(command, text=True, capture_output=True)
         seconds, now = time.perf_counter() - begun, time.perf_counter() - self.start
         print(f"{now:6.0f} s  {name} ({seconds:.1f} s, exit {done.returncode})", flush=True)
         if done.returncode:
@@ -97,25 +97,25 @@ class Run:
         onnx, precision, further = ENGINES[name]
         further = [self.file(word) if word.endswith(".cache") else word for word in further]
         arguments = ["--onnx", self.file(f"{onnx}.onnx"), "--engine", self.file(f"{name}.engine"), "--precision", precision]
-        if self.do(f"build {name}", "build", *arguments, "--shapes", SHAPES, *further):
+        if self.do(f"build {name}", self.command("build", *arguments, "--shapes", SHAPES, *further)):
             sidecar = self.json(f"{name}.json")
             kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
             self.report["builds"][name] = {key: sidecar[key] for key in kept}
 
     def evaluate(self, name: str) -> None:
         command = self.evaluation(f"{name}.engine", "--json", self.file(f"{name}.eval.json"))
-        if self.do(f"evaluate {name}", "evaluate", *command[3:]):
+        if self.do(f"evaluate {name}", command):
             self.report["evaluations"][f"{name}.engine"] = self.measured(f"{name}.eval.json")
         onnx = ENGINES[name][0]
         against = ["--reference", self.file(f"{onnx}.onnx"), "--data", str(self.args.data / "val"), "--images", "64"]
         report = ["--json", self.file(f"{name}.compare.json")]
-        if self.do(f"compare {name}", "compare", "--model", self.file(f"{name}.engine"), *against, *report):
+        if self.do(f"compare {name}", self.command("compare", "--model", self.file(f"{name}.engine"), *against, *report)):
             self.report.setdefault("errors", {})[name] = self.measured(f"{name}.compare.json")
 
     def bench(self, names: list[str]) -> None:
         models = [self.file(f"{name}.engine") for name in names]
         arguments = ["--batch", "1,16,64,256", "--cuda-graph", "--json", self.file("bench.json")]
-        if self.do("bench", "bench", "--model", *models, *arguments):
+        if self.do("bench", self.command("bench", "--model", *models, *arguments)):
             rows = self.json("bench.json")["rows"]
             accuracy = self.report["evaluations"]
             self.report["rows"] = [{**row, "acc1": accuracy.get(row["model"], {}).get("acc1")} for row in rows]
@@ -155,7 +155,7 @@ def main() -> None:
             print(f"no time left for {name}", flush=True)
             continue
         if name == "implicit-tensorrt":
-            run.do("calibrate", "calib_cache", *run.calibration("tensorrt")[3:])
+            run.do("calibrate", run.calibration("tensorrt"))
         if name == "implicit-offline":
             background[0].wait()
         run.build(name)

@@ -144,6 +144,12 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.
     return image.crop((left, top, left + side, top + side))
 
 
+def fill_up(images: np.ndarray, size: int) -> np.ndarray:
+    """A batch of at least `size` images: the last one is repeated; a model's answers to those are to be cut off."""
+    missing = size - len(images)
+    return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
+
+
 def image_batches(
     samples: Sequence[tuple[Path, int]],
     preprocessing: Preprocessing,

@@ -3,16 +3,15 @@
 import argparse
 
 from calib.files import write_json
-from trt import listing as engines
+from trt.listing import add_arguments
+from trt.listing import main as list_layers
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    engines.add_arguments(parser)
+__all__ = ["add_arguments", "main"]
 
 
 def main(args: argparse.Namespace) -> None:
     if args.model.suffix != ".safetensors":
-        engines.main(args)
+        list_layers(args)
         return
     from qat.checkpoint import load_checkpoint
     from qat.quantizers import quantizers, table

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from calib.files import write_json
 from trt.engine import SUFFIXES, Engine
 from trt.gpu import Stopwatch, captured, find_gpu
-from trt.onnx_files import parse_metadata, properties, read_onnx
 from trt.onnx_runtime import OnnxRuntimePredictor
 
 Row = dict[str, Any]
@@ -60,8 +59,7 @@ def bench_engine(path: Path, batches: list[int], args: argparse.Namespace) -> It
     engine, gpu = Engine(path), find_gpu()
     assert gpu is not None
     watch = Stopwatch(engine.stream)
-    precision, backend = engine.sidecar["engine_precision"], f"{engine.sidecar['target']} {engine.sidecar['version']}"
-    row = {"model": path.name, "backend": backend, "precision": precision, "device": gpu.name}
+    row = {"model": path.name, "backend": engine.backend, "precision": engine.precision, "device": gpu.name}
     for batch in batches:
         if not engine.smallest <= batch <= engine.largest:
             logging.warning("%s: skips batch %d, outside its %d to %d", path, batch, engine.smallest, engine.largest)
@@ -71,17 +69,16 @@ def bench_engine(path: Path, batches: list[int], args: argparse.Namespace) -> It
         if args.cuda_graph:
             with captured(engine.enqueue, engine.stream) as launch:
                 measured = measure(lambda: watch.time(launch), args.warmup, args.repeats)  # noqa: B023
-            yield row | {"backend": f"{backend}, CUDA graph"} | rates(measured, batch)
+            yield row | {"backend": f"{engine.backend}, CUDA graph"} | rates(measured, batch)
 
 
 def bench_onnx(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
     """An ONNX file on the CPU, by the wall clock."""
     predictor = OnnxRuntimePredictor(path, args.threads)
-    metadata = parse_metadata(path, properties(read_onnx(path)))
     row = {
         "model": path.name,
         "backend": "onnxruntime",
-        "precision": metadata.get("precision", "unknown"),
+        "precision": predictor.precision,
         "device": f"CPU, {args.threads or 'all'} threads",
     }
     for batch in batches:

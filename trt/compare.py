@@ -16,7 +16,8 @@ from calib.images import Preprocessing, image_batches, scan_image_folder
 from trt.build import BuildOptions, build_network, prepare_graph
 from trt.engine import SUFFIXES, read_sidecar
 from trt.evaluate import open_predictor
-from trt.onnx_files import parse_metadata, properties, read_onnx
+from trt.onnx_files import read_onnx
+from trt.onnx_runtime import OnnxRuntimePredictor
 from trt.version import find_backend
 
 
@@ -133,9 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path)
 
 
-def read_images(args: argparse.Namespace, metadata: dict[str, Any]) -> np.ndarray:
+def read_images(args: argparse.Namespace, preprocessing: Preprocessing) -> np.ndarray:
     """(N, 3, H, W): images spread evenly over the folder, or standard normal noise, seed 0."""
-    preprocessing = Preprocessing(**metadata["preprocessing"])
     if args.data is None:
         shape = (args.images, 3, *preprocessing.size)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -145,9 +145,8 @@ def read_images(args: argparse.Namespace, metadata: dict[str, Any]) -> np.ndarra
 
 
 def main(args: argparse.Namespace) -> None:
-    reference = read_onnx(args.reference)
-    images = read_images(args, parse_metadata(args.reference, properties(reference)))
-    ours, theirs = (open_predictor(path) for path in (args.model, args.reference))
+    ours, theirs = open_predictor(args.model), OnnxRuntimePredictor(args.reference)
+    images = read_images(args, theirs.preprocessing)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)
     logits = [np.concatenate([p(images[i : i + size]) for i in range(0, len(images), size)]) for p in (ours, theirs)]
     report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **output_errors(*logits)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from calib.files import sha256
-from calib.images import Preprocessing
+from calib.images import Preprocessing, fill_up
 from trt.gpu import Gpu, find_gpu
 from trt.version import Backend, find_backend
 
@@ -56,7 +56,7 @@ def check_fits(path: Path, sidecar: dict[str, Any], backend: Backend, gpu: Gpu |
 
 
 class Engine:
-    """A deserialized engine with buffers on the GPU for one batch size at a time.
+    """A deserialized engine with buffers on the GPU for one batch size at a time; a trt.evaluate.Predictor.
 
     Attributes:
         sidecar: what `qswin build` wrote: precision, preprocessing, classes, the ONNX file's checksum, ...
@@ -83,6 +83,11 @@ class Engine:
         self._buffers = {name: DeviceArray() for name in ("input", "logits")}
         self.smallest, _, self.largest = self.sidecar["profile"]
         self._batch = 0
+        self.backend = f"{self.sidecar['target']} {self.sidecar['version']}"
+        self.precision: str = self.sidecar["engine_precision"]
+        self.preprocessing = Preprocessing(**self.sidecar["preprocessing"])
+        self.classes: list[str] | None = self.sidecar["classes"]
+        self.batch_size: int | None = self.largest
 
     def bind(self, batch: int) -> None:
         """Sets the batch size of what follows, and makes room for it. Raises ValueError outside the engine's profile."""
@@ -109,8 +114,7 @@ class Engine:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32 -> (N, classes) float32; N up to `largest`, filled up to `smallest`."""
-        missing = max(0, self.smallest - len(images))
-        padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
+        padded = fill_up(images, self.smallest)
         self.bind(len(padded))
         self._buffers["input"].copy_from(np.ascontiguousarray(padded), self._stream)
         self.enqueue()
@@ -118,15 +122,3 @@ class Engine:
         self._buffers["logits"].copy_to(logits, self._stream)
         self._stream.synchronize()
         return logits[: len(images)]
-
-
-class EnginePredictor(Engine):
-    """An engine as trt.evaluate.Predictor."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
-        self.backend = f"{self.sidecar['target']} {self.sidecar['version']}"
-        self.precision: str = self.sidecar["engine_precision"]
-        self.preprocessing = Preprocessing(**self.sidecar["preprocessing"])
-        self.classes: list[str] | None = self.sidecar["classes"]
-        self.batch_size: int | None = self.largest

@@ -95,10 +95,10 @@ def open_predictor(path: Path, threads: int = 0) -> Predictor:
         from trt.onnx_runtime import OnnxRuntimePredictor
 
         return OnnxRuntimePredictor(path, threads)
-    from trt.engine import SUFFIXES, EnginePredictor
+    from trt.engine import SUFFIXES, Engine
 
     if path.suffix in SUFFIXES:
-        return EnginePredictor(path)
+        return Engine(path)
     raise ValueError(
         f"{path}: not an .onnx file or an engine ({', '.join(SUFFIXES)}); checkpoints need torch: qswin evaluate"
     )

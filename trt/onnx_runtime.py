@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from calib.images import Preprocessing
+from calib.images import Preprocessing, fill_up
 from trt.onnx_files import parse_metadata
 
 LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented)
@@ -46,6 +46,5 @@ class OnnxRuntimePredictor:
         self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        missing = 0 if self.batch_size is None else self.batch_size - len(images)
-        padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
+        padded = fill_up(images, self.batch_size or 0)
         return self._session.run(["logits"], {"input": padded})[0][: len(images)]
