@@ -143,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.batch != "dynamic" and not (args.batch.isdigit() and int(args.batch) > 0):
+    if args.batch != "dynamic" and not (args.batch.isdecimal() and int(args.batch) > 0):
         raise ValueError(f"--batch {args.batch}: give a positive number, or dynamic")
     batch = None if args.batch == "dynamic" else int(args.batch)
     model, description = load_model(args.checkpoint, args.config, args.overrides)

@@ -332,7 +332,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of "4GiB", "512MiB" or a plain number. Raises ValueError for anything else."""
     number = text.rstrip("KMGiB")
     unit = text[len(number) :]
-    if not number.isdigit() or unit not in UNITS:
+    if not number.isdecimal() or unit not in UNITS:
         raise ValueError(f"{text!r} is no size; write 4GiB, 512MiB or a number of bytes")
     return int(number) * UNITS[unit]
 
