@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.results import commit, device_name, write_rows
 from calib.calibrators import CALIBRATORS
-from calib.images import draw_samples, image_batches, scan_image_folder
+from calib.folders import draw_samples, scan_folder
+from calib.images import image_batches
 from qat.checkpoint import Description, load_checkpoint
 from qat.config import build_float_model, load_config, model_arguments
 from qat.evaluate import TorchPredictor
@@ -20,7 +21,7 @@ from qat.export import export_onnx, save_onnx
 from qat.ptq import calibrate, set_ranges
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
-from trt.evaluate import evaluate
+from trt.evaluate import Accuracy, evaluate
 from trt.onnx_runtime import OnnxRuntimePredictor
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "swin_tiny_tinyimagenet.yaml"
@@ -30,7 +31,7 @@ class Table:
     """Evaluates models over the same decoded images and collects rows."""
 
     def __init__(self, args: argparse.Namespace, description: Description) -> None:
-        folder = scan_image_folder(args.data / "val")
+        folder = scan_folder("classification", args.data / "val")
         samples = folder.samples[:: args.every]
         self.batches = list(image_batches(samples, description.preprocessing, 64, workers=args.workers))
         self.args, self.rows = args, []
@@ -45,7 +46,7 @@ class Table:
             "stage": description.stage,
         }
         if "torch" in self.args.backends:
-            result = evaluate(TorchPredictor(model, description, self.args.device), self.batches)
+            result = evaluate(TorchPredictor(model, description, self.args.device), self.batches, [Accuracy()])
             self._append(row, "torch", result, device_name(self.args.device))
         if "onnxruntime" in self.args.backends:
             self._append(row, "onnxruntime", self._onnxruntime(model, description), device_name("cpu"))
@@ -56,7 +57,7 @@ class Table:
             onnx = Path(folder) / "model.onnx"
             precision = "int8" if description.recipe else "fp32"
             save_onnx(onnx, export_onnx(model, description, precision), description.to_dict())
-            return evaluate(OnnxRuntimePredictor(onnx), self.batches)
+            return evaluate(OnnxRuntimePredictor(onnx), self.batches, [Accuracy()])
 
     def _append(self, row: dict, backend: str, result: dict, device: str) -> None:
         measured = {"acc1": round(result["acc1"], 2), "acc5": round(result["acc5"], 2), "images": result["images"]}
@@ -92,7 +93,7 @@ def main() -> None:
         return
     if not args.no_float:
         table.add(model, floating, None)
-    samples = draw_samples(scan_image_folder(args.data / "train"), args.images, seed=0)
+    samples = draw_samples(scan_folder("classification", args.data / "train"), args.images, seed=0)
     for name in args.recipes:
         recipe = named_recipe(name)
         twin = quantize(model, recipe).to(args.device)

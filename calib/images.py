@@ -1,9 +1,8 @@
-"""ImageFolder batches as NumPy arrays, without torch: what calibration and evaluation read."""
+"""Batches of labelled images as NumPy arrays, without torch: what calibration and evaluation read."""
 
 import dataclasses
 import itertools
 import math
-import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+from calib.folders import Sample
+
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 UNREADABLE = "missing, or cannot be read as an image; mend or remove it, or set data.skip_unreadable=true"
 
@@ -43,69 +43,13 @@ class Preprocessing:
         return dataclasses.asdict(self)
 
 
-class ImageFolder(NamedTuple):
-    """Images in one folder a class, as ImageNet is laid out; a class's index is its place among the sorted names."""
-
-    root: Path
-    classes: tuple[str, ...]
-    samples: tuple[tuple[Path, int], ...]  # (file, class index), sorted by class and name
-
-
-_Decoding = tuple[list[tuple[Path, int]], np.ndarray, list["Future[np.ndarray]"]]
+_Decoding = tuple[list[Sample], np.ndarray, list["Future[int | np.ndarray]"]]
 
 
 class Batch(NamedTuple):
     images: np.ndarray  # (N, 3, H, W) float32, normalised
-    labels: np.ndarray  # (N,) int64
-
-
-def scan_image_folder(root: str | Path, classes: Sequence[str] | None = None) -> ImageFolder:
-    """Lists the images below `root`, a folder of class folders.
-
-    Args:
-        classes: the class names the model was trained with, in order; None accepts any.
-
-    Raises:
-        FileNotFoundError: `root` is not there.
-        ValueError: it holds no class folders or no images, or other classes than `classes`.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give the folder that holds one folder of images a class")
-    found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
-    if classes is not None:
-        _check_classes(root, found, tuple(classes))
-    samples = tuple(
-        (path, index)
-        for index, name in enumerate(found)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in EXTENSIONS
-    )
-    if not samples:
-        raise ValueError(f"{root}: no images in its {len(found)} class folders; the layout is {root}/CLASS/IMAGE.jpg")
-    return ImageFolder(root, found, samples)
-
-
-def check_class_count(root: Path, folders: int, classes: int) -> None:
-    """Raises ValueError unless there are as many class folders as the model has classes."""
-    if folders != classes:
-        raise ValueError(f"{root}: {folders} class folders, but the model has {classes} classes")
-
-
-def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    check_class_count(root, len(found), len(expected))
-    for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
-        if ours != theirs:
-            raise ValueError(
-                f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; the order is by folder name"
-            )
-
-
-def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[tuple[Path, int]]:
-    """`images` of a folder's samples, drawn without replacement; the same for the same seed. Raises ValueError for 0."""
-    if images < 1:
-        raise ValueError("0 images to calibrate on; calibration needs at least 1, and 256 to 1024 do well")
-    return random.Random(seed).sample(folder.samples, min(images, len(folder.samples)))
+    labels: np.ndarray  # (N,) int64 class indices, or (N, H, W) uint8 masks
+    files: list[Path]  # of the images
 
 
 def load_image(path: str | Path, preprocessing: Preprocessing, out: np.ndarray | None = None) -> np.ndarray:
@@ -114,13 +58,27 @@ def load_image(path: str | Path, preprocessing: Preprocessing, out: np.ndarray |
     Raises:
         ValueError: the file is missing or cannot be decoded; it is named.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = _resize_and_crop(image.convert("RGB"), preprocessing)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{path}: {UNREADABLE}") from error
+    pixels = resize_and_crop(open_image(path, "RGB"), preprocessing, RESAMPLING[preprocessing.interpolation])
     out = np.empty((3, *preprocessing.size), dtype=np.float32) if out is None else out
     return _normalize(np.asarray(pixels), preprocessing, out)
+
+
+def load_mask(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes one mask to (H, W) uint8 class indices, cut as its image is. Raises ValueError, naming an unreadable file."""
+    image = open_image(path)
+    if image.mode not in ("L", "P"):
+        raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {image.mode!r}")
+    return np.asarray(resize_and_crop(image, preprocessing, Image.Resampling.NEAREST))
+
+
+def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
+    """Decodes an image, to another colour mode if one is given. Raises ValueError, naming an unreadable file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image if mode is None else image.convert(mode)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{path}: {UNREADABLE}") from error
 
 
 def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray) -> np.ndarray:
@@ -132,14 +90,14 @@ def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray
     return out
 
 
-def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
     """Resizes the shorter side to floor(size / crop_pct), then cuts out the centre, as timm and torchvision do."""
     side = preprocessing.size[0]
     short = math.floor(side / preprocessing.crop_pct)
     long = int(short * max(image.size) / min(image.size))
     size = (short, long) if image.width <= image.height else (long, short)
     if image.size != size:
-        image = image.resize(size, RESAMPLING[preprocessing.interpolation])
+        image = image.resize(size, resampling)
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))
 
@@ -151,7 +109,7 @@ def fill_up(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def image_batches(
-    samples: Sequence[tuple[Path, int]],
+    samples: Sequence[Sample],
     preprocessing: Preprocessing,
     batch_size: int,
     workers: int = 4,
@@ -173,7 +131,7 @@ def image_batches(
             for chunk in chunks:
                 images = np.empty((len(chunk), 3, *preprocessing.size), dtype=np.float32)
                 decoding = [
-                    pool.submit(load_image, path, preprocessing, out) for (path, _), out in zip(chunk, images, strict=True)
+                    pool.submit(_load, sample, preprocessing, out) for sample, out in zip(chunk, images, strict=True)
                 ]
                 pending.append((chunk, images, decoding))
                 if len(pending) > 2:
@@ -185,19 +143,24 @@ def image_batches(
                 future.cancel()
 
 
+def _load(sample: Sample, preprocessing: Preprocessing, out: np.ndarray) -> int | np.ndarray:
+    """Writes a sample's image to `out` and returns its label."""
+    path, target = sample
+    load_image(path, preprocessing, out)
+    return load_mask(target, preprocessing) if isinstance(target, Path) else target
+
+
 def _collect(
-    chunk: list[tuple[Path, int]], images: np.ndarray, decoding: list[Future[np.ndarray]], skipped: list[Path] | None
+    chunk: list[Sample], images: np.ndarray, decoding: list[Future[int | np.ndarray]], skipped: list[Path] | None
 ) -> Iterator[Batch]:
     """Yields the batch once its files are decoded; nothing when all of them were skipped."""
-    kept = []
+    kept, labels = [], []
     for index, future in enumerate(decoding):
         if skipped is not None and isinstance(future.exception(), ValueError):
             skipped.append(chunk[index][0])
             continue
-        future.result()
+        labels.append(future.result())
         kept.append(index)
-    labels = np.asarray([label for _, label in chunk], dtype=np.int64)
-    if len(kept) == len(chunk):
-        yield Batch(images, labels)
-    elif kept:
-        yield Batch(images[kept], labels[kept])
+    if kept:
+        files = [chunk[index][0] for index in kept]
+        yield Batch(images if len(kept) == len(chunk) else images[kept], np.asarray(labels), files)

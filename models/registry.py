@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import swin, vit
+from models import cvt, swin, swin_unet, vit
 
-FAMILIES: tuple[ModuleType, ...] = (swin, vit)
+FAMILIES: tuple[ModuleType, ...] = (swin, vit, cvt, swin_unet)
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
 
 
@@ -67,14 +67,13 @@ def load_weights(model: nn.Module, family: ModuleType, path: Path) -> None:
     """Loads a float checkpoint into `model`. Raises ValueError when it is not one, or is another model's."""
     state = read_state(path)
     expected = model.state_dict()
-    if not set(state) & set(expected) and not any(key.startswith("layers.") for key in state):
-        raise ValueError(
-            f"{path}: a foreign checkpoint (its first tensor is {next(iter(state), None)!r}); none fits the model"
-        )
+    first = next(iter(state), None)
     try:
         state = family.convert_state(state, model)
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: not a checkpoint of this model ({error})") from error
+    if not set(state) & set(expected):
+        raise ValueError(f"{path}: a foreign checkpoint (its first tensor is {first!r}); none fits the model")
     check_state(state, expected, path)
     model.load_state_dict(state)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from calib.files import sha256, write_atomic, write_json
 from calib.images import Preprocessing
-from models.registry import build_model, check_state, read_state
+from models.registry import build_model, check_state, family_of, read_state
 from qat.config import build_float_model, load_config, model_arguments
 from qat.quantizers import quantizers
 from qat.recipe import Recipe
@@ -33,10 +33,15 @@ class Description:
     parent: str | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        """classification or segmentation."""
+        return family_of(self.model["name"]).TASK
+
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         recipe = None if self.recipe is None else self.recipe.to_dict()
-        return {**values, "preprocessing": self.preprocessing.to_dict(), "recipe": recipe}
+        return {**values, "task": self.task, "preprocessing": self.preprocessing.to_dict(), "recipe": recipe}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Description":

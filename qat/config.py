@@ -29,7 +29,7 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    root: str = MISSING  # holds train/ and val/, each one folder a class
+    root: str = MISSING  # holds train/ and val/, laid out as calib.folders.scan_folder says
     workers: int = 4
     skip_unreadable: bool = False
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)  # over the model's own
@@ -47,6 +47,8 @@ class AugmentConfig:
     scale: tuple[float, float] = (0.08, 1.0)  # area of the random crop
     ratio: tuple[float, float] = (0.75, 1.3333)
     hflip: float = 0.5
+    vflip: float = 0.0
+    rotate: float = 0.0  # largest angle, degrees; of segmentation
     color_jitter: float = 0.0
     auto_augment: str | None = None  # timm's, "rand-m9-mstd0.5-inc1" for instance
     erase: float = 0.0  # probability of random erasing

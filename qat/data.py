@@ -1,11 +1,12 @@
-"""Training batches: timm's augmentation, in an order and with random numbers that depend on nothing but the seed.
+"""Training batches: augmented images with labels, in an order and with random numbers that depend on the seed only.
 
 Every random number is drawn from a generator seeded by (seed, epoch, image) or (seed, step, rank), so there is no state to
 save: a run that is killed at any step resumes with the same batches, whatever the number of worker processes.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,14 +16,17 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from calib.images import UNREADABLE, ImageFolder, Preprocessing
+from calib.folders import ImageFolder
+from calib.images import Preprocessing, open_image
 from qat.config import AugmentConfig
 
 
 class TrainBatch(NamedTuple):
     images: Tensor  # (N, 3, H, W) float32, normalised
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64 class indices, or (N, H, W) uint8 masks
     indices: Tensor  # (N,) int64, of the folder's samples
 
 
@@ -34,14 +38,19 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(state % 2**63))
 
 
-def train_transform(preprocessing: Preprocessing, augment: AugmentConfig) -> Any:
-    """timm's training transform: random resized crop, flip, colour, RandAugment, erasing, as the config says."""
-    return create_transform(
+# (image, class index or mask file) -> (3, H, W) float32 and the label as a tensor
+Transform = Callable[[Image.Image, int | Path], tuple[Tensor, Tensor]]
+
+
+def _classification_transform(preprocessing: Preprocessing, augment: AugmentConfig) -> Transform:
+    """timm's training transform: random resized crop, flips, colour, RandAugment, erasing."""
+    transform = create_transform(
         (3, *preprocessing.size),
         is_training=True,
         scale=augment.scale,
         ratio=augment.ratio,
         hflip=augment.hflip,
+        vflip=augment.vflip,
         color_jitter=augment.color_jitter,
         auto_augment=augment.auto_augment,
         re_prob=augment.erase,
@@ -49,30 +58,68 @@ def train_transform(preprocessing: Preprocessing, augment: AugmentConfig) -> Any
         mean=preprocessing.mean,
         std=preprocessing.std,
     )
+    return lambda image, target: (transform(image), torch.tensor(target))
 
 
-class TrainImages(Dataset[tuple[Tensor, int, int]]):
+def _segmentation_transform(preprocessing: Preprocessing, augment: AugmentConfig) -> Transform:
+    """Flips, rotation, resized crop and colour of an image, the same geometry for its mask."""
+    change = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(augment.hflip),
+            v2.RandomVerticalFlip(augment.vflip),
+            v2.RandomRotation(augment.rotate, v2.InterpolationMode.BILINEAR),
+            v2.RandomResizedCrop(
+                preprocessing.size, augment.scale, augment.ratio, v2.InterpolationMode(preprocessing.interpolation)
+            ),
+            v2.ColorJitter(*[augment.color_jitter] * 3),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(preprocessing.mean, preprocessing.std),
+        ]
+    )
+
+    def transform(image: Image.Image, target: Any) -> tuple[Tensor, Tensor]:
+        mask = open_image(target)
+        if mask.size != image.size:
+            raise ValueError(f"{target}: is {mask.size} pixels, its image {image.size}; they must be the same")
+        changed = change(v2.functional.to_image(image), tv_tensors.Mask(np.array(mask)))
+        return changed[0].as_subclass(Tensor), changed[1].as_subclass(Tensor)
+
+    return transform
+
+
+TRANSFORMS = {"classification": _classification_transform, "segmentation": _segmentation_transform}
+UNSUPPORTED = {"classification": ("rotate",), "segmentation": ("auto_augment", "erase", "mixup", "cutmix")}
+
+
+def train_transform(task: str, preprocessing: Preprocessing, augment: AugmentConfig) -> Transform:
+    """What a task's training images and labels go through. Raises ValueError for an augmentation that the task has not."""
+    for name in UNSUPPORTED[task]:
+        if getattr(augment, name):
+            raise ValueError(f"train.augment.{name} is not for {task}; leave it out")
+    return TRANSFORMS[task](preprocessing, augment)
+
+
+class TrainImages(Dataset[tuple[Tensor, Tensor, int]]):
     """One epoch's images, augmented: (image, label, index). An unreadable one, if skipped, gives its place to the next."""
 
-    def __init__(self, folder: ImageFolder, transform: Any, seed: int, epoch: int, skip_unreadable: bool) -> None:
+    def __init__(self, folder: ImageFolder, transform: Transform, seed: int, epoch: int, skip_unreadable: bool) -> None:
         self.folder, self.transform = folder, transform
         self.seed, self.epoch, self.skip_unreadable = seed, epoch, skip_unreadable
 
     def __len__(self) -> int:
         return len(self.folder.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        path, label = self.folder.samples[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        path, target = self.folder.samples[index]
         try:
-            with Image.open(path) as image:
-                pixels = image.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            pixels = open_image(path, "RGB")
+        except ValueError:
             if not self.skip_unreadable:
-                raise ValueError(f"{path}: {UNREADABLE}") from error
+                raise
             logging.warning("%s: unreadable, skipped", path)
             return self[(index + 1) % len(self)]
         seed_everything(self.seed, 1, self.epoch, index)
-        return self.transform(pixels), label, index
+        return *self.transform(pixels, target), index
 
 
 def epoch_batches(images: int, batch_size: int, rank: int, world: int, seed: int, epoch: int) -> list[list[int]]:
@@ -98,6 +145,6 @@ def load_batches(dataset: TrainImages, batches: Sequence[list[int]], workers: in
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-def _collate(samples: list[tuple[Tensor, int, int]]) -> TrainBatch:
+def _collate(samples: list[tuple[Tensor, Tensor, int]]) -> TrainBatch:
     images, labels, indices = zip(*samples, strict=True)
-    return TrainBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+    return TrainBatch(torch.stack(images), torch.stack(labels), torch.tensor(indices))

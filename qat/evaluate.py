@@ -22,6 +22,7 @@ class TorchPredictor:
         self._model, self._device = model.to(device), device
         self.backend = f"torch {torch.__version__}"
         self.precision = "fp32" if description.recipe is None else description.recipe.name
+        self.task = description.task
         self.preprocessing = description.preprocessing
         self.classes = None if description.classes is None else list(description.classes)
         self.batch_size: int | None = None

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.files import sha256
-from calib.images import check_class_count, draw_samples, image_batches, scan_image_folder
+from calib.folders import check_class_count, draw_samples, scan_folder
+from calib.images import image_batches
+from models.registry import family_of
 from qat.checkpoint import Description, save_checkpoint
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.distributed import Ranks, process_group
@@ -99,7 +101,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     recipe = recipe_of(config)
     if not recipe.rules:
         raise ValueError("recipe 'none' quantizes nothing; choose gemm or full")
-    folder = scan_image_folder(Path(config.data.root) / "train")
+    folder = scan_folder(family_of(config.model.name).TASK, Path(config.data.root) / "train")
     samples = draw_samples(folder, config.calibration.images, config.seed)
     model, preprocessing = build_float_model(config)
     check_class_count(folder.root, len(folder.classes), model.num_classes)

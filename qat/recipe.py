@@ -88,7 +88,8 @@ def _construct(kind: type, values: dict[str, Any], what: str) -> Any:
         raise ValueError(f"{what}: {error}") from error
 
 
-_GEMM = tuple(Rule(site, quantize=True) for site in ("patch_embed", "qkv", "proj", "fc1", "fc2", "reduction", "head"))
+_WEIGHTED = ("patch_embed", "attn.conv", "qkv", "proj", "fc1", "fc2", "reduction", "expand", "concat_back_dim", "head")
+_GEMM = tuple(Rule(site, quantize=True) for site in _WEIGHTED)
 _ATTENTION = (Rule("attn.q", quantize=True), Rule("attn.k", quantize=True), Rule("attn.v", quantize=True))
 _PROBS = Rule("attn.probs", quantize=True, amax=1.0)  # softmax's range is known: a scale of 1/127
 _RESIDUALS = (Rule("add1", quantize=True), Rule("add2", quantize=True))

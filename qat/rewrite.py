@@ -1,16 +1,28 @@
 """quantize(model, recipe): every module that has a quantized twin is swapped for it."""
 
 import copy
+import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from qat.layers import QuantConv2d, QuantLinear, weight_quantizers
 from qat.quantizers import quantizers
 from qat.recipe import RECIPES, Recipe
-from qat.twins import swin, vit
+from qat.twins import cvt, swin, swin_unet, vit
 
-TWINS = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d, **swin.TWINS, **vit.TWINS}
-SITES = {"patch_embed.proj": "patch_embed", "head.fc": "head"}  # sites that are not named as their module is
+# Keys are types, or their names where importing the type is expensive.
+TWINS: dict[Any, Callable[..., nn.Module]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+for family in (swin, vit, swin_unet, cvt):
+    TWINS.update(family.TWINS)
+# Sites that are not named as their module is: (pattern of the module's path, what it becomes).
+SITES = (
+    (r"^patch_embed\.proj$", "patch_embed"),
+    (r"^head\.fc$", "head"),
+    (r"^output$", "head"),
+    *cvt.SITES,
+)
 
 
 def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -35,8 +47,16 @@ def _rewrite(module: nn.Module, path: str, recipe: Recipe) -> nn.Module:
     """Children first: a block's twin takes over the twins of its linears."""
     for name, child in module.named_children():
         setattr(module, name, _rewrite(child, f"{path}.{name}".lstrip("."), recipe))
-    twin = TWINS.get(type(module))
-    return module if twin is None else twin(module, SITES.get(path, path), recipe.quantizer).train(module.training)
+    kind = type(module)
+    twin = TWINS.get(kind) or TWINS.get(f"{kind.__module__}.{kind.__qualname__}")
+    return module if twin is None else twin(module, site_of(path), recipe.quantizer).train(module.training)
+
+
+def site_of(path: str) -> str:
+    """The name that recipes use for the module at a path."""
+    for pattern, name in SITES:
+        path = re.sub(pattern, name, path)
+    return path
 
 
 def enable(model: nn.Module) -> None:

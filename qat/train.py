@@ -21,8 +21,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: find the packages beside qat/, and nothing inside it by accident
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from absl import logging
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -32,15 +32,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from calib.files import sha256, write_atomic
-from calib.images import ImageFolder, check_class_count, image_batches, scan_image_folder
+from calib.folders import ImageFolder, check_class_count, scan_folder
+from calib.images import image_batches
+from models.registry import family_of
 from qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.data import TrainBatch, TrainImages, epoch_batches, load_batches, seed_everything, train_transform
 from qat.distributed import Ranks, process_group
 from qat.evaluate import TorchPredictor
+from qat.losses import distillation_loss, task_loss
 from qat.ptq import add_config_arguments
 from qat.quantizers import TensorQuantizer, quantizers
-from trt.evaluate import evaluate
+from trt.evaluate import evaluate, main_metric
 
 Log = Callable[[dict[str, float]], None]
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,8 +55,9 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         check(config)
         self.config, self.ranks, self.options = config, ranks, config.train
-        self.folder = scan_image_folder(Path(config.data.root) / "train")
-        self.validation = scan_image_folder(Path(config.data.root) / "val", self.folder.classes)
+        self.task = family_of(config.model.name).TASK
+        self.folder = scan_folder(self.task, Path(config.data.root) / "train")
+        self.validation = scan_folder(self.task, Path(config.data.root) / "val", self.folder.classes)
         model, self.description = starting_model(config, self.folder)
         self.stage = self.description.stage
         self.run_folder = claim_run(config, "train", ("last.pt", f"{self.stage}.safetensors"))
@@ -65,7 +69,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config))
         self.ema = None if self.options.ema_decay is None else ModelEmaV3(self.model, decay=self.options.ema_decay)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.options.amp == "fp16")
-        self.transform = train_transform(self.description.preprocessing, self.options.augment)
+        self.transform = train_transform(self.task, self.description.preprocessing, self.options.augment)
         self.mixup = make_mixup(config, len(self.folder.classes))
         self.steps_per_epoch = len(self._epoch(0)) // self.options.accumulate
         self.total_steps = self.options.epochs * self.steps_per_epoch
@@ -172,7 +176,7 @@ class Trainer:
             with torch.no_grad():
                 soft = None if self.teacher is None else self.teacher(images).float()
         smoothing = 0.0 if self.mixup is not None else self.options.label_smoothing
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+        loss = task_loss(self.task, logits.float(), target, smoothing)
         if soft is None:
             return loss
         distance = distillation_loss(logits.float(), soft, self.options.temperature)
@@ -203,17 +207,18 @@ class Trainer:
         return model.eval()
 
     def validate(self) -> dict[str, float]:
-        """{"acc1", "acc5"} over val/, every rank taking its share."""
+        """{"acc1", "acc5"}, or {"dice"}, over val/, every rank taking its share."""
         predict = TorchPredictor(self.trained(), self.description, str(self.ranks.device))
         samples = self.validation.samples[self.ranks.rank :: self.ranks.world]
         skipped: list[Path] | None = [] if self.config.data.skip_unreadable else None
         batches = image_batches(
             samples, self.description.preprocessing, self.options.batch_size, self.config.data.workers, skipped
         )
-        result = evaluate(predict, batches)
-        count = result["images"]
-        acc1, acc5, images = self.ranks.sum([result["acc1"] * count, result["acc5"] * count, count])
-        return {"acc1": acc1 / images, "acc5": acc5 / images}
+        metric = main_metric(self.task, self.folder.classes)
+        evaluate(predict, batches, [metric])
+        metric.counts = np.reshape(self.ranks.sum(metric.counts.ravel().tolist()), metric.counts.shape)
+        result = metric.result()
+        return {name: result[name] for name in metric.headline}
 
     def save(self) -> None:
         """Writes last.pt, on rank 0."""
@@ -253,7 +258,7 @@ class Trainer:
         path = self.run_folder / f"{self.stage}.safetensors"
         if self.ranks.main:
             save_checkpoint(path, self.trained(), self.description_with(metrics))
-            logging.info("%s: Acc@1 %.2f, Acc@5 %.2f", path, metrics["acc1"], metrics["acc5"])
+            logging.info("%s: %s", path, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
         return path
 
     def description_with(self, metrics: dict[str, float]) -> Description:
@@ -343,17 +348,6 @@ def make_mixup(config: Config, classes: int) -> Mixup | None:
     if not (augment.mixup or augment.cutmix):
         return None
     return Mixup(augment.mixup, augment.cutmix, label_smoothing=config.train.label_smoothing, num_classes=classes)
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T (Hinton et al., "Distilling the Knowledge", 2015, section 2).
-
-    Args:
-        logits, teacher_logits: (N, classes).
-    """
-    student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def find_non_finite(model: nn.Module, images: Tensor) -> str:

@@ -77,6 +77,23 @@ def data(tmp_path) -> Path:
     return write_images(tmp_path / "data")
 
 
+def write_masks(root: Path, side: int = 16, volumes: int = 2, slices: int = 3) -> Path:
+    """train/ and val/ folders of slices whose left and right squares are the classes 1 and 2, and classes.txt."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for name in (f"case{volume}_slice_{index}.png" for volume in range(volumes) for index in range(slices)):
+            mask = np.zeros((side, side), dtype=np.uint8)
+            top, height = rng.integers(0, side // 2, 2)
+            mask[top : top + height, : side // 4], mask[top : top + height, -side // 4 :] = 1, 2
+            Image.fromarray(mask).save(root / split / "masks" / name)
+            pixels = rng.integers(0, 80, mask.shape) + 80 * mask
+            Image.fromarray(pixels.astype(np.uint8)).save(root / split / "images" / name)
+    (root / "classes.txt").write_text("background\nleft\nright\n")
+    return root
+
+
 @pytest.fixture
 def config_file(tmp_path, data) -> Path:
     """A config for the small Swin over `data`, with a saved float checkpoint as its weights."""

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from calib.build_cache import activation_ranges
 from calib.cache import ALGORITHMS, format_cache, parse_cache, write_cache
-from calib.images import Preprocessing, draw_samples, image_batches, scan_image_folder
+from calib.folders import draw_samples, scan_folder
+from calib.images import Preprocessing, image_batches
 from calib.trt_calibrator import BatchStream, make_calibrator
 from trt.build import BuildOptions, build_network, check_possible
 from trt.onnx_files import parse_metadata, properties, read_onnx
@@ -24,7 +25,7 @@ from trt.version import find_backend
 
 def calibration_batches(args: argparse.Namespace, metadata: dict[str, Any]) -> Iterator[np.ndarray]:
     """The drawn images, preprocessed as the model wants them, with a progress bar on a terminal."""
-    folder = scan_image_folder(args.data)
+    folder = scan_folder(metadata["task"], args.data)
     samples = draw_samples(folder, args.images, args.seed)
     batches = image_batches(samples, Preprocessing(**metadata["preprocessing"]), args.batch, args.workers)
     steps = -(-len(samples) // args.batch)
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " --algorithm entropy2 --offline"
     )
     parser.add_argument("--onnx", required=True, type=Path)
-    parser.add_argument("--data", required=True, type=Path, help="folder of class folders, e.g. DIR/train")
+    parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/train")
     parser.add_argument("--cache", required=True, type=Path, help="the file to write; its sidecar goes beside it")
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="entropy2")
     parser.add_argument("--images", type=int, default=512, help="drawn at random from the folder")

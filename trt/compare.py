@@ -12,7 +12,8 @@ import onnx
 
 from calib.build_cache import activations, value_sources
 from calib.files import sha256, write_json
-from calib.images import Preprocessing, image_batches, scan_image_folder
+from calib.folders import scan_folder
+from calib.images import Preprocessing, image_batches
 from trt.build import BuildOptions, build_network, prepare_graph
 from trt.engine import SUFFIXES, read_sidecar
 from trt.evaluate import open_predictor
@@ -127,26 +128,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--reference", required=True, type=Path, help="an .onnx file")
-    parser.add_argument("--data", type=Path, help="folder of class folders; without it, random images")
+    parser.add_argument("--data", type=Path, help="folder of images; without it, random ones")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--layers", action="store_true", help="every activation too, and where they part first")
     parser.add_argument("--tolerance", type=float, default=0.1, help="relative error of a tensor that counts as parting")
     parser.add_argument("--json", type=Path)
 
 
-def read_images(args: argparse.Namespace, preprocessing: Preprocessing) -> np.ndarray:
+def read_images(args: argparse.Namespace, task: str, preprocessing: Preprocessing) -> np.ndarray:
     """(N, 3, H, W): images spread evenly over the folder, or standard normal noise, seed 0."""
     if args.data is None:
         shape = (args.images, 3, *preprocessing.size)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    samples = scan_image_folder(args.data).samples
+    samples = scan_folder(task, args.data).samples
     spread = samples[:: max(1, len(samples) // args.images)][: args.images]
     return np.concatenate([batch.images for batch in image_batches(spread, preprocessing, 16)])
 
 
 def main(args: argparse.Namespace) -> None:
     ours, theirs = open_predictor(args.model), OnnxRuntimePredictor(args.reference)
-    images = read_images(args, theirs.preprocessing)
+    images = read_images(args, theirs.task, theirs.preprocessing)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)
     logits = [np.concatenate([p(images[i : i + size]) for i in range(0, len(images), size)]) for p in (ours, theirs)]
     report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **output_errors(*logits)}

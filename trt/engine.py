@@ -86,6 +86,7 @@ class Engine:
         self.backend = f"{self.sidecar['target']} {self.sidecar['version']}"
         self.precision: str = self.sidecar["engine_precision"]
         self.preprocessing = Preprocessing(**self.sidecar["preprocessing"])
+        self.task: str = self.sidecar["task"]
         self.classes: list[str] | None = self.sidecar["classes"]
         self.batch_size: int | None = self.largest
 
@@ -113,7 +114,7 @@ class Engine:
         self._stream.synchronize()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, 3, H, W) float32 -> (N, classes) float32; N up to `largest`, filled up to `smallest`."""
+        """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""
         padded = fill_up(images, self.smallest)
         self.bind(len(padded))
         self._buffers["input"].copy_from(np.ascontiguousarray(padded), self._stream)

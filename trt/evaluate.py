@@ -1,9 +1,9 @@
-"""Acc@1 and Acc@5 of anything that maps images to logits. As a command: of an ONNX file, on a machine without torch."""
+"""Accuracy, or Dice and HD95, of anything that maps images to logits. As a command: of an ONNX file, without torch."""
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,19 +12,59 @@ from absl import logging
 from tqdm import tqdm
 
 from calib.files import write_json
-from calib.images import Batch, Preprocessing, image_batches, scan_image_folder
+from calib.folders import scan_folder
+from calib.images import Batch, Preprocessing, image_batches
+from trt.segmentation import Dice, Overlays, Volumes
 
 
 class Predictor(Protocol):
-    """A model in some backend: (N, 3, H, W) float32 -> (N, classes) float32."""
+    """A model in some backend: (N, 3, H, W) float32 -> (N, classes) float32, or (N, classes, H, W) of segmentation."""
 
     backend: str  # "onnxruntime 1.31.1"
     precision: str  # "int8"
+    task: str  # classification or segmentation
     preprocessing: Preprocessing
     classes: list[str] | None
     batch_size: int | None
 
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
+
+
+class Metric(Protocol):
+    """What is counted over batches of logits."""
+
+    headline: dict[str, str]  # result -> heading, of what is shown in a table
+
+    def update(self, logits: np.ndarray, batch: Batch) -> None: ...
+
+    def result(self) -> dict[str, Any]: ...
+
+
+class CountingMetric(Metric, Protocol):
+    """A metric that is a function of counts, which add up over processes."""
+
+    counts: np.ndarray
+
+
+class Accuracy:
+    """Acc@1 and Acc@5, in per cent."""
+
+    headline = {"acc1": "Acc@1", "acc5": "Acc@5"}
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(3)  # images, right ones, right among five
+
+    def update(self, logits: np.ndarray, batch: Batch) -> None:
+        self.counts += (len(batch.labels), *count_correct(logits, batch.labels))
+
+    def result(self) -> dict[str, Any]:
+        images, first, fifth = self.counts.tolist()
+        return {"acc1": 100 * first / images, "acc5": 100 * fifth / images}
+
+
+def main_metric(task: str, classes: Sequence[str]) -> CountingMetric:
+    """What a model of a task is judged by."""
+    return Dice(classes) if task == "segmentation" else Accuracy()
 
 
 def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
@@ -46,47 +86,77 @@ def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
     return int((rank < 1).sum()), int((rank < 5).sum())
 
 
-def evaluate(predict: Callable[[np.ndarray], np.ndarray], batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(
+    predict: Callable[[np.ndarray], np.ndarray], batches: Iterable[Batch], metrics: Sequence[Metric]
+) -> dict[str, Any]:
     """Runs `predict` over batches.
 
     Returns:
-        {"acc1", "acc5"} in per cent, {"images"} and {"images_per_second"}, decoding included.
+        The metrics' results, {"images"} and {"images_per_second"}, decoding included.
 
     Raises:
         ValueError: there were no images.
     """
-    images = top1 = top5 = 0
-    start = time.perf_counter()
+    images, start = 0, time.perf_counter()
     for batch in batches:
-        first, fifth = count_correct(predict(batch.images), batch.labels)
-        images, top1, top5 = images + len(batch.labels), top1 + first, top5 + fifth
+        logits = predict(batch.images)
+        for metric in metrics:
+            metric.update(logits, batch)
+        images += len(batch.labels)
     if not images:
         raise ValueError("evaluation saw 0 images; check the data folder")
     rate = images / (time.perf_counter() - start)
-    return {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "images": images, "images_per_second": rate}
+    results = {key: value for metric in metrics for key, value in metric.result().items()}
+    return {**results, "images": images, "images_per_second": rate}
 
 
 def evaluate_folder(predictor: Predictor, args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates over the folder `args.data` with the model's own preprocessing, shows progress and a table, writes JSON."""
-    folder = scan_image_folder(args.data, predictor.classes)
+    folder = scan_folder(predictor.task, args.data, predictor.classes)
     samples = folder.samples[:: max(1, len(folder.samples) // args.images)] if args.images else folder.samples
     size = predictor.batch_size or args.batch_size
     skipped: list[Path] | None = [] if args.skip_unreadable else None
     batches = image_batches(samples, predictor.preprocessing, size, args.workers, skipped)
     steps = -(-len(samples) // size)
-    result = evaluate(predictor, tqdm(batches, "evaluate", steps, disable=not sys.stderr.isatty()))
+    metrics = choose_metrics(predictor, folder.classes, args)
+    result = evaluate(predictor, tqdm(batches, "evaluate", steps, disable=not sys.stderr.isatty()), metrics)
     kind = {"backend": predictor.backend, "precision": predictor.precision}
     report = {"model": str(args.model), **kind, "data": str(args.data), **result, "skipped": len(skipped or ())}
-    print(f"{'model':<32} {'backend':<20} {'precision':<9} {'Acc@1':>7} {'Acc@5':>7} {'images':>7} {'images/s':>9}")
-    print(
-        f"{report['model']:<32} {predictor.backend:<20} {predictor.precision:<9} {report['acc1']:7.2f} {report['acc5']:7.2f}"
-        f" {report['images']:7d} {report['images_per_second']:9.1f}"
-    )
+    print(table(report, {key: heading for metric in metrics for key, heading in metric.headline.items()}))
     if skipped:
         logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
     if args.json:
         write_json(args.json, {**report, "command": sys.argv})
     return report
+
+
+def choose_metrics(predictor: Predictor, classes: Sequence[str], args: argparse.Namespace) -> list[Metric]:
+    """Everything that is measured of a model, and pictures of its worst cases on request. Raises ValueError."""
+    metrics: list[Metric] = [main_metric(predictor.task, classes)]
+    if predictor.task == "segmentation":
+        metrics.append(Volumes(classes))
+    if args.overlays:
+        if predictor.task != "segmentation":
+            raise ValueError(f"--overlays shows masks, and {args.model} has none: its task is {predictor.task}")
+        metrics.append(Overlays(args.overlays, args.worst, classes, predictor.preprocessing))
+    return metrics
+
+
+def table(report: dict[str, Any], headline: dict[str, str]) -> str:
+    """A report as two lines, and one a class where there are results by class."""
+    metrics = "".join(f" {heading:>7}" for heading in headline.values())
+    values = "".join(f" {_number(report[key], 4 if key == 'dice' else 2):>7}" for key in headline)
+    lines = [
+        f"{'model':<32} {'backend':<20} {'precision':<9}{metrics} {'images':>7} {'images/s':>9}",
+        f"{report['model']:<32} {report['backend']:<20} {report['precision']:<9}{values} {report['images']:7d}"
+        f" {report['images_per_second']:9.1f}",
+    ]
+    lines += [f"  Dice of {name}: {value:.4f}" for name, value in report.get("dice_per_class", {}).items()]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def open_predictor(path: Path, threads: int = 0) -> Predictor:
@@ -105,16 +175,21 @@ def open_predictor(path: Path, threads: int = 0) -> Predictor:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Acc@1 and Acc@5 over a folder of images, one folder a class."
+    parser.description = (
+        "Acc@1 and Acc@5 over a folder of images, one folder a class; of a segmentation model Dice and HD95 over"
+        " images/ and masks/."
+    )
     parser.epilog = "example:\n  qswin evaluate --model runs/x/int8.onnx --data DIR/val --json runs/x/int8.json"
     parser.add_argument("--model", required=True, type=Path, help="a checkpoint (.safetensors), an .onnx file or an engine")
-    parser.add_argument("--data", required=True, type=Path, help="folder of class folders, e.g. DIR/val")
+    parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/val")
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--images", type=int, default=0, help="evaluate about this many, evenly spread; 0: all")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=4, help="decoding threads")
     parser.add_argument("--threads", type=int, default=0, help="compute threads of ONNX Runtime; 0: all cores")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip files that cannot be read")
+    parser.add_argument("--overlays", type=Path, help="folder for pictures of the worst masks (segmentation)")
+    parser.add_argument("--worst", type=int, default=8, help="how many pictures")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def parse_metadata(path: str | Path, properties: dict[str, str]) -> dict[str, An
     """
     try:
         metadata = json.loads(properties["qswin"])
-        return {**metadata, "preprocessing": metadata["preprocessing"], "classes": metadata["classes"]}
+        return {key: metadata[key] for key in ("task", "preprocessing", "classes")} | metadata
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: has no qswin metadata; export it with qswin export") from error
 

@@ -13,7 +13,7 @@ LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.
 
 
 class OnnxRuntimePredictor:
-    """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> (N, classes) float32.
+    """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> logits, float32.
 
     Attributes:
         metadata: what the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
@@ -41,6 +41,7 @@ class OnnxRuntimePredictor:
             self.metadata.get("precision", "as exported"),
         )
         self.preprocessing = Preprocessing(**self.metadata["preprocessing"])
+        self.task: str = self.metadata["task"]
         self.classes: list[str] | None = self.metadata["classes"]
         batch = self._session.get_inputs()[0].shape[0]
         self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from timm.data import create_transform
 
-from calib.images import Preprocessing, image_batches, load_image, scan_image_folder
+from calib.folders import scan_folder
+from calib.images import Preprocessing, image_batches, load_image
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (300, 217), (217, 300), (33, 70), (1, 1), (224, 224)])
@@ -27,14 +28,14 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
 def test_every_image_comes_once_and_in_order(data, batch_size):
-    folder = scan_image_folder(data / "val")
+    folder = scan_folder("classification", data / "val")
     batches = list(image_batches(folder.samples, Preprocessing(size=(8, 8)), batch_size))
     assert np.concatenate([batch.labels for batch in batches]).tolist() == [label for _, label in folder.samples]
     assert {len(batch.labels) for batch in batches[:-1]} <= {batch_size}
 
 
 def test_classes_are_the_sorted_folders(data):
-    folder = scan_image_folder(data / "val")
+    folder = scan_folder("classification", data / "val")
     assert folder.classes == ("class0", "class1", "class2", "class3", "class4")
     assert len(folder.samples) == 20
 
@@ -42,7 +43,7 @@ def test_classes_are_the_sorted_folders(data):
 def test_an_unreadable_image_is_named_or_skipped(data):
     bad = data / "val" / "class1" / "1.png"
     bad.write_bytes(bad.read_bytes()[:100])
-    folder = scan_image_folder(data / "val")
+    folder = scan_folder("classification", data / "val")
     with pytest.raises(ValueError, match=r"class1/1\.png.*skip_unreadable"):
         list(image_batches(folder.samples, Preprocessing(size=(8, 8)), 4))
     skipped = []
@@ -52,14 +53,14 @@ def test_an_unreadable_image_is_named_or_skipped(data):
 
 def test_folders_that_cannot_be_used_say_why(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        scan_image_folder(tmp_path / "nowhere")
+        scan_folder("classification", tmp_path / "nowhere")
     (tmp_path / "empty" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images"):
-        scan_image_folder(tmp_path / "empty")
-    with pytest.raises(ValueError, match="5 class folders, but the model has 3"):
-        scan_image_folder(data / "val", ["a", "b", "c"])
+        scan_folder("classification", tmp_path / "empty")
+    with pytest.raises(ValueError, match="5 classes, but the model has 3"):
+        scan_folder("classification", data / "val", ["a", "b", "c"])
     with pytest.raises(ValueError, match="class 4 is 'class4' here but 'zebra'"):
-        scan_image_folder(data / "val", ["class0", "class1", "class2", "class3", "zebra"])
+        scan_folder("classification", data / "val", ["class0", "class1", "class2", "class3", "zebra"])
 
 
 def test_settings_that_cannot_be_used_say_why():

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
+from calib.folders import scan_folder
+from calib.images import Preprocessing, open_image
 from qat import train
 from qat.checkpoint import load_checkpoint
 from qat.config import load_config
-from qat.data import epoch_batches
+from qat.data import epoch_batches, seed_everything, train_transform
 from qat.distributed import process_group
 from qat.ptq import run_calibration
 from qat.quantizers import quantizers
-from tests.conftest import small_swin
+from tests.conftest import small_swin, write_masks
+from tests.qat.test_families import UNET
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +63,53 @@ def test_qat_writes_a_checkpoint_and_learns(config_file, ptq):
     assert description.stage == "qat" and description.metrics["steps"] == 30
     loss = losses(log)
     assert sum(loss[i] for i in range(25, 30)) < sum(loss[i] for i in range(5))
+
+
+@pytest.fixture
+def masks_config(tmp_path) -> Path:
+    """A config for a small Swin-Unet over mask folders."""
+    settings = ", ".join(f"{key}: {value}" for key, value in UNET.items())
+    file = tmp_path / "masks.yaml"
+    file.write_text(f"""\
+model: {{name: swin_unet_tiny_patch4_window7_224, num_classes: 3, kwargs: {{{settings}}}}}
+data: {{root: {write_masks(tmp_path / "masks", side=40)}, workers: 0}}
+calibration: {{images: 6, batch_size: 3}}
+train: {{batch_size: 3, lr: 1.0e-3, distill: 0.5, augment: {{scale: [0.7, 1.0], rotate: 20, vflip: 0.5, color_jitter: 0.1}}}}
+run: {tmp_path / "masks-run"}
+device: cpu
+""")
+    return file
+
+
+def test_masks_train_too(masks_config):
+    with process_group("cpu") as ranks:
+        start = run_calibration(load_config(masks_config, []), ranks)
+    path, log = run(masks_config, f"init={start}", "train.epochs=8")
+    model, description = load_checkpoint(path)
+    assert description.task == "segmentation" and 0 < description.metrics["dice"] <= 1
+    assert description.classes == ("background", "left", "right")
+    loss = losses(log)
+    assert sum(loss[i] for i in range(12, 16)) < sum(loss[i] for i in range(4))
+
+
+def test_an_augmentation_of_another_task_is_named(masks_config, config_file):
+    for file, setting, task in ((masks_config, "mixup=0.2", "segmentation"), (config_file, "rotate=9", "classification")):
+        with pytest.raises(ValueError, match=f"train.augment.{setting.partition('=')[0]} is not for {task}"):
+            run(file, "recipe=none", f"train.augment.{setting}")
+
+
+def test_a_mask_turns_with_its_image(masks_config):
+    """An image that is its own mask still is after every change of geometry."""
+    config = load_config(masks_config, ["train.augment.color_jitter=0"])
+    preprocessing = Preprocessing(size=(40, 40), mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear")
+    folder = scan_folder("segmentation", Path(config.data.root) / "train")
+    transform = train_transform("segmentation", preprocessing, config.train.augment)
+    for index, (_, mask) in enumerate(folder.samples):
+        seed_everything(index)
+        image, changed = transform(open_image(mask, "RGB"), mask)
+        inside = image[0] * 255 - changed
+        assert (inside.abs() < 0.01).float().mean() > 0.8  # the others are interpolated, at edges
+        assert changed.unique().numel() > 1 or not open_image(mask).getbbox()
 
 
 def test_a_float_model_trains_with_the_same_file(config_file):
@@ -173,13 +222,6 @@ def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file
     assert all(name.endswith("_log_gain") for name in ranges) and len(ranges) == len(list(quantizers(trainer.model)))
     assert all(name.endswith(".weight") for name in decayed) and any("relative_position" in name for name in plain)
     assert len(decayed | plain | ranges) == len(names)
-
-
-def test_distillation_is_the_divergence_from_the_teacher():
-    student, teacher = torch.randn(6, 9), torch.randn(6, 9)
-    p, q = (F.softmax(logits.double() / 2, dim=-1) for logits in (teacher, student))
-    expected = 4 * (p * (p / q).log()).sum(dim=-1).mean()
-    assert train.distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.images import Batch, Preprocessing, image_batches, scan_image_folder
+from calib.folders import scan_folder
+from calib.images import Batch, Preprocessing, image_batches
 from qat.checkpoint import Description
 from qat.export import export_onnx, save_onnx
 from tests.conftest import SMALL, V1, small_swin
-from trt.evaluate import count_correct, evaluate
+from trt.evaluate import Accuracy, count_correct, evaluate
 from trt.onnx_runtime import OnnxRuntimePredictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +45,14 @@ def test_a_label_the_model_does_not_know_is_an_error():
 
 
 def test_evaluation_weighs_images_not_batches():
-    batches = [Batch(np.zeros((n, 3, 1, 1), np.float32), np.full(n, label)) for n, label in ((9, 0), (1, 1))]
-    result = evaluate(lambda images: np.tile(np.float32([9, 0, 1, 2, 3, 4, 5]), (len(images), 1)), batches)
+    batches = [Batch(np.zeros((n, 3, 1, 1), np.float32), np.full(n, label), []) for n, label in ((9, 0), (1, 1))]
+    result = evaluate(lambda images: np.tile(np.float32([9, 0, 1, 2, 3, 4, 5]), (len(images), 1)), batches, [Accuracy()])
     assert (result["acc1"], result["acc5"], result["images"]) == (90.0, 90.0, 10)
 
 
 def test_no_images_is_an_error():
     with pytest.raises(ValueError, match="0 images"):
-        evaluate(lambda images: images, [])
+        evaluate(lambda images: images, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +63,10 @@ def onnx(tmp_path_factory) -> Path:
 
 
 def test_the_command_agrees_with_torch_and_never_imports_it(onnx, data, tmp_path):
-    blocked = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'qswin'; import qswin; qswin.main()"
     arguments = ["evaluate", "--model", str(onnx), "--data", str(data / "val"), "--json", str(tmp_path / "r.json")]
-    subprocess.run([sys.executable, "-c", blocked, *arguments], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "tests.without_torch", *arguments], cwd=ROOT, check=True)
     result = json.loads((tmp_path / "r.json").read_text())
-    folder = scan_image_folder(data / "val")
+    folder = scan_folder("classification", data / "val")
     model = small_swin()
     with torch.no_grad():
         batches = list(image_batches(folder.samples, DESCRIPTION.preprocessing, 7))
