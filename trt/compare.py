@@ -1,8 +1,8 @@
 """Where and how much two models differ: an engine or ONNX file against an ONNX file. The command `qswin compare`."""
 
 import argparse
+import itertools
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trt.engine import SUFFIXES, read_sidecar
 from trt.evaluate import open_predictor
 from trt.onnx_files import read_onnx
 from trt.onnx_runtime import OnnxRuntimePredictor
+from trt.precision import QDQ
 from trt.version import find_backend
 
 
@@ -51,43 +52,51 @@ def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
 
 
 def layer_errors(model: Path, reference: Path, images: np.ndarray) -> list[tuple[str, float]]:
-    """(tensor, relative error) of the activations that both have, in the reference's order.
+    """(tensor, relative error) of the activations of two graphs of one network, in the reference's order and by its names.
 
     An engine is built again from the reference, which must be the file it was built from, with what its normalizations read,
     the residual stream, as outputs: with every activation given out, TensorRT 8.6 finds no implementation.
 
     Raises:
-        ValueError: the engine was built from another ONNX file, or the two share no tensor.
+        ValueError: the engine was built from another ONNX file, or the graphs are of different networks.
     """
     graph = read_onnx(reference)
-    names = list(value_sources(graph))[1:]
     if model.suffix in SUFFIXES:
         values = _engine_activations(model, reference, graph, residual_stream(graph), images)
     else:
-        values = _graph_activations(read_onnx(model), graph, names, images)
-    names = [name for name in names if name in values]
-    if not names:
-        raise ValueError(f"{model} and {reference} have no tensor in common")
-    expected = activations(graph, names, images)
-    return [(name, relative_error(values[name], expected[name])) for name in names]
+        other = read_onnx(model)
+        same = same_tensors(other, graph)
+        found = activations(other, [same[name] for name in same], images)
+        values = {name: found[same[name]] for name in same}
+    expected = activations(graph, list(values), images)
+    return [(name, relative_error(values[name], expected[name])) for name in values]
+
+
+def same_tensors(other: onnx.ModelProto, graph: onnx.ModelProto) -> dict[str, str]:
+    """{activation of `graph`: what it is called in `other`}, in order. The exporter numbers both graphs on its own.
+
+    Raises:
+        ValueError: apart from Q/DQ and Casts, the graphs are not the same operations in the same order.
+    """
+    ours, theirs = arithmetic(other), arithmetic(graph)
+    for index, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
+        if a is None or b is None or a.op_type != b.op_type:
+            kinds = [node.op_type if node else "not there" for node in (a, b)]
+            raise ValueError(f"not the same network: operation {index} is {kinds[0]}, in the reference {kinds[1]}")
+    pairs = {b.output[0]: a.output[0] for a, b in zip(ours, theirs, strict=True)}
+    return {name: pairs[name] for name, source in value_sources(graph).items() if name == source and name in pairs}
+
+
+def arithmetic(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes apart from Q/DQ, with the Clip of fewer than 8 bits before it, and Casts."""
+    clipped = {node.input[0] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
+    nodes = [node for node in graph.graph.node if node.op_type not in (*QDQ, "Cast")]
+    return [node for node in nodes if node.op_type != "Clip" or node.output[0] not in clipped]
 
 
 def residual_stream(graph: onnx.ModelProto) -> list[str]:
     """What the graph's LayerNormalizations read."""
     return [node.input[0] for node in graph.graph.node if node.op_type == "LayerNormalization"]
-
-
-def _graph_activations(
-    other: onnx.ModelProto, graph: onnx.ModelProto, names: list[str], images: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Of the tensors that both graphs have, by name, operator and shape.
-
-    The exporter numbers what it makes (`val_7`) and views (`view_7`) anew for each graph: they are left out.
-    """
-    makers, others = ({name: node.op_type for node in g.graph.node for name in node.output} for g in (graph, other))
-    own = {name for name, source in value_sources(other).items() if source == name}
-    same = [n for n in names if n in own and makers[n] == others[n] and not re.fullmatch(r"val_\d+", n)]
-    return activations(other, same, images)
 
 
 def _engine_activations(

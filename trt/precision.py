@@ -9,11 +9,13 @@ import onnx
 
 LAYER_PRECISIONS = ("fp32", "fp16", "int8")
 QDQ = ("QuantizeLinear", "DequantizeLinear")
-# What FP16 breaks: variances overflow (the first system put POW and REDUCE back to FP32, which opset 17 has as one node),
-# and cosine attention's norms divide by small numbers. Of a preset's patterns, one at least must match.
+# What FP16 breaks: the squares in variances (the first system put POW and REDUCE back to FP32, which opset 17 has as one
+# node) and in cosine attention's norms. Of a preset's patterns, one at least must match.
+NORMALIZATION = ("LayerNormalization", "Pow", "ReduceMean")
+COSINE_ATTENTION = ("ReduceL2", "Abs", "ReduceMax", "ReduceSum", "ReduceSumSquare", "Sqrt", "Clip", "Expand", "Div")
 PRESETS = {
-    "swin-fp16": ("LayerNormalization=fp32", "Pow=fp32", "ReduceMean=fp32"),
-    "swinv2-fp16": ("LayerNormalization=fp32", "ReduceL2=fp32", "Clip=fp32", "Expand=fp32", "Div=fp32"),
+    "swin-fp16": tuple(f"{kind}=fp32" for kind in NORMALIZATION),
+    "swinv2-fp16": tuple(f"{kind}=fp32" for kind in (*NORMALIZATION, *COSINE_ATTENTION)),
 }
 
 

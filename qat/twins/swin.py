@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from qat.layers import MakeQuantizer, QuantAdd, QuantMatMul
 
+TINY = 1e-6  # FP16 can express it
+
 
 class QuantWindowAttention(nn.Module):
     """Window attention of Swin V1. x: (B * num_windows, N, C), N tokens a window."""
@@ -90,7 +92,7 @@ class QuantWindowAttentionV2(nn.Module):
             qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias))
         qkv = qkv.reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (windows, heads, N, C / heads)
-        attn = self.qk(F.normalize(q, dim=-1), F.normalize(k, dim=-1).transpose(-2, -1))
+        attn = self.qk(_normalize(q), _normalize(k).transpose(-2, -1))
         attn = attn * self.logit_scale.clamp(max=math.log(100.0)).exp()
         attn = _add_bias(attn, self._bias(mask))
         attn = self.attn_drop(attn.softmax(dim=-1))
@@ -110,6 +112,16 @@ class QuantWindowAttentionV2(nn.Module):
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
         bias = 16 * torch.sigmoid(table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1))
         return bias.unsqueeze(0) if mask is None else bias + mask.unsqueeze(1)
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """x / ||x|| over the last dimension, as F.normalize, in a way that FP16 can compute.
+
+    The squares of a trained model's q and k overflow FP16 (they do above 255, and their sum sooner), and those of small ones
+    vanish in it. Divided by its largest value first, a vector's sum of squares is from 1 to its length.
+    """
+    x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=TINY)
+    return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=TINY)
 
 
 def _add_bias(attn: Tensor, bias: Tensor) -> Tensor:

@@ -41,6 +41,19 @@ def test_a_planted_fault_is_found_where_it_is(graphs, tmp_path):
     assert first_parting(layer_errors(graphs["fp32"], graphs["fp32"], images), 1e-6).startswith("no tensor")
 
 
+def test_graphs_of_one_network_are_paired_whatever_their_names(graphs):
+    """Q/DQ and Casts do not count; INT8's error is small at every layer, so the pairs are right."""
+    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
+    errors = layer_errors(graphs["int8"], graphs["fp32"], images)
+    assert len(errors) > 60 and max(error for _, error in errors) < 0.3
+    assert max(error for _, error in layer_errors(graphs["fp16"], graphs["fp32"], images)) < 0.02
+
+
+def test_graphs_of_two_networks_are_an_error(graphs):
+    with pytest.raises(ValueError, match="not the same network: operation .* is .*, in the reference"):
+        layer_errors(graphs["fp32-17"], graphs["fp32"], np.zeros((1, 3, 32, 32), dtype=np.float32))
+
+
 def test_the_residual_stream_is_what_norms_read(graphs):
     model = read_onnx(graphs["fp32"])
     assert len(residual_stream(model)) == sum(node.op_type == "LayerNormalization" for node in model.graph.node)
