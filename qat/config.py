@@ -83,7 +83,7 @@ class TrainConfig:
 class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    recipe: Any = "full"  # a name, or a mapping as Recipe.to_dict writes it
+    recipe: Any = "full"  # a name, a YAML file, or a mapping as Recipe.to_dict writes it
     calibration: CalibrationConfig = dataclasses.field(default_factory=CalibrationConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     init: str | None = None  # the checkpoint that training starts from
@@ -179,10 +179,26 @@ def _known_keys(schema: Any, prefix: str = "") -> list[str]:
 
 
 def recipe_of(config: Config) -> Recipe:
-    """The recipe a config names or writes out, with the calibrator that the config puts over it. Raises ValueError."""
-    recipe = Recipe.from_dict(config.recipe) if isinstance(config.recipe, dict) else named_recipe(str(config.recipe))
+    """The recipe a config names, writes out or has in a file, under the config's calibrator. Raises ValueError."""
+    written = config.recipe
+    if isinstance(written, str) and written.endswith((".yaml", ".yml")):
+        written = _read_recipe(Path(written))
+    recipe = Recipe.from_dict(written) if isinstance(written, dict) else named_recipe(str(written))
     calibrator = config.calibration.calibrator
     return recipe if calibrator is None else dataclasses.replace(recipe, calibrator=calibrator)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file, as qswin search writes it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a recipe; qswin search writes one, and the README shows one")
+    return values
 
 
 def model_arguments(config: Config) -> dict[str, Any]:

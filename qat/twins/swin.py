@@ -134,6 +134,8 @@ def _add_bias(attn: Tensor, bias: Tensor) -> Tensor:
 class QuantSwinBlock(nn.Module):
     """Swin V1 block: norm, attention, residual; norm, MLP, residual. x: (B, H, W, C)."""
 
+    SMOOTHED: tuple[tuple[str, tuple[str, ...]], ...] = (("norm1", ("attn.qkv",)), ("norm2", ("mlp.fc1",)))
+
     def __init__(self, block: v1.SwinTransformerBlock, site: str, quantizer: MakeQuantizer) -> None:
         super().__init__()
         if block.dynamic_mask:

@@ -1,0 +1,202 @@
+"""Mixed precision: which sites stay in float so that a budget holds. The command `qswin search`; it writes a recipe file.
+
+Greedy: sites leave quantization in the order of what they cost in accuracy (their KL, from `qswin sensitivity`) for each bit
+operation that quantizing them saves. A budget on accuracy takes the fewest that meet it, one on operations as many as fit.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from absl import logging
+from torch import Tensor, nn
+
+from calib.files import sha256, write_atomic
+from qat.checkpoint import read_description
+from qat.distributed import process_group
+from qat.layers import QuantAdd, QuantConv2d, QuantLinear, QuantMatMul
+from qat.quantizers import TensorQuantizer
+from qat.recipe import Recipe, Rule
+from qat.sensitivity import Probe, add_probe_arguments, group_quantizers, open_probe
+
+FLOAT_BITS = 16  # of a site that is not quantized
+
+
+class Budget(NamedTuple):
+    """`name` <= `limit`. kl and <metric>_drop are accuracy; bops is bit operations, as a share of the float model's."""
+
+    name: str
+    limit: float
+
+
+def parse_budget(text: str, metric: str) -> Budget:
+    """A budget such as "acc1_drop<=0.1". Raises ValueError unless it is of kl, bops or the task's metric."""
+    match = re.fullmatch(r"\s*(\w+)\s*<=\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*", text)
+    known = (f"{metric}_drop", "kl", "bops")
+    if match is None or match[1] not in known:
+        raise ValueError(f"--budget {text!r}: give one of {', '.join(f'{name}<=NUMBER' for name in known)}")
+    return Budget(match[1], float(match[2]))
+
+
+def bit_operations(model: nn.Module, image: Tensor) -> dict[str, tuple[float, float]]:
+    """(quantized, in float) bit operations of each site for one image: multiply-adds times the bits of both factors.
+
+    A matmul's are halved between its two inputs, and each element of a residual add's branch counts as one operation of its
+    bits.
+
+    Args:
+        image: (1, 3, H, W).
+    """
+    counts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        for quantizer, operations, bits in _operations(layer, inputs, output):
+            site = quantizer.site.removesuffix(".weight")
+            counts[site][0] += operations * bits
+            counts[site][1] += operations * (FLOAT_BITS if isinstance(layer, QuantAdd) else FLOAT_BITS**2)
+
+    kinds = (QuantLinear, QuantConv2d, QuantMatMul, QuantAdd)
+    handles = [layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, kinds)]
+    try:
+        with torch.inference_mode():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: (quantized, floating) for site, (quantized, floating) in counts.items()}
+
+
+def _operations(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> list[tuple[TensorQuantizer, float, int]]:
+    """(quantizer, operations, bits of both factors) of each site of a layer."""
+    first: Any = layer._input_quantizer
+    second: Any = layer._weight_quantizer if isinstance(layer, QuantLinear | QuantConv2d) else layer._other_quantizer
+    both = [q for q in (first, second) if isinstance(q, TensorQuantizer)]
+    bits = [q.spec.bits if isinstance(q, TensorQuantizer) else FLOAT_BITS for q in (first, second)]
+    if isinstance(layer, QuantAdd):
+        return [(q, float(output.numel()), q.spec.bits) for q in both]
+    if isinstance(layer, QuantMatMul):
+        return [(q, output.numel() * inputs[0].shape[-1] / 2, bits[0] * bits[1]) for q in both]
+    weight: Any = layer.weight
+    return [(q, output.numel() * weight[0].numel(), bits[0] * bits[1]) for q in both[:1]]
+
+
+class Candidate(NamedTuple):
+    """A group of sites that stays in float, or is quantized, as one."""
+
+    name: str
+    sites: list[str]
+    kl: float
+    quantized: float  # bit operations
+    floating: float
+
+
+def candidates(report: dict[str, Any], operations: dict[str, tuple[float, float]]) -> list[Candidate]:
+    """The groups of a sensitivity report, first what costs most accuracy for each bit operation saved."""
+    found = []
+    for row in report["rows"]:
+        quantized, floating = (sum(operations[site][i] for site in row["sites"]) for i in (0, 1))
+        found.append(Candidate(row["name"], row["sites"], row["alone"]["kl"], quantized, floating))
+    return sorted(found, key=lambda group: -group.kl / (group.floating - group.quantized))
+
+
+def share_of_operations(groups: list[Candidate], floats: int) -> float:
+    """Bit operations with the first `floats` groups in float, as a share of those with all in float."""
+    used = sum(group.floating if i < floats else group.quantized for i, group in enumerate(groups))
+    return used / sum(group.floating for group in groups)
+
+
+def fewest(meets: Callable[[int], bool], most: int) -> int:
+    """The smallest count of 0..most that meets a condition, by bisection: it is taken to hold for all larger ones.
+
+    Raises:
+        ValueError: not even `most` does.
+    """
+    if not meets(most):
+        raise ValueError("the budget cannot be met, even with every site in float")
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle + 1, high)
+    return low
+
+
+def search(probe: Probe, groups: list[Candidate], budget: Budget, reference: dict[str, float]) -> int:
+    """How many of the groups stay in float.
+
+    Args:
+        reference: the float model's metrics.
+
+    Raises:
+        ValueError: the budget cannot be met.
+    """
+    if budget.name == "bops":
+        over = fewest(lambda n: share_of_operations(groups, n) > budget.limit or n > len(groups), len(groups) + 1)
+        if over == 0:
+            least = share_of_operations(groups, 0)
+            raise ValueError(f"the budget cannot be met: with every site quantized it is {least:.3f} of the operations")
+        return over - 1
+    by_site = group_quantizers(probe.model, "site")
+
+    def meets(floats: int) -> bool:
+        kept = [quantizer for group in groups[floats:] for site in group.sites for quantizer in by_site[site]]
+        measured = probe.measure(kept)
+        metric = budget.name.removesuffix("_drop")
+        loss = measured["kl"] if metric == "kl" else reference[metric] - measured[metric]
+        logging.info("%d of %d groups in float: %s lost %.6g", floats, len(groups), metric, loss)
+        return loss <= budget.limit
+
+    return fewest(meets, len(groups))
+
+
+def mixed_recipe(recipe: Recipe, groups: list[Candidate], floats: int) -> Recipe:
+    """The recipe with the first `floats` groups left in float, and without rules for what this model has not."""
+    sites = [site for group in groups for site in group.sites]
+    rules = [rule for rule in recipe.rules if any(map(rule.matches, sites))]
+    rules += [Rule(site, quantize=False) for group in groups[:floats] for site in group.sites]
+    return dataclasses.replace(recipe, name=f"{recipe.name}-mixed", rules=tuple(rules))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Finds which sites to leave in float for a budget; writes a recipe file for recipe=FILE."
+    parser.epilog = (
+        "example:\n  qswin search --checkpoint runs/x/ptq.safetensors --data DIR/train"
+        " --sensitivity runs/x/sensitivity.json --budget 'acc1_drop<=0.1' --recipe runs/x/mixed.yaml"
+    )
+    add_probe_arguments(parser)
+    parser.add_argument("--sensitivity", required=True, type=Path, help="what qswin sensitivity wrote for this checkpoint")
+    parser.add_argument("--budget", required=True, help="acc1_drop<=X, dice_drop<=X, kl<=X or bops<=SHARE")
+    parser.add_argument("--recipe", required=True, type=Path, help="the YAML file to write")
+
+
+def main(args: argparse.Namespace) -> None:
+    report = json.loads(args.sensitivity.read_text())
+    if report["job"]["checkpoint"] != sha256(args.checkpoint):
+        raise ValueError(f"{args.sensitivity}: of another checkpoint than {args.checkpoint}; run qswin sensitivity on it")
+    recipe = read_description(args.checkpoint).recipe
+    assert recipe is not None
+    with process_group(args.device) as ranks:
+        probe = open_probe(args, str(ranks.device))
+        reference = probe.measure([])
+        budget = parse_budget(args.budget, next(iter(reference)))
+        image = torch.from_numpy(probe.batches[0].images[:1]).to(ranks.device)
+        groups = candidates(report, bit_operations(probe.model, image))
+        floats = search(probe, groups, budget, reference)
+    mixed = mixed_recipe(recipe, groups, floats)
+    write_atomic(args.recipe, yaml.safe_dump(mixed.to_dict(), sort_keys=False).encode())
+    share = share_of_operations(groups, floats)
+    print(f"{args.recipe}: {floats} of {len(groups)} groups stay in float; {share:.3f} of the float model's bit operations")
+    for group in groups[:floats]:
+        print(f"  {group.name}  (KL {group.kl:.4g})")
+
+
+if __name__ == "__main__":
+    from qswin import run
+
+    run(add_arguments, main, "qat.search")

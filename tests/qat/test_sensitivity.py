@@ -1,0 +1,198 @@
+"""Sensitivity and search: KL against torch's, planted faults found, the greedy search against an exhaustive one."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from calib.folders import scan_folder
+from calib.images import Batch, Preprocessing, image_batches
+from qat import ptq, search, sensitivity
+from qat.checkpoint import Description, load_checkpoint, save_checkpoint
+from qat.config import load_config, recipe_of
+from qat.distributed import process_group
+from qat.quantizers import quantizers
+from qat.recipe import named_recipe
+from qat.rewrite import enable, quantize
+from qat.search import Candidate, bit_operations, candidates, fewest, parse_budget, share_of_operations
+from qat.sensitivity import Divergence, Probe, group_quantizers, measure_groups, start_report
+from qswin import run
+from tests.conftest import small_swin
+
+BAD = "layers.0.blocks.1.mlp.fc2"
+
+
+def lively_swin() -> torch.nn.Module:
+    """A small Swin whose blocks and head matter, as a trained one's do."""
+    model = small_swin()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    return model
+
+
+@pytest.fixture
+def checkpoint(config_file):
+    torch.save(lively_swin().state_dict(), load_config(config_file, []).model.checkpoint)
+    with process_group("cpu") as ranks:
+        return ptq.run_calibration(load_config(config_file, []), ranks)
+
+
+@pytest.fixture
+def probe(images, data) -> Probe:
+    """A calibrated small Swin with one range that is far too small."""
+    twin = quantize(lively_swin(), named_recipe("full"))
+    ptq.calibrate(twin, [images])
+    next(q for q in quantizers(twin) if q.site == BAD)._amax.mul_(0.01)
+    preprocessing = Preprocessing(size=(32, 32))
+    folder = scan_folder("classification", data / "val")
+    batches = list(image_batches(folder.samples, preprocessing, 8))
+    description = Description({"name": "swin_tiny_patch4_window7_224"}, "ptq", preprocessing, folder.classes)
+    return Probe(twin, description, batches, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (2, 4, 3, 5)])
+def test_divergence_is_torchs(shape):
+    rng = np.random.default_rng(0)
+    floating, ours = rng.standard_normal((2, *shape)) * 3
+    metric = Divergence([floating[:1], floating[1:]])
+    for part in (slice(0, 1), slice(1, None)):
+        metric.update(ours[part], Batch(ours[part], ours[part], []))
+    p, q = (F.log_softmax(torch.from_numpy(x), dim=1) for x in (floating, ours))
+    expected = F.kl_div(q, p, log_target=True, reduction="none").sum(1).mean().item()
+    assert metric.result()["kl"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_bad_range_is_ranked_first_alone_and_when_left_out(probe, tmp_path):
+    groups = group_quantizers(probe.model, "site")
+    assert {q.site.removesuffix(".weight") for q in quantizers(probe.model)} == set(groups)
+    rows = measure_groups(probe, groups, {"rows": []}, tmp_path / "s.json")
+    assert rows[0]["name"] == BAD and rows[0]["alone"]["kl"] > 10 * rows[1]["alone"]["kl"]
+    assert min(rows, key=lambda row: row["without"]["kl"])["name"] == BAD
+    assert probe.measure([])["kl"] == 0
+
+
+def test_a_row_is_what_switching_by_hand_gives(probe, tmp_path):
+    name = "layers.1.blocks.0.attn.qkv"
+    row = measure_groups(probe, {name: group_quantizers(probe.model, "site")[name]}, {"rows": []}, tmp_path / "s.json")[0]
+    images = torch.from_numpy(np.concatenate([batch.images for batch in probe.batches]))
+    with torch.no_grad():
+        probe.switch([])
+        floating = probe.model(images)
+        for quantizer in quantizers(probe.model):
+            if quantizer.site in (name, f"{name}.weight"):
+                quantizer.quantize()
+        alone = probe.model(images)
+    expected = F.kl_div(alone.log_softmax(1), floating.log_softmax(1), log_target=True, reduction="batchmean").item()
+    assert row["alone"]["kl"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_layers_hold_all_of_a_matmul(probe):
+    layers = group_quantizers(probe.model, "layer")
+    matmul = {q.site for q in layers["layers.0.blocks.0.attn.qk"]}
+    assert matmul == {"layers.0.blocks.0.attn.q", "layers.0.blocks.0.attn.k"}
+    assert sum(map(len, layers.values())) == len(list(quantizers(probe.model)))
+
+
+def test_an_interrupted_run_goes_on(probe, tmp_path):
+    """Rows that are there are kept as they are; another job's file is refused."""
+    groups = dict(itertools.islice(group_quantizers(probe.model, "site").items(), 3))
+    first = next(iter(groups))
+    kept = {"name": first, "sites": [first], "alone": {"kl": 99.0}, "without": {"kl": 0.0}}
+    report = {"job": {"seed": 0}, "rows": [kept]}
+    rows = measure_groups(probe, groups, report, tmp_path / "s.json")
+    assert rows[0] == kept and {row["name"] for row in rows} == set(groups)
+    assert start_report(tmp_path / "s.json", {"seed": 0})["rows"] == json.loads((tmp_path / "s.json").read_text())["rows"]
+    with pytest.raises(ValueError, match="seed was 0, now 1"):
+        start_report(tmp_path / "s.json", {"seed": 1})
+    (tmp_path / "t.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a sensitivity report"):
+        start_report(tmp_path / "t.json", {})
+
+
+def call(module, *arguments) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(module.add_arguments, module.main, argv=["qswin", *map(str, arguments)])
+    assert not end.value.code
+
+
+def test_the_commands_rank_and_find_a_recipe_that_calibrate_takes(checkpoint, data, config_file, tmp_path, capsys):
+    """A damaged checkpoint: search leaves the damaged site in float, and little else."""
+    model, description = load_checkpoint(checkpoint)
+    next(q for q in quantizers(model) if q.site == BAD)._amax.mul_(0.01)
+    save_checkpoint(tmp_path / "bad.safetensors", model, description)
+    common = ["--checkpoint", tmp_path / "bad.safetensors", "--data", data / "train", "--images", 8, "--device", "cpu"]
+    out, recipe = tmp_path / "s.json", tmp_path / "mixed.yaml"
+    call(sensitivity, *common, "--out", out, "--plot", tmp_path / "s.png", "--top", 5)
+    assert (tmp_path / "s.png").stat().st_size > 5000 and BAD in capsys.readouterr().out.splitlines()[1]
+    limit = 2 * json.loads(out.read_text())["rows"][1]["alone"]["kl"] + 0.05 * json.loads(out.read_text())["all"]["kl"]
+    call(search, *common, "--sensitivity", out, "--budget", f"kl<={limit:.8f}", "--recipe", recipe)
+    config = load_config(config_file, [f"recipe={recipe}", f"run={tmp_path / 'mixed'}"])
+    twin = quantize(lively_swin(), recipe_of(config))
+    assert BAD not in {quantizer.site for quantizer in quantizers(twin)}
+    assert len(list(quantizers(twin))) > 0.5 * len(list(quantizers(model)))
+    with process_group("cpu") as ranks:
+        ptq.run_calibration(config, ranks)
+
+
+def test_bit_operations_are_counted_by_hand(quantized):
+    """One image, 32x32, patches of 2: 256 tokens of 16 channels in windows of 16."""
+    enable(quantized)
+    operations = bit_operations(quantized, torch.randn(1, 3, 32, 32))
+    qkv = 256 * 16 * 48
+    assert operations["layers.0.blocks.0.attn.qkv"] == (qkv * 64, qkv * 256)
+    qk = 16 * 2 * 16 * 16 * 8  # windows, heads, tokens, tokens, channels of a head
+    assert operations["layers.0.blocks.0.attn.q"] == (qk / 2 * 64, qk / 2 * 256)
+    assert operations["layers.0.blocks.0.add1.shortcut"] == (256 * 16 * 8, 256 * 16 * 16)
+    assert operations["patch_embed"] == (256 * 16 * 12 * 64, 256 * 16 * 12 * 256)
+    assert set(operations) == set(group_quantizers(quantized, "site"))
+
+
+def test_the_greedy_search_is_near_the_best_choice(probe, tmp_path):
+    """Of all 2^6 choices over six layers, none that meets the budget has far fewer operations."""
+    probe.batches = probe.batches[:1]
+    chosen = [name for name in group_quantizers(probe.model, "layer") if ".add" not in name][:6]
+    layers = group_quantizers(probe.model, "layer")
+    report = {"rows": []}
+    measure_groups(probe, {name: layers[name] for name in chosen}, report, tmp_path / "s.json")
+    enable(probe.model)
+    groups = candidates(report, bit_operations(probe.model, torch.randn(1, 3, 32, 32)))
+    measured = {}
+    for bits in itertools.product((False, True), repeat=len(groups)):
+        kept = [q for group, floating in zip(groups, bits, strict=True) if not floating for q in layers[group.name]]
+        measured[bits] = probe.measure(kept)["kl"]
+    total = sum(group.floating for group in groups)
+
+    def operations(bits: tuple[bool, ...]) -> float:
+        return sum(g.floating if floating else g.quantized for g, floating in zip(groups, bits, strict=True)) / total
+
+    for limit in np.quantile(list(measured.values()), [0.2, 0.4, 0.6, 0.8]):
+        prefixes = [measured[tuple(i < n for i in range(len(groups)))] for n in range(len(groups) + 1)]
+        greedy = fewest(lambda n, limit=limit, kl=prefixes: kl[n] <= limit, len(groups))
+        best = min(operations(bits) for bits, kl in measured.items() if kl <= limit)
+        assert best <= share_of_operations(groups, greedy) <= best + 0.3
+
+
+def test_a_budget_of_operations_takes_all_that_fit(probe):
+    groups = [Candidate(name, [name], kl, 1.0, 4.0) for name, kl in (("a", 3.0), ("b", 2.0), ("c", 1.0))]
+    floats = search.search(probe, groups, parse_budget("bops<=0.76", "acc1"), {})
+    assert share_of_operations(groups, floats) == 0.75 and floats == 2
+    assert search.search(probe, groups, parse_budget("bops<=1", "acc1"), {}) == 3
+    with pytest.raises(ValueError, match="it is 0.250 of the operations"):
+        search.search(probe, groups, parse_budget("bops<=0.1", "acc1"), {})
+
+
+@pytest.mark.parametrize("text", ["acc1_drop<0.1", "speed<=3", "kl<=", "acc1_drop<=-1", ""])
+def test_a_wrong_budget_lists_the_right_ones(text):
+    with pytest.raises(ValueError, match="acc1_drop<=NUMBER, kl<=NUMBER, bops<=NUMBER"):
+        parse_budget(text, "acc1")
+
+
+def test_bisection_finds_the_smallest():
+    for answer in range(9):
+        assert fewest(lambda n, answer=answer: n >= answer, 8) == answer
+    with pytest.raises(ValueError, match="cannot be met"):
+        fewest(lambda n: False, 8)
