@@ -52,6 +52,24 @@ def fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
     return _FakeQuantize.apply(x, scale, qmin, qmax)
 
 
+def least_squares_amax(x: Tensor, amax: Tensor, qmin: int, qmax: int, candidates: int = 64) -> Tensor:
+    """The ranges with the least squared quantization error, of `candidates` even steps from amax / 4 to amax.
+
+    Args:
+        x: any shape.
+        amax: the largest ranges to try, one or one a channel; of as many dimensions as x, or none.
+
+    Returns:
+        Ranges of amax's shape.
+    """
+    best, least = amax, torch.full_like(amax, float("inf"))
+    for share in torch.linspace(0.25, 1.0, candidates).tolist():
+        scale = (share * amax / qmax).clamp(min=torch.finfo(x.dtype).tiny)
+        error = (torch.clamp((x / scale).round_(), qmin, qmax).mul_(scale) - x).square_().sum_to_size(amax.shape)
+        best, least = torch.where(error < least, share * amax, best), torch.minimum(error, least)
+    return best
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """x itself, whose gradient is multiplied by `factor`."""
     return x.detach() + factor * (x - x.detach())

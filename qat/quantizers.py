@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.calibrators import BINS, Histogram, check_calibrator, find_range
-from qat.functional import fake_quantize, quantize_dequantize, scale_gradient
+from qat.functional import fake_quantize, least_squares_amax, quantize_dequantize, scale_gradient
 
 CPU_CHUNK = 1 << 18  # values counted at a time on a CPU: the temporaries stay in its cache
 
@@ -167,11 +167,14 @@ class TensorQuantizer(nn.Module):
         self._amax.fill_(find_range(self.histogram, calibrator or self.spec.calibrator, self.spec.bits))
 
     def set_range_from_weight(self, weight: Tensor) -> None:
-        """Takes the range from a weight's largest magnitudes, for each channel where the spec says so."""
+        """Takes the range from a weight by the spec's calibrator, for each channel where the spec says so."""
         if self.spec.amax is not None:
             return
         others = [d for d in range(weight.ndim) if d != self.spec.axis]
-        self._amax.copy_(weight.detach().abs().amax(others, keepdim=self.spec.axis is not None))
+        amax = weight.detach().abs().amax(others, keepdim=self.spec.axis is not None)
+        if self.spec.calibrator == "mse":
+            amax = least_squares_amax(weight.detach(), amax, self.spec.qmin, self.spec.qmax)
+        self._amax.copy_(amax)
 
     def learn_range(self) -> None:
         """Makes the range a trained parameter that starts where the range is now."""

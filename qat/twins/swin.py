@@ -183,6 +183,8 @@ class QuantSwinBlock(nn.Module):
 class QuantSwinV2Block(QuantSwinBlock):
     """Swin V2 block: like V1's, but the norms come after attention and MLP ("res-post-norm")."""
 
+    SMOOTHED = ()
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.add1(x, self.drop_path1(self.norm1(self._window_attention(x))))
         x = self.add2(x, self.drop_path2(self.norm2(self.mlp(x))))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qat.functional import fake_quantize, scale_gradient
+from qat.functional import fake_quantize, least_squares_amax, scale_gradient
 
 values = hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-100, 100, width=32))
 scales = st.floats(2**-10, 2.0, width=32)
@@ -23,6 +23,26 @@ def test_values_are_numpys_in_float64(x, scale, bits):
     expected = np.clip(np.rint(levels), qmin, qmax) * scale
     np.testing.assert_allclose(got[~tie], expected[~tie], rtol=1e-6)
     assert (np.abs(got[tie] - expected[tie]) <= scale * 1.001).all()
+
+
+@given(hnp.arrays(np.float32, (3, 20), elements=st.floats(-9, 9, width=32)), st.integers(2, 8))
+@settings(max_examples=30, deadline=None)
+def test_least_squares_ranges_are_no_worse_than_any_candidate(x, bits):
+    """Errors counted in float64, for each channel on its own; the largest range is among the candidates."""
+    qmax = 2 ** (bits - 1) - 1
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    best = least_squares_amax(torch.from_numpy(x), torch.from_numpy(largest), -qmax, qmax, candidates=8).numpy()
+
+    def error(channel: int, amax: float) -> float:
+        scale = np.float64(amax) / qmax
+        if scale == 0:
+            return float((x[channel].astype(np.float64) ** 2).sum())
+        return float(((np.clip(np.rint(x[channel] / scale), -qmax, qmax) * scale - x[channel]) ** 2).sum())
+
+    assert best.shape == (3, 1) and (best <= largest).all()
+    for channel in range(3):
+        errors = [error(channel, share * largest[channel, 0]) for share in np.linspace(0.25, 1, 8)]
+        assert error(channel, best[channel, 0]) <= min(errors) * 1.001 + 1e-6 * float(largest[channel, 0]) ** 2
 
 
 @given(values, scales)

@@ -1,0 +1,120 @@
+"""Block-wise reconstruction: each block is trained to give what the float model's block gives, on calibration images alone.
+
+Li et al., "BRECQ", ICLR 2021, section 3.2, with the inputs that the quantized blocks before it leave (as in Wei et al.,
+"QDrop", ICLR 2022), and with weights and ranges trained by QAT's own gradients instead of a rounding variable. No labels.
+"""
+
+import copy
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qat.layers import QuantAdd
+from qat.quantizers import quantizers
+from qat.rewrite import disable
+
+Arguments = tuple[Any, ...]  # of a block's forward: the tokens first
+
+
+class _Reached(Exception):
+    """The forward has come to the block that was asked for."""
+
+
+def reconstruct(model: nn.Module, batches: Sequence[Tensor], steps: int, lr: float, range_lr: float) -> list[float]:
+    """Trains a calibrated model block by block, in place; its ranges are constants again afterwards.
+
+    Args:
+        batches: (N, 3, H, W) each, on the model's device; one is drawn for each step.
+        steps: of each block.
+        lr: of weights and biases, Adam's, falling to 0 as a cosine.
+        range_lr: of learned ranges, the relative change a step.
+
+    Returns:
+        For each block, the error left as a share of the error it started with.
+    """
+    teacher = copy.deepcopy(model).eval()
+    disable(teacher)
+    model.eval()
+    shares = []
+    pairs = list(zip(blocks(model), blocks(teacher), strict=True))
+    for block, original in tqdm(pairs, "reconstruct", disable=not sys.stderr.isatty()):
+        inputs = [block_arguments(model, block, batch) for batch in batches]
+        targets = [block_output(teacher, original, batch) for batch in batches]
+        shares.append(_train(block, inputs, targets, steps, lr, range_lr))
+    return shares
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, in order: what has residual adds."""
+    return [module for module in model.modules() if any(isinstance(child, QuantAdd) for child in module.children())]
+
+
+@torch.no_grad()
+def block_arguments(model: nn.Module, block: nn.Module, batch: Tensor) -> Arguments:
+    """What a block is called with when the model sees a batch."""
+    found: list[Arguments] = []
+
+    def stop(_: nn.Module, arguments: Arguments) -> None:
+        found.append(arguments)
+        raise _Reached
+
+    _run_to(model, block.register_forward_pre_hook(stop), batch)
+    return found[0]
+
+
+@torch.no_grad()
+def block_output(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
+    """What a block gives when the model sees a batch."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, arguments: Arguments, output: Tensor) -> None:
+        found.append(output)
+        raise _Reached
+
+    _run_to(model, block.register_forward_hook(stop), batch)
+    return found[0]
+
+
+def _run_to(model: nn.Module, handle: Any, batch: Tensor) -> None:
+    try:
+        model(batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+def _train(
+    block: nn.Module, inputs: list[Arguments], targets: list[Tensor], steps: int, lr: float, range_lr: float
+) -> float:
+    """Minimises the block's squared error; returns the share of it that is left."""
+    for quantizer in quantizers(block):
+        quantizer.learn_range()
+    before = _error(block, inputs, targets)
+    ranges = [p for name, p in block.named_parameters() if name.endswith("_log_gain")]
+    weights = [p for name, p in block.named_parameters() if not name.endswith("_log_gain")]
+    optimizer = torch.optim.Adam([{"params": weights, "lr": lr}, {"params": ranges, "lr": range_lr}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for quantizer in quantizers(block):
+        quantizer.train()  # LSQ's gradient scale; all else stays in evaluation mode, without dropout or drop path
+    for step in range(steps):
+        index = step % len(inputs)
+        loss = F.mse_loss(block(*inputs[index]), targets[index])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    block.eval()
+    for quantizer in quantizers(block):
+        quantizer.freeze_range()
+    return _error(block, inputs, targets) / max(before, 1e-30)
+
+
+@torch.no_grad()
+def _error(block: nn.Module, inputs: Iterable[Arguments], targets: Iterable[Tensor]) -> float:
+    return sum(F.mse_loss(block(*args), target).item() for args, target in zip(inputs, targets, strict=True))
