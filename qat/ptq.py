@@ -18,11 +18,13 @@ from calib.folders import check_class_count, draw_samples, scan_folder
 from calib.images import image_batches
 from models.registry import family_of
 from qat.checkpoint import Description, save_checkpoint
-from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
+from qat.config import CalibrationConfig, Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.distributed import Ranks, process_group
 from qat.layers import weight_quantizers
 from qat.quantizers import TensorQuantizer, quantizers
+from qat.reconstruct import reconstruct
 from qat.rewrite import enable, quantize
+from qat.smooth import smooth
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], dead_range: float | None = None) -> int:
@@ -96,11 +98,33 @@ def merge_ranks(observers: list[TensorQuantizer]) -> None:
         histogram.counts = total
 
 
+def check(options: CalibrationConfig, ranks: Ranks) -> None:
+    """Raises ValueError for settings that the schema's types let through."""
+    if options.smooth is not None and not 0 <= options.smooth <= 1:
+        raise ValueError(f"calibration.smooth={options.smooth} is no share of a range; give 0 to 1")
+    if ranks.world > 1 and (options.smooth is not None or options.reconstruct_steps):
+        raise ValueError("calibration.smooth and calibration.reconstruct_steps need one process; leave torchrun out")
+
+
+def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationConfig, dead_range: float | None) -> int:
+    """Calibrates as a config says, with smoothing before and reconstruction after; returns the number of images."""
+    if options.smooth is None and not options.reconstruct_steps:
+        return calibrate(model, batches, dead_range)
+    kept = list(batches)
+    if options.smooth is not None:
+        smooth(model, kept, options.smooth)
+    images = calibrate(model, kept, dead_range)
+    if options.reconstruct_steps:
+        reconstruct(model, kept, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
+    return images
+
+
 def run_calibration(config: Config, ranks: Ranks) -> Path:
     """Builds, quantizes and calibrates the model of a config; writes <run>/ptq.safetensors and returns its path."""
     recipe = recipe_of(config)
     if not recipe.rules:
         raise ValueError("recipe 'none' quantizes nothing; choose gemm or full")
+    check(config.calibration, ranks)
     folder = scan_folder(family_of(config.model.name).TASK, Path(config.data.root) / "train")
     samples = draw_samples(folder, config.calibration.images, config.seed)
     model, preprocessing = build_float_model(config)
@@ -114,7 +138,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     steps = -(-len(mine) // config.calibration.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
     start = time.perf_counter()
-    images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), recipe.dead_range)
+    images = prepare(twin, tqdm(tensors, "calibrate", steps, disable=quiet), config.calibration, recipe.dead_range)
     seconds = time.perf_counter() - start
     total, left_out = ranks.sum([images, len(skipped or ())])
     checkpoint = config.model.checkpoint

@@ -79,3 +79,12 @@ def test_a_malformed_recipe_says_what_is_wrong(values, words):
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(ValueError, match="none, gemm, full"):
         named_recipe("fast-ish")
+
+
+def test_weight_ranges_follow_the_recipe():
+    weight = nn.Linear(4, 6).weight
+    rules = (Rule("*", quantize=True), Rule("fc2", weight_calibrator="mse"))
+    recipe = Recipe("mine", rules)
+    assert [recipe.quantizer(site, weight=weight).spec.calibrator for site in ("fc1", "fc2")] == ["max", "mse"]
+    with pytest.raises(ValueError, match="fc1: weight_calibrator 'entropy' is not known; choose max or mse"):
+        Recipe("mine", rules, weight_calibrator="entropy").quantizer("fc1", weight=weight)

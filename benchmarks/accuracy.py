@@ -1,0 +1,221 @@
+"""PTQ accuracy side by side: ours piece by piece, NVIDIA ModelOpt, ONNX Runtime's static quantization, two earlier recipes.
+
+pip install nvidia-modelopt requests
+python -m benchmarks.accuracy --data DIR --checkpoint FILE --out docs/results/accuracy.json [--bits 8 6 4] [--only PATTERN]
+
+Swin-T on Tiny-ImageNet; every toolkit gets the same checkpoint, calibration images and validation images. Rows that are in
+the output file are kept. All run in torch but ONNX Runtime's, which has no other form; it knows 8 bits only.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.results import commit, device_name, write_rows
+from calib.folders import draw_samples, scan_folder
+from calib.images import image_batches
+from qat.checkpoint import Description
+from qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
+from qat.evaluate import TorchPredictor
+from qat.export import export_onnx, save_onnx
+from qat.ptq import prepare
+from qat.recipe import RECIPES, Recipe, Rule
+from qat.rewrite import quantize
+from qat.sensitivity import Divergence
+from trt.evaluate import Accuracy, evaluate
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "swin_tiny_tinyimagenet.yaml"
+RECONSTRUCTION = {"reconstruct_steps": 500}
+
+
+def recipe_at(recipe: Recipe, bits: int, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, weight_bits=bits, activation_bits=bits, **changes)
+
+
+def searched_probabilities(recipe: Recipe) -> Recipe:
+    """Softmax's range from the calibrator, not fixed at 1."""
+    return dataclasses.replace(recipe, rules=tuple(dataclasses.replace(rule, amax=None) for rule in recipe.rules))
+
+
+def first_system(bits: int) -> Recipe:
+    """Histogram calibration, percentile 99.99, residual quantizers on."""
+    return searched_probabilities(recipe_at(RECIPES["full"], bits, calibrator="percentile:99.99"))
+
+
+def faster_transformer(bits: int) -> Recipe:
+    """Percentile 99.99, weights per tensor; softmax, LayerNorm and residual adds in float."""
+    matmuls = tuple(Rule(f"attn.{name}", quantize=True) for name in "qkv")
+    rules = (*RECIPES["gemm"].rules, *matmuls)
+    return recipe_at(RECIPES["gemm"], bits, rules=rules, calibrator="percentile:99.99", per_channel=False)
+
+
+def our_variants(bits: int) -> dict[str, tuple[Recipe, dict[str, Any]]]:
+    """{name: (recipe, calibration settings)}, one piece more or other at a time."""
+    gemm, full = recipe_at(RECIPES["gemm"], bits), recipe_at(RECIPES["full"], bits)
+    free = searched_probabilities(full)
+    best = dataclasses.replace(free, weight_calibrator="mse")
+    return {
+        "gemm": (gemm, {}),
+        "gemm, mse weights": (dataclasses.replace(gemm, weight_calibrator="mse"), {}),
+        "full": (full, {}),
+        "full, searched probs": (free, {}),
+        "full, searched probs, mse weights": (best, {}),
+        "full, searched probs, mse weights, smooth": (best, {"smooth": 0.5}),
+        "full, searched probs, mse weights, reconstructed": (best, RECONSTRUCTION),
+        "full, all of these": (best, {"smooth": 0.5, **RECONSTRUCTION}),
+        "first system": (first_system(bits), {}),
+        "FasterTransformer": (faster_transformer(bits), {}),
+    }
+
+
+class Bench:
+    """The float model, the images, and the rows that come of them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        settings = [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"]
+        config = load_config(CONFIG, settings)
+        self.model, preprocessing = build_float_model(config)
+        self.model.to(args.device)
+        self.description = Description(model_arguments(config), "float", preprocessing)
+        folder = scan_folder("classification", args.data / "val")
+        self.batches = list(image_batches(folder.samples[:: args.every], preprocessing, 64, args.workers))
+        drawn = draw_samples(scan_folder("classification", args.data / "train"), args.images, args.seed)
+        self.calibration = [batch.images for batch in image_batches(drawn, preprocessing, 32, args.workers)]
+        self.tensors = [torch.from_numpy(images).to(args.device) for images in self.calibration]
+        predict = TorchPredictor(self.model, self.description, args.device)
+        self.reference = [predict(batch.images) for batch in self.batches]
+        self.rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+
+    def measure(self, toolkit: str, recipe: str, bits: int, make: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> None:
+        """Adds a row, unless it is there or not asked for. `make` builds the model and returns its predictor."""
+        key = {"toolkit": toolkit, "recipe": recipe, "bits": bits, "stage": "ptq", "seed": self.args.seed}
+        known = any(all(row[name] == value for name, value in key.items()) for row in self.rows)
+        if known or not re.search(self.args.only, f"{toolkit} {recipe} W{bits}"):
+            return
+        torch.manual_seed(self.args.seed)
+        start = time.perf_counter()
+        predict = make()
+        seconds = time.perf_counter() - start
+        result = evaluate(predict, self.batches, [Accuracy(), Divergence(self.reference)])
+        measured = {name: round(result[name], 5) for name in ("acc1", "acc5", "kl")}
+        where = {"images": result["images"], "device": device_name(self.args.device), "commit": self.args.commit}
+        self.rows.append({**key, **measured, "seconds": round(seconds, 1), **where})
+        print(f"W{bits} {toolkit:<12} {recipe:<50} {result['acc1']:6.2f} {result['kl']:.5f} {seconds:7.1f} s", flush=True)
+        write_rows(self.args.out, self.rows)
+
+    def predictor(self, model: nn.Module) -> TorchPredictor:
+        return TorchPredictor(model, self.description, self.args.device)
+
+    def ours(self, bits: int) -> None:
+        for name, (recipe, settings) in our_variants(bits).items():
+
+            def make(recipe: Recipe = recipe, settings: dict[str, Any] = settings) -> TorchPredictor:
+                twin = quantize(self.model, recipe)
+                prepare(twin, self.tensors, CalibrationConfig(**settings), None)
+                return self.predictor(twin)
+
+            self.measure("qswin", name, bits, make)
+
+    def modelopt(self, bits: int) -> None:
+        """Its INT8 configurations, with other bit widths put in; it quantizes the weighted layers."""
+        import modelopt.torch.quantization as mtq
+
+        configs = {"max": mtq.INT8_DEFAULT_CFG, "smoothquant": mtq.INT8_SMOOTHQUANT_CFG, "mse": mtq.INT8_DEFAULT_CFG}
+        for name, published in configs.items():
+
+            def make(name: str = name, published: dict = published) -> TorchPredictor:
+                config = json.loads(json.dumps(published).replace('"num_bits": 8', f'"num_bits": {bits}'))
+                if name == "mse":
+                    config["algorithm"] = "mse"
+
+                def forward(model: nn.Module) -> None:
+                    with torch.inference_mode():
+                        for images in self.tensors:
+                            model(images)
+
+                return self.predictor(mtq.quantize(copy.deepcopy(self.model), config, forward))
+
+            self.measure("modelopt", name, bits, make)
+
+    def onnxruntime(self) -> None:
+        """Its static quantization: QDQ, weights per channel, symmetric as TensorRT needs it."""
+        from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        from trt.onnx_files import properties, read_onnx
+
+        class Reader:
+            def __init__(self, batches: list[np.ndarray]) -> None:
+                self.feeds: Iterator[dict[str, np.ndarray]] = ({"input": images} for images in batches)
+
+            def get_next(self) -> dict[str, np.ndarray] | None:
+                return next(self.feeds, None)
+
+        for method in CalibrationMethod.MinMax, CalibrationMethod.Entropy, CalibrationMethod.Percentile:
+
+            def make(method: CalibrationMethod = method) -> Callable[[np.ndarray], np.ndarray]:
+                import onnxruntime
+
+                with tempfile.TemporaryDirectory() as folder:
+                    path, ready, out = (Path(folder) / name for name in ("fp32.onnx", "ready.onnx", "int8.onnx"))
+                    save_onnx(path, export_onnx(self.model, self.description, "fp32"), self.description.to_dict())
+                    assert properties(read_onnx(path))
+                    quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
+                    symmetric = {"ActivationSymmetric": True, "WeightSymmetric": True}
+                    quantize_static(
+                        str(ready),
+                        str(out),
+                        Reader([images[:8] for images in self.calibration]),
+                        per_channel=True,
+                        activation_type=QuantType.QInt8,
+                        weight_type=QuantType.QInt8,
+                        calibrate_method=method,
+                        extra_options=symmetric,
+                    )
+                    session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
+                return lambda images: session.run(["logits"], {"input": images})[0]
+
+            self.measure("onnxruntime", method.name.lower(), 8, make)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--bits", nargs="*", type=int, default=[8, 6, 4])
+    parser.add_argument("--toolkits", nargs="*", default=["qswin", "modelopt", "onnxruntime"])
+    parser.add_argument("--only", default="", help="a regular expression over 'TOOLKIT RECIPE WBITS'")
+    parser.add_argument("--images", type=int, default=512, help="calibration images")
+    parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--commit", default=commit())
+    args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False
+    bench = Bench(args)
+    bench.measure("torch", "float", 32, lambda: bench.predictor(bench.model))
+    for bits in args.bits:
+        if "qswin" in args.toolkits:
+            bench.ours(bits)
+        if "modelopt" in args.toolkits:
+            bench.modelopt(bits)
+    if "onnxruntime" in args.toolkits:
+        bench.onnxruntime()
+
+
+if __name__ == "__main__":
+    main()
