@@ -71,9 +71,10 @@ def our_variants(bits: int) -> dict[str, tuple[Recipe, dict[str, Any]]]:
         "full": (full, {}),
         "full, searched probs": (free, {}),
         "full, searched probs, mse weights": (best, {}),
+        "full, searched probs, mse weights, chosen": (best, {"choose": True}),
         "full, searched probs, mse weights, smooth": (best, {"smooth": 0.5}),
         "full, searched probs, mse weights, reconstructed": (best, RECONSTRUCTION),
-        "full, all of these": (best, {"smooth": 0.5, **RECONSTRUCTION}),
+        "full, all of these": (best, {"smooth": 0.5, "choose": True, **RECONSTRUCTION}),
         "first system": (first_system(bits), {}),
         "FasterTransformer": (faster_transformer(bits), {}),
     }
@@ -89,9 +90,11 @@ class Bench:
         self.model, preprocessing = build_float_model(config)
         self.model.to(args.device)
         self.description = Description(model_arguments(config), "float", preprocessing)
-        folder = scan_folder("classification", args.data / "val")
-        self.batches = list(image_batches(folder.samples[:: args.every], preprocessing, 64, args.workers))
-        drawn = draw_samples(scan_folder("classification", args.data / "train"), args.images, args.seed)
+        training = scan_folder("classification", args.data / "train")
+        drawn = draw_samples(training, args.images, args.seed)
+        others = [sample for sample in training.samples if sample not in set(drawn)]
+        samples = others if args.choosing else scan_folder("classification", args.data / "val").samples
+        self.batches = list(image_batches(samples[:: args.every], preprocessing, 64, args.workers))
         self.calibration = [batch.images for batch in image_batches(drawn, preprocessing, 32, args.workers)]
         self.tensors = [torch.from_numpy(images).to(args.device) for images in self.calibration]
         predict = TorchPredictor(self.model, self.description, args.device)
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a regular expression over 'TOOLKIT RECIPE WBITS'")
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image only")
+    parser.add_argument("--choosing", action="store_true", help="score on training images, not calibrated on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=8)

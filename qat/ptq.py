@@ -18,6 +18,7 @@ from calib.folders import check_class_count, draw_samples, scan_folder
 from calib.images import image_batches
 from models.registry import family_of
 from qat.checkpoint import Description, save_checkpoint
+from qat.choose import choose_calibrators
 from qat.config import CalibrationConfig, Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.distributed import Ranks, process_group
 from qat.layers import weight_quantizers
@@ -102,18 +103,24 @@ def check(options: CalibrationConfig, ranks: Ranks) -> None:
     """Raises ValueError for settings that the schema's types let through."""
     if options.smooth is not None and not 0 <= options.smooth <= 1:
         raise ValueError(f"calibration.smooth={options.smooth} is no share of a range; give 0 to 1")
-    if ranks.world > 1 and (options.smooth is not None or options.reconstruct_steps):
-        raise ValueError("calibration.smooth and calibration.reconstruct_steps need one process; leave torchrun out")
+    if ranks.world > 1 and (options.smooth is not None or options.choose or options.reconstruct_steps):
+        raise ValueError("calibration's smooth, choose and reconstruct_steps need one process; leave torchrun out")
 
 
 def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationConfig, dead_range: float | None) -> int:
-    """Calibrates as a config says, with smoothing before and reconstruction after; returns the number of images."""
-    if options.smooth is None and not options.reconstruct_steps:
+    """Calibrates as a config says, with smoothing before, choice of calibrators and reconstruction after.
+
+    Returns:
+        The number of images.
+    """
+    if options.smooth is None and not options.choose and not options.reconstruct_steps:
         return calibrate(model, batches, dead_range)
     kept = list(batches)
     if options.smooth is not None:
         smooth(model, kept, options.smooth)
     images = calibrate(model, kept, dead_range)
+    if options.choose:
+        choose_calibrators(model, kept[:2])
     if options.reconstruct_steps:
         reconstruct(model, kept, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
     return images

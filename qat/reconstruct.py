@@ -7,22 +7,15 @@ Li et al., "BRECQ", ICLR 2021, section 3.2, with the inputs that the quantized b
 import copy
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.layers import QuantAdd
+from qat.blocks import Arguments, block_arguments, block_output, blocks
 from qat.quantizers import quantizers
 from qat.rewrite import disable
-
-Arguments = tuple[Any, ...]  # of a block's forward: the tokens first
-
-
-class _Reached(Exception):
-    """The forward has come to the block that was asked for."""
 
 
 def reconstruct(model: nn.Module, batches: Sequence[Tensor], steps: int, lr: float, range_lr: float) -> list[float]:
@@ -47,46 +40,6 @@ def reconstruct(model: nn.Module, batches: Sequence[Tensor], steps: int, lr: flo
         targets = [block_output(teacher, original, batch) for batch in batches]
         shares.append(_train(block, inputs, targets, steps, lr, range_lr))
     return shares
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, in order: what has residual adds."""
-    return [module for module in model.modules() if any(isinstance(child, QuantAdd) for child in module.children())]
-
-
-@torch.no_grad()
-def block_arguments(model: nn.Module, block: nn.Module, batch: Tensor) -> Arguments:
-    """What a block is called with when the model sees a batch."""
-    found: list[Arguments] = []
-
-    def stop(_: nn.Module, arguments: Arguments) -> None:
-        found.append(arguments)
-        raise _Reached
-
-    _run_to(model, block.register_forward_pre_hook(stop), batch)
-    return found[0]
-
-
-@torch.no_grad()
-def block_output(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
-    """What a block gives when the model sees a batch."""
-    found: list[Tensor] = []
-
-    def stop(_: nn.Module, arguments: Arguments, output: Tensor) -> None:
-        found.append(output)
-        raise _Reached
-
-    _run_to(model, block.register_forward_hook(stop), batch)
-    return found[0]
-
-
-def _run_to(model: nn.Module, handle: Any, batch: Tensor) -> None:
-    try:
-        model(batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 def _train(

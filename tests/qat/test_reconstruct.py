@@ -4,10 +4,11 @@ import dataclasses
 
 import torch
 
+from qat.blocks import block_arguments, block_output, blocks
 from qat.ptq import calibrate
 from qat.quantizers import Mode, quantizers
 from qat.recipe import RECIPES
-from qat.reconstruct import block_arguments, block_output, blocks, reconstruct
+from qat.reconstruct import reconstruct
 from qat.rewrite import quantize
 from tests.qat.test_families import VARIANTS
 from tests.qat.test_sensitivity import lively_swin
