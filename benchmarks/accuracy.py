@@ -92,7 +92,8 @@ class Bench:
         self.description = Description(model_arguments(config), "float", preprocessing)
         training = scan_folder("classification", args.data / "train")
         drawn = draw_samples(training, args.images, args.seed)
-        others = [sample for sample in training.samples if sample not in set(drawn)]
+        calibrated = set(drawn)
+        others = [sample for sample in training.samples if sample not in calibrated]
         samples = others if args.choosing else scan_folder("classification", args.data / "val").samples
         self.batches = list(image_batches(samples[:: args.every], preprocessing, 64, args.workers))
         self.calibration = [batch.images for batch in image_batches(drawn, preprocessing, 32, args.workers)]

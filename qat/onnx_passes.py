@@ -58,14 +58,15 @@ def _store(value: Any, array: np.ndarray) -> None:
 def lower_to_opset_17(model: ir.Model) -> None:
     """Turns an opset 18 graph into opset 17, TensorRT 8.6's newest.
 
-    Opset 18 changed one kind of operator in Swin graphs, reductions (average pooling, the norms of cosine attention): their
+    Opset 18 changed one kind of operator in these graphs, reductions (average pooling, the norms of cosine attention): their
     axes became an input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
 
     Raises:
         ValueError: a node has no form in opset 17; it is named.
     """
     for node in model.graph:
-        if node.op_type.startswith("Reduce") and len(node.inputs) == 2:
+        # ReduceSum has had its axes as an input since opset 13.
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.inputs) == 2:
             node.attributes["axes"] = ir.AttrInt64s("axes", _array(node.inputs[1]).tolist())
             node.attributes.pop("noop_with_empty_axes", None)
             node.resize_inputs(1)

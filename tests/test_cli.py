@@ -74,7 +74,7 @@ def test_calibrate_says_what_is_wrong(config_file, data, tmp_path, capsys):
     assert "0 images" in says("calibration.images=0") or "calibration.images is 0" in says("calibration.images=0")
     assert "nearest names are" in says("model.name=swin_tinny")
     assert "no such checkpoint" in says("model.checkpoint=missing.pth")
-    assert "5 class folders, but the model has 7" in says("model.num_classes=7", "model.checkpoint=null")
+    assert "5 classes, but the model has 7" in says("model.num_classes=7", "model.checkpoint=null")
     assert "head.fc.weight has shape (5, 32), the model has (7, 32)" in says("model.num_classes=7")
     assert "recipe 'fulll' is not known" in says("recipe=fulll")
     assert not (tmp_path / "run").exists()
