@@ -19,6 +19,26 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if any(isinstance(child, QuantAdd) for child in module.children())]
 
 
+class BlockOutputs:
+    """Records what each block of a model gives, with its gradient, until it is taken; not what a copy's give."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._outputs: list[Tensor] = []
+        recorded = set(blocks(model))
+
+        def record(block: nn.Module, arguments: Arguments, output: Tensor) -> None:
+            if block in recorded:  # a copy of the model shares this function; a bound method would be copied too
+                self._outputs.append(output)
+
+        for block in recorded:
+            block.register_forward_hook(record)
+
+    def take(self) -> list[Tensor]:
+        """The outputs since the last call, in order."""
+        taken, self._outputs = self._outputs, []
+        return taken
+
+
 @torch.no_grad()
 def block_arguments(model: nn.Module, block: nn.Module, batch: Tensor) -> Arguments:
     """What a block is called with when the model sees a batch."""

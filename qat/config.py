@@ -75,8 +75,10 @@ class TrainConfig:
     ema_decay: float | None = None
     distill: float = 0.0  # weight of the float model's soft labels, 0 to 1
     temperature: float = 1.0
+    distill_blocks: float = 0.0  # weight of the blocks' distance from the float model's, beside the loss
     learn_ranges: bool = False
     range_lr: float = 1e-3  # of learned ranges, relative change a step
+    freeze_ranges_at: float = 1.0  # share of the steps after which learned ranges stay as they are
     amp: str = "fp32"  # or bf16, fp16
     compile: bool = False
     save_minutes: float = 10.0

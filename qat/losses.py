@@ -1,5 +1,7 @@
 """Training losses as pure functions. The class dimension of logits is the second: (N, classes) or (N, classes, H, W)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,19 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     both = (probabilities * true).sum((0, 2, 3))
     total = probabilities.square().sum((0, 2, 3)) + true.sum((0, 2, 3))
     return 1 - ((2 * both + 1e-5) / (total + 1e-5)).mean()
+
+
+def block_loss(outputs: Sequence[Tensor], teacher_outputs: Sequence[Tensor]) -> Tensor:
+    """Squared error of each block's output, as a share of the teacher's mean square; the mean over blocks.
+
+    Args:
+        outputs, teacher_outputs: one tensor a block, of any shape.
+    """
+    shares = [
+        F.mse_loss(ours.float(), theirs.float()) / theirs.float().square().mean()
+        for ours, theirs in zip(outputs, teacher_outputs, strict=True)
+    ]
+    return torch.stack(shares).mean()
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

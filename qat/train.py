@@ -35,14 +35,17 @@ from calib.files import sha256, write_atomic
 from calib.folders import ImageFolder, check_class_count, scan_folder
 from calib.images import image_batches
 from models.registry import family_of
+from qat.blocks import BlockOutputs
 from qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.data import TrainBatch, TrainImages, epoch_batches, load_batches, seed_everything, train_transform
 from qat.distributed import Ranks, process_group
 from qat.evaluate import TorchPredictor
-from qat.losses import distillation_loss, task_loss
+from qat.losses import block_loss, distillation_loss, task_loss
 from qat.ptq import add_config_arguments
 from qat.quantizers import TensorQuantizer, quantizers
+from qat.recipe import RECIPES
+from qat.rewrite import quantize
 from trt.evaluate import evaluate, main_metric
 
 Log = Callable[[dict[str, float]], None]
@@ -65,7 +68,9 @@ class Trainer:
         if self.options.learn_ranges:
             for quantizer in quantizers(self.model):
                 quantizer.learn_range()
-        self.teacher = build_float_model(config)[0].to(ranks.device) if self.options.distill else None
+        self.teacher = self._build_teacher()
+        self.blocks = BlockOutputs(self.model) if self.options.distill_blocks else None
+        self.teacher_blocks = BlockOutputs(self.teacher) if self.teacher and self.options.distill_blocks else None
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config))
         self.ema = None if self.options.ema_decay is None else ModelEmaV3(self.model, decay=self.options.ema_decay)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.options.amp == "fp16")
@@ -80,6 +85,12 @@ class Trainer:
         self.step = 0
         self.last_save = time.monotonic()
         self.network = self._wrap()
+
+    def _build_teacher(self) -> nn.Module | None:
+        """The float model, made of twins so that its blocks are the trained model's."""
+        if not (self.options.distill or self.options.distill_blocks):
+            return None
+        return quantize(build_float_model(self.config)[0], RECIPES["none"]).to(self.ranks.device)
 
     def _wrap(self) -> nn.Module:
         network: nn.Module = self.model
@@ -135,8 +146,9 @@ class Trainer:
 
     def train_step(self, loaded: Iterator[TrainBatch]) -> float:
         """One optimizer step over `accumulate` batches; returns this rank's mean loss."""
+        frozen = self.step >= self.options.freeze_ranges_at * self.total_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.lr_factor()
+            group["lr"] = 0.0 if frozen and group["ranges"] else group["base_lr"] * self.lr_factor()
         accumulate, total = self.options.accumulate, 0.0
         for part in range(accumulate):
             batch = next(loaded)
@@ -177,10 +189,12 @@ class Trainer:
                 soft = None if self.teacher is None else self.teacher(images).float()
         smoothing = 0.0 if self.mixup is not None else self.options.label_smoothing
         loss = task_loss(self.task, logits.float(), target, smoothing)
-        if soft is None:
-            return loss
-        distance = distillation_loss(logits.float(), soft, self.options.temperature)
-        return (1 - self.options.distill) * loss + self.options.distill * distance
+        if soft is not None:
+            distance = distillation_loss(logits.float(), soft, self.options.temperature)
+            loss = (1 - self.options.distill) * loss + self.options.distill * distance
+        if self.blocks is not None and self.teacher_blocks is not None:
+            loss = loss + self.options.distill_blocks * block_loss(self.blocks.take(), self.teacher_blocks.take())
+        return loss
 
     def lr_factor(self) -> float:
         """Linear warm-up, then half a cosine from 1 to min_lr / lr, as a function of the step."""
@@ -294,6 +308,8 @@ def check(config: Config) -> None:
         raise ValueError(f"resume={config.resume} is not known; choose auto or never")
     if not 0 <= config.train.distill <= 1:
         raise ValueError(f"train.distill={config.train.distill} is not a weight; give 0 to 1")
+    if not 0 <= config.train.freeze_ranges_at <= 1:
+        raise ValueError(f"train.freeze_ranges_at={config.train.freeze_ranges_at} is no share of the steps; give 0 to 1")
     for name in ("epochs", "batch_size", "accumulate", "log_every"):
         if getattr(config.train, name) < 1:
             raise ValueError(f"train.{name} must be 1 or more")
@@ -339,7 +355,9 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
             decayed.append(parameter)
     options = config.train
     groups = [(decayed, options.lr, options.weight_decay), (plain, options.lr, 0.0), (ranges, options.range_lr, 0.0)]
-    return [{"params": p, "lr": lr, "base_lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
+    return [
+        {"params": p, "lr": lr, "base_lr": lr, "weight_decay": decay, "ranges": p is ranges} for p, lr, decay in groups if p
+    ]
 
 
 def make_mixup(config: Config, classes: int) -> Mixup | None:

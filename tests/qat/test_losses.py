@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qat.losses import dice_loss, distillation_loss, task_loss
+from qat.losses import block_loss, dice_loss, distillation_loss, task_loss
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (2, 4, 3, 5)])
@@ -13,6 +13,12 @@ def test_distillation_is_the_divergence_from_the_teacher(shape):
     p, q = (F.softmax(logits.double() / 2, dim=1) for logits in (teacher, student))
     expected = 4 * (p * (p / q).log()).sum(dim=1).mean()
     assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_block_loss_is_a_share_of_the_teachers_square():
+    ours, theirs = [torch.randn(2, 3), torch.randn(4)], [torch.randn(2, 3), torch.randn(4)]
+    expected = sum(((a - b).double() ** 2).mean() / (b.double() ** 2).mean() for a, b in zip(ours, theirs, strict=True)) / 2
+    assert block_loss(ours, theirs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_dice_loss_is_counted_by_hand():

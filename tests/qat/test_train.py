@@ -1,5 +1,7 @@
 """The trainer: killed and resumed, on several ranks, stopped by bad numbers."""
 
+import copy
+import inspect
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ import torch
 from calib.folders import scan_folder
 from calib.images import Preprocessing, open_image
 from qat import train
+from qat.blocks import blocks
 from qat.checkpoint import load_checkpoint
 from qat.config import load_config
 from qat.data import epoch_batches, seed_everything, train_transform
@@ -79,6 +82,35 @@ run: {tmp_path / "masks-run"}
 device: cpu
 """)
     return file
+
+
+def test_blocks_are_distilled_and_ranges_frozen(config_file, ptq):
+    """From the float model's own weights the blocks' distance is quantization's; frozen ranges do not move."""
+    options = ["train.distill=1", "train.distill_blocks=1", "train.learn_ranges=true", "train.freeze_ranges_at=0"]
+    path, log = run(config_file, f"init={ptq}", "train.epochs=2", "train.ema_decay=0.5", *options)
+    assert all(0 < loss < 1 for loss in losses(log).values())
+    before, after = (load_checkpoint(file)[0].state_dict() for file in (ptq, path))
+    ranges = [name for name in before if name.endswith("_input_quantizer._amax")]
+    assert ranges and all(torch.equal(before[name], after[name]) for name in ranges)
+    weight = "layers.0.blocks.0.attn.qkv.weight"
+    assert not torch.equal(before[weight], after[weight])
+
+
+def test_recorded_outputs_are_the_blocks_own(config_file, ptq):
+    """In order, with gradients, and not those of a copy."""
+    trainer = make_trainer(config_file, ptq, "train.distill_blocks=1")
+    images = torch.randn(2, 3, 32, 32)
+    twin = copy.deepcopy(trainer.model)
+    twin(images)
+    assert trainer.blocks.take() == []
+    (hook,) = blocks(twin)[0]._forward_hooks.values()
+    assert not inspect.ismethod(hook)  # its own list would grow with every validation batch
+    seen = []
+    for block in blocks(trainer.model):
+        block.register_forward_hook(lambda _, arguments, output: seen.append(output))
+    trainer.model(images)
+    taken = trainer.blocks.take()
+    assert len(taken) == len(seen) == 4 and all(a is b and a.requires_grad for a, b in zip(taken, seen, strict=True))
 
 
 def test_masks_train_too(masks_config):
@@ -230,6 +262,7 @@ def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file
         ([], "QAT starts from a calibrated checkpoint"),
         (["init=PTQ", "recipe=none"], "its recipe is 'full', the config's is 'none'"),
         (["init=PTQ", "train.amp=fp8"], "fp32, bf16, fp16"),
+        (["init=PTQ", "train.freeze_ranges_at=2"], "freeze_ranges_at=2.*0 to 1"),
         (["init=PTQ", "train.batch_size=21"], "do not fill one step"),
         (["init=PTQ", "train.epochs=0"], "train.epochs must be 1 or more"),
     ],
