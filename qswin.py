@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("qat.evaluate", "Acc@1 and Acc@5 of a checkpoint, an ONNX file or an engine over a folder of images"),
     "bench": ("qat.bench", "time engines, ONNX files and checkpoints side by side"),
     "compare": ("trt.compare", "errors of an engine or ONNX file against an ONNX file, by output or layer"),
+    "doctor": ("trt.doctor", "say what this machine can do, and what adds what is missing"),
     "inspect": ("qat.listing", "list a checkpoint's quantizers, or the layers of an engine or ONNX file"),
 }
 
