@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("qat.train", "fine-tune a quantized (QAT) or a float model; several processes: torchrun qat/train.py"),
     "sensitivity": ("qat.sensitivity", "rank the sites of a calibrated model by what quantizing each costs"),
     "search": ("qat.search", "find which sites to leave in float for a budget; write a recipe file"),
+    "convert": ("qat.foreign", "take over a checkpoint that pytorch-quantization or ModelOpt calibrated"),
     "export": ("qat.export", "write a checkpoint as ONNX: INT8 with Q/DQ nodes, FP32 or FP16"),
     "build": ("trt.build", "build a TensorRT or TensorRT-RTX engine from an ONNX file"),
     "calib-cache": ("trt.calib_cache", "make a calibration cache for implicit INT8, by TensorRT or offline"),
