@@ -21,7 +21,7 @@ COMMANDS = {
     "export": ("qat.export", "write a checkpoint as ONNX: INT8 with Q/DQ nodes, FP32 or FP16"),
     "build": ("trt.build", "build a TensorRT or TensorRT-RTX engine from an ONNX file"),
     "calib-cache": ("trt.calib_cache", "make a calibration cache for implicit INT8, by TensorRT or offline"),
-    "evaluate": ("qat.evaluate", "Acc@1 and Acc@5 of a checkpoint, an ONNX file or an engine over a folder of images"),
+    "evaluate": ("qat.evaluate", "Acc@1 and Acc@5, or Dice and HD95, of a checkpoint, an ONNX file or an engine"),
     "bench": ("qat.bench", "time engines, ONNX files and checkpoints side by side"),
     "compare": ("trt.compare", "errors of an engine or ONNX file against an ONNX file, by output or layer"),
     "doctor": ("trt.doctor", "say what this machine can do, and what adds what is missing"),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from calib.build_cache import activation_ranges
 from calib.cache import ALGORITHMS, format_cache, parse_cache, write_cache
-from calib.folders import draw_samples, scan_folder
+from calib.folders import Sample, draw_samples, scan_folder
 from calib.images import Preprocessing, image_batches
 from calib.trt_calibrator import BatchStream, make_calibrator
 from trt.build import BuildOptions, build_network, check_possible
@@ -23,10 +23,10 @@ from trt.precision import is_quantized
 from trt.version import find_backend
 
 
-def calibration_batches(args: argparse.Namespace, metadata: dict[str, Any]) -> Iterator[np.ndarray]:
-    """The drawn images, preprocessed as the model wants them, with a progress bar on a terminal."""
-    folder = scan_folder(metadata["task"], args.data)
-    samples = draw_samples(folder, args.images, args.seed)
+def calibration_batches(
+    samples: Sequence[Sample], args: argparse.Namespace, metadata: dict[str, Any]
+) -> Iterator[np.ndarray]:
+    """The images, preprocessed as the model wants them, with a progress bar on a terminal."""
     batches = image_batches(samples, Preprocessing(**metadata["preprocessing"]), args.batch, args.workers)
     steps = -(-len(samples) // args.batch)
     for batch in tqdm(batches, "calibrate", steps, disable=not sys.stderr.isatty()):
@@ -75,12 +75,15 @@ def main(args: argparse.Namespace) -> None:
     if is_quantized(model):
         raise ValueError(f"{args.onnx}: has Q/DQ nodes, whose ranges are in the graph; export with --precision fp32")
     start = time.perf_counter()
-    batches = calibration_batches(args, metadata)
+    samples = draw_samples(scan_folder(metadata["task"], args.data), args.images, args.seed)
+    batches, images = calibration_batches(samples, args, metadata), len(samples)
     if args.offline:
         data = format_cache(activation_ranges(model, batches, args.algorithm), args.tensorrt_version, args.algorithm)
     else:
-        data = calibrate_with_tensorrt(args.onnx, model, args.algorithm, args.batch, BatchStream(batches, args.batch))
-    details = {"images": args.images, "seed": args.seed, "offline": args.offline}
+        stream = BatchStream(batches, args.batch)
+        data = calibrate_with_tensorrt(args.onnx, model, args.algorithm, args.batch, stream)
+        images = stream.images
+    details = {"images": images, "seed": args.seed, "offline": args.offline}
     write_cache(args.cache, data, args.onnx, details)
     _, _, ranges = parse_cache(data)
     logging.info("%s: %d ranges in %.1f s", args.cache, len(ranges), time.perf_counter() - start)

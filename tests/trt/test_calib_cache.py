@@ -20,11 +20,13 @@ def invoke(*arguments: object) -> int:
 
 def test_an_offline_cache_is_bound_to_its_graph(graphs, data, tmp_path):
     cache, onnx = tmp_path / "a.cache", graphs["fp32"]
-    assert invoke("--onnx", onnx, "--data", data / "train", "--cache", cache, "--images", 6, "--batch", 4, "--offline") == 0
+    common = ["--onnx", onnx, "--data", data / "train", "--cache", cache, "--batch", 4, "--offline"]
+    assert invoke(*common, "--images", 99) == 0
     ranges = read_cache(cache, "8.6.0", sha256(onnx))
     outputs = {name for node in read_onnx(onnx).graph.node for name in node.output}
     assert set(ranges) <= outputs | {"input"} and {"input", "logits"} <= set(ranges)
-    assert json.loads(sidecar_path(cache).read_text())["offline"] is True
+    sidecar = json.loads(sidecar_path(cache).read_text())
+    assert sidecar["offline"] is True and sidecar["images"] == 20  # all that there are
 
 
 def test_the_same_seed_gives_the_same_cache_in_other_batches(graphs, data, tmp_path):
