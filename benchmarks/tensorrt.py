@@ -19,7 +19,6 @@ from typing import Any
 from calib.cache import parse_cache
 from calib.files import write_json
 
-SHAPES = "1,64,256"
 # name: ONNX file, precision, further arguments; the most important first
 ENGINES: dict[str, tuple[str, str, list[str]]] = {
     "fp16": ("fp32", "fp16", []),
@@ -97,7 +96,7 @@ class Run:
         onnx, precision, further = ENGINES[name]
         further = [self.file(word) if word.endswith(".cache") else word for word in further]
         arguments = ["--onnx", self.file(f"{onnx}.onnx"), "--engine", self.file(f"{name}.engine"), "--precision", precision]
-        if self.do(f"build {name}", self.command("build", *arguments, "--shapes", SHAPES, *further)):
+        if self.do(f"build {name}", self.command("build", *arguments, "--shapes", self.args.shapes, *further)):
             sidecar = self.json(f"{name}.json")
             kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
             self.report["builds"][name] = {key: sidecar[key] for key in kept}
@@ -114,7 +113,7 @@ class Run:
 
     def bench(self, names: list[str]) -> None:
         models = [self.file(f"{name}.engine") for name in names]
-        arguments = ["--batch", "1,16,64,256", "--cuda-graph", "--json", self.file("bench.json")]
+        arguments = ["--batch", self.args.batch, "--cuda-graph", "--json", self.file("bench.json")]
         if self.do("bench", self.command("bench", "--model", *models, *arguments)):
             rows = self.json("bench.json")["rows"]
             accuracy = self.report["evaluations"]
@@ -143,14 +142,17 @@ def main() -> None:
     parser.add_argument("--onnx", required=True, type=Path, help="folder of fp32.onnx, int8-gemm.onnx, int8-full.onnx")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--images", type=int, default=256, help="to calibrate on")
+    parser.add_argument("--shapes", default="64", help="of all engines; a range of batches builds slowly and runs slower")
+    parser.add_argument("--batch", default="64", help="batches to time, within the shapes")
+    parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--images", type=int, default=64, help="to calibrate on")
     parser.add_argument("--minutes", type=float, default=6.0, help="no build begins after this")
     parser.add_argument("--evaluate", type=int, default=0, help="evaluate about this many images only; 0: all")
     parser.add_argument("--commit", default="unknown")
     args = parser.parse_args()
     run = Run(args)
     background = run.in_background()
-    for name in ENGINES:
+    for name in args.engines:
         if time.perf_counter() - run.start > 60 * args.minutes:
             print(f"no time left for {name}", flush=True)
             continue

@@ -126,7 +126,7 @@ def table(report: dict[str, Any], rows: int) -> str:
     values = [(row["name"], row["alone"], row["without"]) for row in report["rows"][:rows]]
     for name, alone, without in [*values, ("everything", report["all"], report["float"])]:
         metric = next(key for key in alone if key != "kl")
-        lines.append(f"{name:<40} {alone['kl']:12.4g} {alone[metric]:8.2f} {without['kl']:12.4g} {without[metric]:8.2f}")
+        lines.append(f"{name:<40} {alone['kl']:12.4g} {alone[metric]:8.4g} {without['kl']:12.4g} {without[metric]:8.4g}")
     return "\n".join(lines)
 
 
