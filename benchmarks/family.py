@@ -87,11 +87,11 @@ def measure(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
     steps = parser.add_subparsers(required=True)
     exporting = steps.add_parser("export")
     exporting.add_argument("--out", required=True, type=Path)
     exporting.add_argument("--images", type=int, default=8)
+    exporting.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
     exporting.set_defaults(step=export)
     measuring = steps.add_parser("measure")
     measuring.add_argument("--models", required=True, type=Path)
@@ -101,6 +101,7 @@ def main() -> None:
     measuring.add_argument("--level", default="2")
     measuring.add_argument("--onnxruntime", action="store_true", help="time ONNX Runtime on the CPU too")
     measuring.add_argument("--commit", default="unknown")
+    measuring.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
     measuring.set_defaults(step=measure)
     args = parser.parse_args()
     args.step(args)

@@ -58,8 +58,9 @@ def _store(value: Any, array: np.ndarray) -> None:
 def lower_to_opset_17(model: ir.Model) -> None:
     """Turns an opset 18 graph into opset 17, TensorRT 8.6's newest.
 
-    Opset 18 changed one kind of operator in these graphs, reductions (average pooling, the norms of cosine attention): their
-    axes became an input. Every other node must mean the same in both, which is checked against ONNX's own schemas.
+    Opset 18 changed two kinds of operators in these graphs: the axes of reductions (average pooling, the norms of cosine
+    attention) became an input, and Split (CvT's class token) got an attribute. Every other node must mean the same in both,
+    which is checked against ONNX's own schemas.
 
     Raises:
         ValueError: a node has no form in opset 17; it is named.
@@ -70,6 +71,8 @@ def lower_to_opset_17(model: ir.Model) -> None:
             node.attributes["axes"] = ir.AttrInt64s("axes", _array(node.inputs[1]).tolist())
             node.attributes.pop("noop_with_empty_axes", None)
             node.resize_inputs(1)
+        elif node.op_type == "Split" and len(node.inputs) == 2:
+            node.attributes.pop("num_outputs", None)  # new in 18, and said by the sizes already
         elif onnx.defs.get_schema(node.op_type, 18).since_version > 17:
             raise ValueError(f"{node.name}: {node.op_type} has no form in opset 17; export with --opset 18 or newer")
         node.version = None
