@@ -38,56 +38,62 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(state % 2**63))
 
 
-# (image, class index or mask file) -> (3, H, W) float32 and the label as a tensor
-Transform = Callable[[Image.Image, int | Path], tuple[Tensor, Tensor]]
-
-
-def _classification_transform(preprocessing: Preprocessing, augment: AugmentConfig) -> Transform:
+class ClassificationTransform:
     """timm's training transform: random resized crop, flips, colour, RandAugment, erasing."""
-    transform = create_transform(
-        (3, *preprocessing.size),
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
-        re_prob=augment.erase,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-    )
-    return lambda image, target: (transform(image), torch.tensor(target))
+
+    def __init__(self, preprocessing: Preprocessing, augment: AugmentConfig) -> None:
+        self._change = create_transform(
+            (3, *preprocessing.size),
+            is_training=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            re_prob=augment.erase,
+            interpolation=preprocessing.interpolation,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+        )
+
+    def __call__(self, image: Image.Image, target: int) -> tuple[Tensor, Tensor]:
+        """(3, H, W) float32, and the class index."""
+        return self._change(image), torch.tensor(target)
 
 
-def _segmentation_transform(preprocessing: Preprocessing, augment: AugmentConfig) -> Transform:
+class SegmentationTransform:
     """Flips, rotation, resized crop and colour of an image, the same geometry for its mask."""
-    change = v2.Compose(
-        [
-            v2.RandomHorizontalFlip(augment.hflip),
-            v2.RandomVerticalFlip(augment.vflip),
-            v2.RandomRotation(augment.rotate, v2.InterpolationMode.BILINEAR),
-            v2.RandomResizedCrop(
-                preprocessing.size, augment.scale, augment.ratio, v2.InterpolationMode(preprocessing.interpolation)
-            ),
-            v2.ColorJitter(*[augment.color_jitter] * 3),
-            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-            v2.Normalize(preprocessing.mean, preprocessing.std),
-        ]
-    )
 
-    def transform(image: Image.Image, target: Any) -> tuple[Tensor, Tensor]:
+    def __init__(self, preprocessing: Preprocessing, augment: AugmentConfig) -> None:
+        self._change = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(augment.hflip),
+                v2.RandomVerticalFlip(augment.vflip),
+                v2.RandomRotation(augment.rotate, v2.InterpolationMode.BILINEAR),
+                v2.RandomResizedCrop(
+                    preprocessing.size, augment.scale, augment.ratio, v2.InterpolationMode(preprocessing.interpolation)
+                ),
+                v2.ColorJitter(*[augment.color_jitter] * 3),
+                v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+                v2.Normalize(preprocessing.mean, preprocessing.std),
+            ]
+        )
+
+    def __call__(self, image: Image.Image, target: Path) -> tuple[Tensor, Tensor]:
+        """(3, H, W) float32, and the mask (H, W) uint8. Raises ValueError when the two files differ in size."""
         mask = open_image(target)
         if mask.size != image.size:
             raise ValueError(f"{target}: is {mask.size} pixels, its image {image.size}; they must be the same")
-        changed = change(v2.functional.to_image(image), tv_tensors.Mask(np.array(mask)))
+        changed = self._change(v2.functional.to_image(image), tv_tensors.Mask(np.array(mask)))
         return changed[0].as_subclass(Tensor), changed[1].as_subclass(Tensor)
 
-    return transform
 
-
-TRANSFORMS = {"classification": _classification_transform, "segmentation": _segmentation_transform}
+Transform = Callable[[Image.Image, Any], tuple[Tensor, Tensor]]
+TRANSFORMS: dict[str, Callable[[Preprocessing, AugmentConfig], Transform]] = {
+    "classification": ClassificationTransform,
+    "segmentation": SegmentationTransform,
+}
 UNSUPPORTED = {"classification": ("rotate",), "segmentation": ("auto_augment", "erase", "mixup", "cutmix")}
 
 

@@ -120,7 +120,7 @@ def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationCon
         smooth(model, kept, options.smooth)
     images = calibrate(model, kept, dead_range)
     if options.choose:
-        choose_calibrators(model, kept[:2])
+        choose_calibrators(model, kept[:2])  # hundreds of passes over each block: a few dozen images must do
     if options.reconstruct_steps:
         reconstruct(model, kept, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
     return images

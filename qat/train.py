@@ -87,10 +87,11 @@ class Trainer:
         self.network = self._wrap()
 
     def _build_teacher(self) -> nn.Module | None:
-        """The float model, made of twins so that its blocks are the trained model's."""
+        """The float model; made of twins where the outputs of its blocks are wanted, which are then those of the model."""
         if not (self.options.distill or self.options.distill_blocks):
             return None
-        return quantize(build_float_model(self.config)[0], RECIPES["none"]).to(self.ranks.device)
+        model = build_float_model(self.config)[0].to(self.ranks.device)
+        return quantize(model, RECIPES["none"]) if self.options.distill_blocks else model
 
     def _wrap(self) -> nn.Module:
         network: nn.Module = self.model

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from calib.images import Preprocessing, open_image
 from qat import train
 from qat.blocks import blocks
 from qat.checkpoint import load_checkpoint
-from qat.config import load_config
+from qat.config import AugmentConfig, load_config
 from qat.data import epoch_batches, seed_everything, train_transform
 from qat.distributed import process_group
 from qat.ptq import run_calibration
@@ -128,6 +129,13 @@ def test_an_augmentation_of_another_task_is_named(masks_config, config_file):
     for file, setting, task in ((masks_config, "mixup=0.2", "segmentation"), (config_file, "rotate=9", "classification")):
         with pytest.raises(ValueError, match=f"train.augment.{setting.partition('=')[0]} is not for {task}"):
             run(file, "recipe=none", f"train.augment.{setting}")
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_transforms_go_to_worker_processes(task):
+    """Pickled, where processes are not forked (from Python 3.14)."""
+    transform = train_transform(task, Preprocessing(size=(8, 8)), AugmentConfig())
+    assert type(pickle.loads(pickle.dumps(transform))) is type(transform)  # noqa: S301  # our own bytes
 
 
 def test_a_mask_turns_with_its_image(masks_config):
