@@ -58,9 +58,15 @@ def load_image(path: str | Path, preprocessing: Preprocessing, out: np.ndarray |
     Raises:
         ValueError: the file is missing or cannot be decoded; it is named.
     """
-    pixels = resize_and_crop(open_image(path, "RGB"), preprocessing, RESAMPLING[preprocessing.interpolation])
+    pixels = load_pixels(path, preprocessing)
     out = np.empty((3, *preprocessing.size), dtype=np.float32) if out is None else out
-    return _normalize(np.asarray(pixels), preprocessing, out)
+    return _normalize(pixels, preprocessing, out)
+
+
+def load_pixels(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes one file to (H, W, 3) uint8, cut as the model sees it. Raises ValueError, naming an unreadable file."""
+    resampling = RESAMPLING[preprocessing.interpolation]
+    return np.asarray(_resize_and_crop(open_image(path, "RGB"), preprocessing, resampling))
 
 
 def load_mask(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
@@ -68,7 +74,7 @@ def load_mask(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
     image = open_image(path)
     if image.mode not in ("L", "P"):
         raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {image.mode!r}")
-    return np.asarray(resize_and_crop(image, preprocessing, Image.Resampling.NEAREST))
+    return np.asarray(_resize_and_crop(image, preprocessing, Image.Resampling.NEAREST))
 
 
 def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
@@ -90,7 +96,7 @@ def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray
     return out
 
 
-def resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
     """Resizes the shorter side to floor(size / crop_pct), then cuts out the centre, as timm and torchvision do."""
     side = preprocessing.size[0]
     short = math.floor(side / preprocessing.crop_pct)

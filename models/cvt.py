@@ -1,9 +1,10 @@
 """CvT, as transformers implements it: convolutional token embeddings and projections, a class token in the last stage."""
 
-import re
 from typing import Any
 
 from torch import Tensor, nn
+
+from models.names import rename
 
 TASK = "classification"
 DEPTHS = {"cvt-13": [1, 2, 10], "cvt-21": [1, 4, 16]}
@@ -51,7 +52,8 @@ def build(
         from transformers.activations import ACT2FN
     except ImportError as error:
         raise ValueError(f"{name} needs the transformers library: pip install 'qswin[cvt]'") from error
-    unknown = [key for key in kwargs if not hasattr(CvtConfig(), key)]
+    defaults = CvtConfig()
+    unknown = [key for key in kwargs if not hasattr(defaults, key)]
     if unknown:
         raise ValueError(f"model {name!r}: {unknown[0]!r} is no setting of transformers' CvtConfig")
     if activation not in ("gelu", "quick_gelu"):
@@ -102,13 +104,7 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
         return state
     if any(type(module) is nn.GELU for module in model.modules()):
         raise ValueError("the original repository's weights were trained with model.kwargs.activation=quick_gelu; set it")
-    return {_rename(key): value for key, value in state.items()}
-
-
-def _rename(key: str) -> str:
-    for pattern, name in RENAMES:
-        key = re.sub(pattern, name, key)
-    return key
+    return {rename(key, RENAMES): value for key, value in state.items()}
 
 
 def preprocessing(model: Any) -> dict[str, Any]:

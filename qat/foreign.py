@@ -8,6 +8,7 @@ from absl import logging
 from torch import Tensor, nn
 
 from calib.files import sha256
+from models.names import rename
 from models.registry import check_state, family_of, read_state
 from qat.checkpoint import Description, save_checkpoint
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
@@ -45,8 +46,7 @@ def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> di
     converted: dict[str, Tensor] = {}
     left = 0
     for key, value in state.items():
-        for pattern, name in RENAMES:
-            key = re.sub(pattern, name, key)
+        key = rename(key, RENAMES)
         if re.search(UNUSED, key) or ("_quantizer." in key and not key.endswith("._amax")):
             left += key.endswith("._amax")
             continue

@@ -1,12 +1,12 @@
 """quantize(model, recipe): every module that has a quantized twin is swapped for it."""
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from models.names import rename
 from qat.layers import QuantConv2d, QuantLinear, weight_quantizers
 from qat.quantizers import quantizers
 from qat.recipe import RECIPES, Recipe
@@ -49,14 +49,7 @@ def _rewrite(module: nn.Module, path: str, recipe: Recipe) -> nn.Module:
         setattr(module, name, _rewrite(child, f"{path}.{name}".lstrip("."), recipe))
     kind = type(module)
     twin = TWINS.get(kind) or TWINS.get(f"{kind.__module__}.{kind.__qualname__}")
-    return module if twin is None else twin(module, site_of(path), recipe.quantizer).train(module.training)
-
-
-def site_of(path: str) -> str:
-    """The name that recipes use for the module at a path."""
-    for pattern, name in SITES:
-        path = re.sub(pattern, name, path)
-    return path
+    return module if twin is None else twin(module, rename(path, SITES), recipe.quantizer).train(module.training)
 
 
 def enable(model: nn.Module) -> None:

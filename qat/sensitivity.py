@@ -21,6 +21,7 @@ from qat.checkpoint import Description, load_checkpoint
 from qat.distributed import process_group
 from qat.evaluate import TorchPredictor
 from qat.quantizers import TensorQuantizer, quantizers
+from trt import plots
 from trt.evaluate import evaluate, main_metric
 
 Groups = dict[str, list[TensorQuantizer]]
@@ -132,13 +133,7 @@ def table(report: dict[str, Any], rows: int) -> str:
 
 def plot(report: dict[str, Any], path: Path, rows: int) -> None:
     """A bar for each of the most sensitive groups. Raises ValueError where matplotlib is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    pyplot = plots.pyplot()
     shown = report["rows"][:rows][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(shown)))
     axes.barh([row["name"] for row in shown], [row["alone"]["kl"] for row in shown])

@@ -13,6 +13,7 @@ from absl import logging
 from tqdm import tqdm
 
 from calib.files import write_json
+from trt import plots
 from trt.engine import SUFFIXES, Engine
 from trt.gpu import Stopwatch, captured, find_gpu
 from trt.onnx_runtime import OnnxRuntimePredictor
@@ -114,13 +115,7 @@ def speed_up(row: Row, peer: Row | None) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Images/s over the batch size, a line for each model and backend. Raises ValueError where matplotlib is missing."""
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    pyplot = plots.pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name in dict.fromkeys((row["model"], row["backend"], row["precision"]) for row in rows):
         line = [row for row in rows if (row["model"], row["backend"], row["precision"]) == name]

@@ -89,7 +89,7 @@ OPTIONAL: tuple[Callable[[], Finding], ...] = (
     lambda: library("transformers", "CvT", "'qswin[cvt]'"),
     lambda: library("medpy", "HD95 of masks", "'qswin[segmentation]'"),
     lambda: library("matplotlib", "--plot", "'qswin[plot]'"),
-    lambda: library("onnx-graphsurgeon", "build --fold", "onnx-graphsurgeon"),
+    lambda: library("onnx-graphsurgeon", "build --fold"),
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from calib.images import RESAMPLING, Batch, Preprocessing, open_image, resize_and_crop
+from calib.images import Batch, Preprocessing, load_pixels
 
 IGNORED = 255
 COLOURS = np.array([[230, 60, 60], [70, 180, 75], [70, 130, 230], [240, 200, 40], [170, 80, 200], [60, 200, 200]])
@@ -140,8 +140,7 @@ class Overlays:
     def result(self) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
         for score, file, mask, predicted in self._worst:
-            pixels = open_image(file, "RGB")
-            image = np.asarray(resize_and_crop(pixels, self.preprocessing, RESAMPLING[self.preprocessing.interpolation]))
+            image = load_pixels(file, self.preprocessing)
             panels = np.concatenate([image, paint(image, mask), paint(image, predicted)], axis=1)
             Image.fromarray(panels).save(self.folder / f"{score:.4f}_{file.stem}.png")
         return {"overlays": str(self.folder)}
