@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from benchmarks.results import commit, device_name, write_rows
+from calib.batches import image_batches
 from calib.folders import draw_samples, scan_folder
-from calib.images import image_batches
 from qat.checkpoint import Description
 from qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
 from qat.evaluate import TorchPredictor

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import commit, device_name, write_rows
+from calib.batches import image_batches
 from calib.calibrators import CALIBRATORS
 from calib.folders import draw_samples, scan_folder
-from calib.images import image_batches
 from qat.checkpoint import Description, load_checkpoint
 from qat.config import build_float_model, load_config, model_arguments
 from qat.evaluate import TorchPredictor

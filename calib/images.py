@@ -1,18 +1,12 @@
-"""Batches of labelled images as NumPy arrays, without torch: what calibration and evaluation read."""
+"""Images and masks from files as a model sees them, without torch."""
 
 import dataclasses
-import itertools
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-
-from calib.folders import Sample
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 UNREADABLE = "missing, or cannot be read as an image; mend or remove it, or set data.skip_unreadable=true"
@@ -41,15 +35,6 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-_Decoding = tuple[list[Sample], np.ndarray, list["Future[int | np.ndarray]"]]
-
-
-class Batch(NamedTuple):
-    images: np.ndarray  # (N, 3, H, W) float32, normalised
-    labels: np.ndarray  # (N,) int64 class indices, or (N, H, W) uint8 masks
-    files: list[Path]  # of the images
 
 
 def load_image(path: str | Path, preprocessing: Preprocessing, out: np.ndarray | None = None) -> np.ndarray:
@@ -106,67 +91,3 @@ def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resamplin
         image = image.resize(size, resampling)
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))
-
-
-def fill_up(images: np.ndarray, size: int) -> np.ndarray:
-    """A batch of at least `size` images: the last one is repeated; a model's answers to those are to be cut off."""
-    missing = size - len(images)
-    return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
-
-
-def image_batches(
-    samples: Sequence[Sample],
-    preprocessing: Preprocessing,
-    batch_size: int,
-    workers: int = 4,
-    skipped: list[Path] | None = None,
-) -> Iterator[Batch]:
-    """Yields batches in the order of `samples`, decoded by threads that stay two batches ahead.
-
-    Args:
-        skipped: unreadable files are left out and added to this list; without a list they are an error.
-
-    Raises:
-        ValueError: a file cannot be read and there is no list `skipped`.
-    """
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        files = iter(samples)
-        chunks = iter(lambda: list(itertools.islice(files, batch_size)), [])
-        pending: deque[_Decoding] = deque()
-        try:
-            for chunk in chunks:
-                images = np.empty((len(chunk), 3, *preprocessing.size), dtype=np.float32)
-                decoding = [
-                    pool.submit(_load, sample, preprocessing, out) for sample, out in zip(chunk, images, strict=True)
-                ]
-                pending.append((chunk, images, decoding))
-                if len(pending) > 2:
-                    yield from _collect(*pending.popleft(), skipped)
-            while pending:
-                yield from _collect(*pending.popleft(), skipped)
-        finally:
-            for future in itertools.chain.from_iterable(decoding for _, _, decoding in pending):
-                future.cancel()
-
-
-def _load(sample: Sample, preprocessing: Preprocessing, out: np.ndarray) -> int | np.ndarray:
-    """Writes a sample's image to `out` and returns its label."""
-    path, target = sample
-    load_image(path, preprocessing, out)
-    return load_mask(target, preprocessing) if isinstance(target, Path) else target
-
-
-def _collect(
-    chunk: list[Sample], images: np.ndarray, decoding: list[Future[int | np.ndarray]], skipped: list[Path] | None
-) -> Iterator[Batch]:
-    """Yields the batch once its files are decoded; nothing when all of them were skipped."""
-    kept, labels = [], []
-    for index, future in enumerate(decoding):
-        if skipped is not None and isinstance(future.exception(), ValueError):
-            skipped.append(chunk[index][0])
-            continue
-        labels.append(future.result())
-        kept.append(index)
-    if kept:
-        files = [chunk[index][0] for index in kept]
-        yield Batch(images if len(kept) == len(chunk) else images[kept], np.asarray(labels), files)

@@ -13,9 +13,9 @@ from absl import logging
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from calib.batches import image_batches
 from calib.files import sha256
 from calib.folders import check_class_count, draw_samples, scan_folder
-from calib.images import image_batches
 from models.registry import family_of
 from qat.checkpoint import Description, save_checkpoint
 from qat.choose import choose_calibrators

@@ -14,9 +14,9 @@ from scipy.special import log_softmax
 from torch import nn
 from tqdm import tqdm
 
+from calib.batches import Batch, image_batches
 from calib.files import sha256, write_json
 from calib.folders import draw_samples, scan_folder
-from calib.images import Batch, image_batches
 from qat.checkpoint import Description, load_checkpoint
 from qat.distributed import process_group
 from qat.evaluate import TorchPredictor

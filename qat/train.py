@@ -31,9 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from calib.batches import image_batches
 from calib.files import sha256, write_atomic
 from calib.folders import ImageFolder, check_class_count, scan_folder
-from calib.images import image_batches
 from models.registry import family_of
 from qat.blocks import BlockOutputs
 from qat.checkpoint import Description, load_checkpoint, save_checkpoint

@@ -12,10 +12,11 @@ import onnx
 from absl import logging
 from tqdm import tqdm
 
+from calib.batches import image_batches
 from calib.build_cache import activation_ranges
 from calib.cache import ALGORITHMS, format_cache, parse_cache, write_cache
 from calib.folders import Sample, draw_samples, scan_folder
-from calib.images import Preprocessing, image_batches
+from calib.images import Preprocessing
 from calib.trt_calibrator import BatchStream, make_calibrator
 from trt.build import BuildOptions, build_network, check_possible
 from trt.onnx_files import parse_metadata, properties, read_onnx

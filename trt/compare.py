@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from calib.batches import image_batches
 from calib.build_cache import activations, value_sources
 from calib.files import sha256, write_json
 from calib.folders import scan_folder
-from calib.images import Preprocessing, image_batches
+from calib.images import Preprocessing
 from trt.build import BuildOptions, build_network, prepare_graph
 from trt.engine import SUFFIXES, read_sidecar
 from trt.evaluate import open_predictor

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from calib.batches import fill_up
 from calib.files import sha256
-from calib.images import Preprocessing, fill_up
+from calib.images import Preprocessing
 from trt.gpu import Gpu, find_gpu
 from trt.version import Backend, find_backend
 

@@ -11,9 +11,10 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from calib.batches import Batch, image_batches
 from calib.files import write_json
 from calib.folders import scan_folder
-from calib.images import Batch, Preprocessing, image_batches
+from calib.images import Preprocessing
 from trt.segmentation import Dice, Overlays, Volumes
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from calib.images import Preprocessing, fill_up
+from calib.batches import fill_up
+from calib.images import Preprocessing
 from trt.onnx_files import parse_metadata
 
 LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from calib.images import Batch, Preprocessing, load_pixels
+from calib.batches import Batch
+from calib.images import Preprocessing, load_pixels
 
 IGNORED = 255
 COLOURS = np.array([[230, 60, 60], [70, 180, 75], [70, 130, 230], [240, 200, 40], [170, 80, 200], [60, 200, 200]])

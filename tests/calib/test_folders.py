@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from calib.batches import image_batches
 from calib.folders import scan_folder
-from calib.images import Preprocessing, image_batches, load_mask
+from calib.images import Preprocessing, load_mask
 from tests.conftest import write_masks
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from calib.folders import scan_folder
-from calib.images import Preprocessing, image_batches, load_image
+from calib.images import Preprocessing, load_image
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (300, 217), (217, 300), (33, 70), (1, 1), (224, 224)])
@@ -26,29 +26,10 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     assert load_image(file, Preprocessing(size=(8, 8))).shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_every_image_comes_once_and_in_order(data, batch_size):
-    folder = scan_folder("classification", data / "val")
-    batches = list(image_batches(folder.samples, Preprocessing(size=(8, 8)), batch_size))
-    assert np.concatenate([batch.labels for batch in batches]).tolist() == [label for _, label in folder.samples]
-    assert {len(batch.labels) for batch in batches[:-1]} <= {batch_size}
-
-
 def test_classes_are_the_sorted_folders(data):
     folder = scan_folder("classification", data / "val")
     assert folder.classes == ("class0", "class1", "class2", "class3", "class4")
     assert len(folder.samples) == 20
-
-
-def test_an_unreadable_image_is_named_or_skipped(data):
-    bad = data / "val" / "class1" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:100])
-    folder = scan_folder("classification", data / "val")
-    with pytest.raises(ValueError, match=r"class1/1\.png.*skip_unreadable"):
-        list(image_batches(folder.samples, Preprocessing(size=(8, 8)), 4))
-    skipped = []
-    batches = list(image_batches(folder.samples, Preprocessing(size=(8, 8)), 1, skipped=skipped))
-    assert skipped == [bad] and len(batches) == 19
 
 
 def test_folders_that_cannot_be_used_say_why(data, tmp_path):

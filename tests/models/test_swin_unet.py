@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from calib.images import Batch
+from calib.batches import Batch
 from models.registry import build_model
 from models.swin_unet import PatchExpand
 from tests.qat.test_families import UNET, VARIANTS

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from calib.batches import Batch, image_batches
 from calib.folders import scan_folder
-from calib.images import Batch, Preprocessing, image_batches
+from calib.images import Preprocessing
 from qat import ptq, search, sensitivity
 from qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qat.config import load_config, recipe_of

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib.batches import Batch, image_batches
 from calib.folders import scan_folder
-from calib.images import Batch, Preprocessing, image_batches
+from calib.images import Preprocessing
 from qat.checkpoint import Description
 from qat.export import export_onnx, save_onnx
 from tests.conftest import SMALL, V1, small_swin

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from calib.images import Batch, Preprocessing
+from calib.batches import Batch
+from calib.images import Preprocessing
 from models.registry import build_model
 from qat.checkpoint import Description
 from qat.export import export_onnx, save_onnx
