@@ -1,10 +1,12 @@
 """PTQ accuracy side by side: ours piece by piece, NVIDIA ModelOpt, ONNX Runtime's static quantization, two earlier recipes.
 
-pip install nvidia-modelopt requests
-python -m benchmarks.accuracy --data DIR --checkpoint FILE --out docs/results/accuracy.json [--bits 8 6 4] [--only PATTERN]
+    pip install nvidia-modelopt requests
+    python -m benchmarks.accuracy --data DIR --checkpoint FILE --out docs/results/accuracy.json [--bits W8A8 W6A6]
+    python -m benchmarks.accuracy --config configs/swin_unet_acdc.yaml --data DIR --checkpoint FILE --bits W8A8 W4A8 ...
 
-Swin-T on Tiny-ImageNet; every toolkit gets the same checkpoint, calibration images and validation images. Rows that are in
-the output file are kept. All run in torch but ONNX Runtime's, which has no other form; it knows 8 bits only.
+Swin-T on Tiny-ImageNet, or Swin-Unet on ACDC; every toolkit gets the same checkpoint, calibration images and validation
+images. Rows that are in the output file are kept. All run in torch but ONNX Runtime's, which has no other form; it knows
+8 bits only.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from torch import nn
 from benchmarks.results import commit, device_name, write_rows
 from calib.batches import image_batches
 from calib.folders import draw_samples, scan_folder
+from models.registry import family_of
 from qat.checkpoint import Description
 from qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
 from qat.evaluate import TorchPredictor
@@ -33,14 +36,20 @@ from qat.ptq import prepare
 from qat.recipe import RECIPES, Recipe, Rule
 from qat.rewrite import quantize
 from qat.sensitivity import Divergence
-from trt.evaluate import Accuracy, evaluate
+from trt.evaluate import evaluate, main_metric
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "swin_tiny_tinyimagenet.yaml"
 RECONSTRUCTION = {"reconstruct_steps": 500}
 
 
-def recipe_at(recipe: Recipe, bits: int, **changes: Any) -> Recipe:
-    return dataclasses.replace(recipe, weight_bits=bits, activation_bits=bits, **changes)
+def recipe_at(recipe: Recipe, bits: str, **changes: Any) -> Recipe:
+    weights, activations = widths(bits)
+    return dataclasses.replace(recipe, weight_bits=weights, activation_bits=activations, **changes)
+
+
+def widths(bits: str) -> tuple[int, int]:
+    """(4, 8) of "W4A8"."""
+    weights, activations = bits[1:].split("A")
+    return int(weights), int(activations)
 
 
 def searched_probabilities(recipe: Recipe) -> Recipe:
@@ -48,19 +57,19 @@ def searched_probabilities(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, rules=tuple(dataclasses.replace(rule, amax=None) for rule in recipe.rules))
 
 
-def first_system(bits: int) -> Recipe:
+def first_system(bits: str) -> Recipe:
     """Histogram calibration, percentile 99.99, residual quantizers on."""
     return searched_probabilities(recipe_at(RECIPES["full"], bits, calibrator="percentile:99.99"))
 
 
-def faster_transformer(bits: int) -> Recipe:
+def faster_transformer(bits: str) -> Recipe:
     """Percentile 99.99, weights per tensor; softmax, LayerNorm and residual adds in float."""
     matmuls = tuple(Rule(f"attn.{name}", quantize=True) for name in "qkv")
     rules = (*RECIPES["gemm"].rules, *matmuls)
     return recipe_at(RECIPES["gemm"], bits, rules=rules, calibrator="percentile:99.99", per_channel=False)
 
 
-def our_variants(bits: int) -> dict[str, tuple[Recipe, dict[str, Any]]]:
+def our_variants(bits: str) -> dict[str, tuple[Recipe, dict[str, Any]]]:
     """{name: (recipe, calibration settings)}, one piece more or other at a time."""
     gemm, full = recipe_at(RECIPES["gemm"], bits), recipe_at(RECIPES["full"], bits)
     free = searched_probabilities(full)
@@ -72,6 +81,7 @@ def our_variants(bits: int) -> dict[str, tuple[Recipe, dict[str, Any]]]:
         "full, searched probs": (free, {}),
         "full, searched probs, mse weights": (best, {}),
         "full, searched probs, mse weights, chosen": (best, {"choose": True}),
+        "full, searched probs, mse weights, biases corrected": (best, {"correct_biases": True}),
         "full, searched probs, mse weights, smooth": (best, {"smooth": 0.5}),
         "full, searched probs, mse weights, reconstructed": (best, RECONSTRUCTION),
         "full, all of these": (best, {"smooth": 0.5, "choose": True, **RECONSTRUCTION}),
@@ -80,21 +90,40 @@ def our_variants(bits: int) -> dict[str, tuple[Recipe, dict[str, Any]]]:
     }
 
 
+def modelopt_config(published: dict[str, Any], bits: str) -> dict[str, Any]:
+    """One of ModelOpt's INT8 configurations with other widths."""
+    weights, activations = widths(bits)
+    config = json.loads(json.dumps(published))
+    for entry in entries(config["quant_cfg"]):
+        if entry.get("num_bits") == 8:
+            entry["num_bits"] = weights if "axis" in entry and entry["axis"] == 0 else activations
+    return config
+
+
+def entries(value: Any) -> Iterator[dict[str, Any]]:
+    """The dictionaries in a nested structure."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from entries(inner)
+
+
 class Bench:
     """The float model, the images, and the rows that come of them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         settings = [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"]
-        config = load_config(CONFIG, settings)
+        config = load_config(args.config, settings)
+        self.name, task = config.model.name, family_of(config.model.name).TASK
         self.model, preprocessing = build_float_model(config)
         self.model.to(args.device)
-        self.description = Description(model_arguments(config), "float", preprocessing)
-        training = scan_folder("classification", args.data / "train")
+        training = scan_folder(task, args.data / "train")
+        self.description = Description(model_arguments(config), "float", preprocessing, training.classes)
         drawn = draw_samples(training, args.images, args.seed)
         calibrated = set(drawn)
         others = [sample for sample in training.samples if sample not in calibrated]
-        samples = others if args.choosing else scan_folder("classification", args.data / "val").samples
+        samples = others if args.choosing else scan_folder(task, args.data / "val").samples
         self.batches = list(image_batches(samples[:: args.every], preprocessing, 64, args.workers))
         self.calibration = [batch.images for batch in image_batches(drawn, preprocessing, 32, args.workers)]
         self.tensors = [torch.from_numpy(images).to(args.device) for images in self.calibration]
@@ -102,27 +131,36 @@ class Bench:
         self.reference = [predict(batch.images) for batch in self.batches]
         self.rows = json.loads(args.out.read_text()) if args.out.is_file() else []
 
-    def measure(self, toolkit: str, recipe: str, bits: int, make: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> None:
+    def measure(self, toolkit: str, recipe: str, bits: str, make: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> None:
         """Adds a row, unless it is there or not asked for. `make` builds the model and returns its predictor."""
-        key = {"toolkit": toolkit, "recipe": recipe, "bits": bits, "stage": "ptq", "seed": self.args.seed}
+        key = {
+            "model": self.name,
+            "toolkit": toolkit,
+            "recipe": recipe,
+            "bits": bits,
+            "stage": "ptq",
+            "seed": self.args.seed,
+        }
         known = any(all(row[name] == value for name, value in key.items()) for row in self.rows)
-        if known or not re.search(self.args.only, f"{toolkit} {recipe} W{bits}"):
+        if known or not re.search(self.args.only, f"{toolkit} {recipe} {bits}"):
             return
         torch.manual_seed(self.args.seed)
         start = time.perf_counter()
         predict = make()
         seconds = time.perf_counter() - start
-        result = evaluate(predict, self.batches, [Accuracy(), Divergence(self.reference)])
-        measured = {name: round(result[name], 5) for name in ("acc1", "acc5", "kl")}
+        metric = main_metric(self.description.task, self.description.classes or ())
+        result = evaluate(predict, self.batches, [metric, Divergence(self.reference)])
+        measured = {name: round(result[name], 5) for name in (*metric.headline, "kl")}
         where = {"images": result["images"], "device": device_name(self.args.device), "commit": self.args.commit}
         self.rows.append({**key, **measured, "seconds": round(seconds, 1), **where})
-        print(f"W{bits} {toolkit:<12} {recipe:<50} {result['acc1']:6.2f} {result['kl']:.5f} {seconds:7.1f} s", flush=True)
+        figures = " ".join(f"{value:8.5g}" for value in measured.values())
+        print(f"{bits} {toolkit:<12} {recipe:<52} {figures} {seconds:7.1f} s", flush=True)
         write_rows(self.args.out, self.rows)
 
     def predictor(self, model: nn.Module) -> TorchPredictor:
         return TorchPredictor(model, self.description, self.args.device)
 
-    def ours(self, bits: int) -> None:
+    def ours(self, bits: str) -> None:
         for name, (recipe, settings) in our_variants(bits).items():
 
             def make(recipe: Recipe = recipe, settings: dict[str, Any] = settings) -> TorchPredictor:
@@ -132,15 +170,24 @@ class Bench:
 
             self.measure("qswin", name, bits, make)
 
-    def modelopt(self, bits: int) -> None:
+    def modelopt(self, bits: str) -> None:
         """Its INT8 configurations, with other bit widths put in; it quantizes the weighted layers."""
         import modelopt.torch.quantization as mtq
 
-        configs = {"max": mtq.INT8_DEFAULT_CFG, "smoothquant": mtq.INT8_SMOOTHQUANT_CFG, "mse": mtq.INT8_DEFAULT_CFG}
+        from benchmarks.modelopt import histogram_calibration
+
+        default = mtq.INT8_DEFAULT_CFG
+        configs = {"max": default, "smoothquant": mtq.INT8_SMOOTHQUANT_CFG, "mse": default}
+        configs |= {"entropy": default, "percentile 99.99": default}
         for name, published in configs.items():
 
             def make(name: str = name, published: dict = published) -> TorchPredictor:
-                config = json.loads(json.dumps(published).replace('"num_bits": 8', f'"num_bits": {bits}'))
+                config = modelopt_config(published, bits)
+                if name == "entropy":
+                    return self.predictor(histogram_calibration(self.model, self.tensors, config, "entropy"))
+                if name.startswith("percentile"):
+                    settings = {"percentile": float(name.split()[1])}
+                    return self.predictor(histogram_calibration(self.model, self.tensors, config, "percentile", **settings))
                 if name == "mse":
                     config["algorithm"] = "mse"
 
@@ -191,7 +238,7 @@ class Bench:
                     session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
                 return lambda images: session.run(["logits"], {"input": images})[0]
 
-            self.measure("onnxruntime", method.name.lower(), 8, make)
+            self.measure("onnxruntime", method.name.lower(), "W8A8", make)
 
 
 def main() -> None:
@@ -199,9 +246,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--checkpoint", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--bits", nargs="*", type=int, default=[8, 6, 4])
+    parser.add_argument("--config", default="configs/swin_tiny_tinyimagenet.yaml")
+    parser.add_argument("--bits", nargs="*", default=["W8A8", "W6A6", "W4A4"])
     parser.add_argument("--toolkits", nargs="*", default=["qswin", "modelopt", "onnxruntime"])
-    parser.add_argument("--only", default="", help="a regular expression over 'TOOLKIT RECIPE WBITS'")
+    parser.add_argument("--only", default="", help="a regular expression over 'TOOLKIT RECIPE BITS'")
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--every", type=int, default=1, help="evaluate every n-th image only")
     parser.add_argument("--choosing", action="store_true", help="score on training images, not calibrated on")
@@ -212,7 +260,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
     bench = Bench(args)
-    bench.measure("torch", "float", 32, lambda: bench.predictor(bench.model))
+    bench.measure("torch", "float", "W32A32", lambda: bench.predictor(bench.model))
     for bits in args.bits:
         if "qswin" in args.toolkits:
             bench.ours(bits)

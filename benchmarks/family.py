@@ -1,6 +1,7 @@
 """The families on TensorRT: errors of their engines against ONNX Runtime, and latencies, with random weights.
 
     python -m benchmarks.family export --out DIR                                    (torch)
+    qswin bench --model DIR/swinv2.safetensors --batch 1,4,8,16,32 --json DIR/swinv2-torch.json (torch; cvt, unet, deit too)
     python -m benchmarks.family measure --models DIR --out docs/results/family-tensorrt.json   (a GPU; no torch)
 
 Random weights cost what trained ones do; their errors are those of the arithmetic, not of a task.
@@ -8,11 +9,10 @@ Random weights cost what trained ones do; their errors are those of the arithmet
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.steps import Steps
 from calib.files import write_json
 
 MODELS = {
@@ -30,7 +30,7 @@ def export(args: argparse.Namespace) -> None:
 
     from calib.images import Preprocessing
     from models.registry import build_model, family_of
-    from qat.checkpoint import Description
+    from qat.checkpoint import Description, save_checkpoint
     from qat.export import export_onnx, save_onnx
     from qat.ptq import calibrate
     from qat.recipe import named_recipe
@@ -43,6 +43,9 @@ def export(args: argparse.Namespace) -> None:
             if isinstance(module, torch.nn.LayerNorm):  # V2's are 0 before training, and its blocks then do nothing
                 torch.nn.init.normal_(module.weight, 1.0, 0.1)
         preprocessing = Preprocessing(**family_of(MODELS[short]).preprocessing(model))
+        save_checkpoint(
+            args.out / f"{short}.safetensors", model, Description({"name": MODELS[short]}, "float", preprocessing)
+        )
         recipe = named_recipe("full")
         twin = quantize(model, recipe)
         calibrate(twin, torch.randn(args.images, 3, *preprocessing.size).split(4))
@@ -53,36 +56,50 @@ def export(args: argparse.Namespace) -> None:
             print(path, flush=True)
 
 
-def run(name: str, *command: str | Path) -> bool:
-    """One qswin command in a process of its own; prints its error."""
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], text=True, capture_output=True)
-    print(f"{name}: {'done' if done.returncode == 0 else done.stderr[-800:]}", flush=True)
-    return done.returncode == 0
+class Measurement:
+    """Builds, compares and times the engines of the models in a folder; results gather in `report`."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.steps = args, Steps(args.gpus.split(","))
+        self.report: dict[str, Any] = {"errors": {}, "builds": {}, "rows": [], "commit": args.commit}
+
+    def write(self) -> None:
+        write_json(self.args.out, {**self.report, "failed": self.steps.failed})
+
+    def build(self, job: tuple[str, str]) -> None:
+        """One engine, and its errors against its ONNX file in ONNX Runtime."""
+        short, name = job
+        onnx, precision = ENGINES[name]
+        graph, engine = (self.args.models / f"{short}-{stem}" for stem in (f"{onnx}.onnx", f"{name}.engine"))
+        options = ["--precision", precision, "--shapes", self.args.shapes, "--level", self.args.level]
+        files = ["--onnx", graph, "--engine", engine, "--timing-cache", engine.with_suffix(".timing")]
+        if not self.steps.run(f"build {engine.name}", "trt.build", *files, *options):
+            return
+        self.report["builds"][engine.stem] = json.loads(engine.with_suffix(".json").read_text())["seconds"]
+        result = self.args.models / f"{engine.stem}-errors.json"
+        against = ["--reference", graph, "--images", "8", "--json", result]
+        if self.steps.run(f"compare {engine.name}", "trt.compare", "--model", engine, *against):
+            values = json.loads(result.read_text())
+            self.report["errors"][engine.stem] = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        self.write()
+
+    def bench(self, short: str) -> None:
+        timed = self.args.models / f"{short}-bench.json"
+        models = [path for name in ENGINES if (path := self.args.models / f"{short}-{name}.engine").is_file()]
+        models += [self.args.models / f"{short}-fp32.onnx"] if self.args.onnxruntime else []
+        options = ["--batch", self.args.batch, "--threads", "16", "--json", timed]
+        if models:
+            self.steps.run(f"bench {short}", "trt.bench", "--model", *models, *options)
+        for rows in (timed, self.args.models / f"{short}-torch.json"):
+            if rows.is_file():
+                self.report["rows"] += [{"family": short, **row} for row in json.loads(rows.read_text())["rows"]]
+        self.write()
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Builds, compares and times the engines of every model in the folder."""
-    report: dict[str, Any] = {"errors": {}, "builds": {}, "rows": [], "commit": args.commit}
-    for short in args.only:
-        engines = []
-        for name, (onnx, precision) in ENGINES.items():
-            graph, engine = args.models / f"{short}-{onnx}.onnx", args.models / f"{short}-{name}.engine"
-            options = ["--precision", precision, "--shapes", args.shapes, "--level", args.level]
-            if not run(f"build {engine.name}", "trt.build", "--onnx", graph, "--engine", engine, *options):
-                continue
-            engines.append(engine)
-            report["builds"][engine.stem] = json.loads(engine.with_suffix(".json").read_text())["seconds"]
-            result = args.models / f"{engine.stem}-errors.json"
-            against = ["--reference", graph, "--images", "8", "--json", result]
-            if run(f"compare {engine.name}", "trt.compare", "--model", engine, *against):
-                values = json.loads(result.read_text())
-                report["errors"][engine.stem] = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            write_json(args.out, report)
-        timed = args.models / f"{short}-bench.json"
-        models = [*engines, *([args.models / f"{short}-fp32.onnx"] if args.onnxruntime else [])]
-        if engines and run(f"bench {short}", "trt.bench", "--model", *models, "--batch", args.batch, "--json", timed):
-            report["rows"] += [{"family": short, **row} for row in json.loads(timed.read_text())["rows"]]
-        write_json(args.out, report)
+    measurement = Measurement(args)
+    measurement.steps.each(measurement.build, [(short, name) for short in args.only for name in ENGINES])
+    measurement.steps.each(measurement.bench, args.only)
 
 
 def main() -> None:
@@ -100,6 +117,7 @@ def main() -> None:
     measuring.add_argument("--batch", default="1,4,8,16,32")
     measuring.add_argument("--level", default="2")
     measuring.add_argument("--onnxruntime", action="store_true", help="time ONNX Runtime on the CPU too")
+    measuring.add_argument("--gpus", default="0", help="to work on, one step each at a time, e.g. 0,1")
     measuring.add_argument("--commit", default="unknown")
     measuring.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
     measuring.set_defaults(step=measure)

@@ -57,11 +57,11 @@ def our_calibration(model: nn.Module, batches: list[torch.Tensor], recipe: str) 
     return twin
 
 
-def peer_calibration(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
-    """ModelOpt with its histogram calibrator on activations, percentile 99.99, and max on weights."""
-    config = copy.deepcopy(mtq.INT8_DEFAULT_CFG)
-    config["algorithm"] = None
-    peer = mtq.quantize(copy.deepcopy(model), config)
+def histogram_calibration(
+    model: nn.Module, batches: list[torch.Tensor], config: dict, method: str, **settings: float
+) -> nn.Module:
+    """ModelOpt with its histogram calibrator on activations, by `method`, and max on weights."""
+    peer = mtq.quantize(copy.deepcopy(model), {**config, "algorithm": None})
     quantizers = {name: m for name, m in peer.named_modules() if isinstance(m, PeerQuantizer) and m.is_enabled}
     for name, quantizer in quantizers.items():
         if name.endswith("input_quantizer"):
@@ -72,12 +72,16 @@ def peer_calibration(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module
             peer(batch)
     for name, quantizer in quantizers.items():
         if name.endswith("input_quantizer"):
-            quantizer.load_calib_amax("percentile", percentile=99.99)
+            quantizer.load_calib_amax(method, **settings)
         else:
             quantizer.load_calib_amax()
         quantizer.enable_quant()
         quantizer.disable_calib()
     return peer
+
+
+def peer_calibration(model: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+    return histogram_calibration(model, batches, mtq.INT8_DEFAULT_CFG, "percentile", percentile=99.99)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> None:

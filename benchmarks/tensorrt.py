@@ -5,17 +5,17 @@
     qswin export --checkpoint runs/gemm/ptq.safetensors --opset 17 --onnx DIR/int8-gemm.onnx   (and int8-full.onnx)
     python -m benchmarks.tensorrt --onnx DIR --data TINY_IMAGENET --out docs/results/tensorrt-8.6-h200.json
 
-Every step is a command of its own in a process of its own, so that one that fails costs only its own figures. No torch.
+No torch.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.steps import Steps
 from calib.cache import parse_cache
 from calib.files import write_json
 
@@ -32,29 +32,21 @@ ENGINES: dict[str, tuple[str, str, list[str]]] = {
     "tf32": ("fp32", "tf32", []),
 }
 REFERENCES = ("fp32", "int8-gemm", "int8-full")
+FAST = ("fp16", "int8-gemm", "int8-full")  # built for the further --shapes too
+LAYERS = ("fp16", "int8-full")  # whose layers are compared with ONNX Runtime's
 
 
 class Run:
     """The steps of one run, in the folder of the ONNX files; results gather in `report`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.start = args, time.perf_counter()
-        self.report: dict[str, Any] = {"commit": args.commit, "failed": {}, "builds": {}, "evaluations": {}, "rows": []}
+        self.args, self.steps = args, Steps(args.gpus.split(","))
+        self.report: dict[str, Any] = {"commit": args.commit, "builds": {}, "evaluations": {}, "errors": {}, "rows": []}
 
-    def command(self, module: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", f"trt.{module}", *arguments]
-
-    def do(self, name: str, command: list[str]) -> bool:
-        """Runs a command to its end; says whether it succeeded."""
-        begun = time.perf_counter()
-        done = subprocess.run(command, text=True, capture_output=True)
-        seconds, now = time.perf_counter() - begun, time.perf_counter() - self.start
-        print(f"{now:6.0f} s  {name} ({seconds:.1f} s, exit {done.returncode})", flush=True)
-        if done.returncode:
-            self.report["failed"][name] = done.stderr[-1500:]
-            print(done.stderr[-1500:], flush=True)
-        self.save()
-        return done.returncode == 0
+    def do(self, name: str, *command: str) -> bool:
+        done = self.steps.run(name, *command)
+        write_json(self.args.out, {**self.report, "failed": self.steps.failed})
+        return done
 
     def file(self, name: str) -> str:
         return str(self.args.onnx / name)
@@ -66,57 +58,79 @@ class Run:
         """The figures of a report, without the paths of the machine."""
         return {key: value for key, value in self.json(name).items() if isinstance(value, int | float)}
 
-    def save(self) -> None:
-        write_json(self.args.out, self.report)
-
     def in_background(self) -> list[subprocess.Popen[bytes]]:
         """What needs the CPU only: the offline cache, and Acc@1 in ONNX Runtime."""
         commands = [self.calibration("offline", "--offline")]
         for name in REFERENCES:
-            arguments = ["--threads", "4", "--json", self.file(f"{name}.ort.json")]
-            commands.append(self.evaluation(f"{name}.onnx", *arguments))
-        return [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
+            commands.append(self.evaluation(f"{name}.onnx", "--threads", "4", "--json", self.file(f"{name}.ort.json")))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return [subprocess.Popen([sys.executable, "-m", *command], **quiet) for command in commands]
 
     def calibration(self, name: str, *arguments: str) -> list[str]:
-        data = [
-            "--onnx",
-            self.file("fp32.onnx"),
-            "--data",
-            str(self.args.data / "train"),
-            "--cache",
-            self.file(f"{name}.cache"),
-        ]
-        return self.command("calib_cache", *data, "--images", str(self.args.images), "--batch", "16", *arguments)
+        data = ["--data", str(self.args.data / "train"), "--images", str(self.args.images), "--batch", "16"]
+        files = ["--onnx", self.file("fp32.onnx"), "--cache", self.file(f"{name}.cache")]
+        return ["trt.calib_cache", *files, *data, *arguments]
 
     def evaluation(self, model: str, *arguments: str) -> list[str]:
         data = ["--model", self.file(model), "--data", str(self.args.data / "val"), "--workers", "16"]
-        return self.command("evaluate", *data, "--images", str(self.args.evaluate), *arguments)
+        return ["trt.evaluate", *data, "--images", str(self.args.evaluate), *arguments]
 
-    def build(self, name: str) -> None:
+    def build(self, name: str, shapes: str) -> bool:
         onnx, precision, further = ENGINES[name]
-        further = [self.file(word) if word.endswith(".cache") else word for word in further]
-        arguments = ["--onnx", self.file(f"{onnx}.onnx"), "--engine", self.file(f"{name}.engine"), "--precision", precision]
-        if self.do(f"build {name}", self.command("build", *arguments, "--shapes", self.args.shapes, *further)):
-            sidecar = self.json(f"{name}.json")
-            kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
-            self.report["builds"][name] = {key: sidecar[key] for key in kept}
+        engine = f"{name}@{shapes}"
+        files = ["--onnx", self.file(f"{onnx}.onnx"), "--engine", self.file(f"{engine}.engine")]
+        options = [self.file(word) if word.endswith(".cache") else word for word in further]
+        # A timing cache for each, for several builds go on at once.
+        options += ["--precision", precision, "--shapes", shapes, "--timing-cache", self.file(f"{engine}.timing")]
+        if not self.do(f"build {engine}", "trt.build", *files, *options):
+            return False
+        sidecar = self.json(f"{engine}.json")
+        kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
+        self.report["builds"][engine] = {key: sidecar[key] for key in kept}
+        return True
 
-    def evaluate(self, name: str) -> None:
-        command = self.evaluation(f"{name}.engine", "--json", self.file(f"{name}.eval.json"))
-        if self.do(f"evaluate {name}", command):
-            self.report["evaluations"][f"{name}.engine"] = self.measured(f"{name}.eval.json")
-        onnx = ENGINES[name][0]
-        against = ["--reference", self.file(f"{onnx}.onnx"), "--data", str(self.args.data / "val"), "--images", "64"]
-        report = ["--json", self.file(f"{name}.compare.json")]
-        if self.do(f"compare {name}", self.command("compare", "--model", self.file(f"{name}.engine"), *against, *report)):
-            self.report.setdefault("errors", {})[name] = self.measured(f"{name}.compare.json")
+    def build_all(self, offline: subprocess.Popen[bytes]) -> list[str]:
+        """Builds every engine that there is time for; returns the names of those that were built."""
+        first, *others = self.args.shapes.split()
+        jobs = [(name, first) for name in self.args.engines]
+        jobs += [(name, shapes) for shapes in others for name in self.args.engines if name in FAST]
 
-    def bench(self, names: list[str]) -> None:
-        models = [self.file(f"{name}.engine") for name in names]
+        def build(job: tuple[str, str]) -> None:
+            name, _ = job
+            if self.steps.elapsed() > 60 * self.args.minutes:
+                print(f"no time left for {job}", flush=True)
+                return
+            if name == "implicit-tensorrt":
+                self.do("calibrate", *self.calibration("tensorrt"))
+            if name == "implicit-offline":
+                offline.wait()
+            self.build(*job)
+
+        self.steps.each(build, jobs)
+        return [engine for name, shapes in jobs if (engine := f"{name}@{shapes}") in self.report["builds"]]
+
+    def evaluate(self, engine: str) -> None:
+        """Accuracy, and the errors against its own ONNX file in ONNX Runtime."""
+        if self.do(f"evaluate {engine}", *self.evaluation(f"{engine}.engine", "--json", self.file(f"{engine}.eval.json"))):
+            self.report["evaluations"][f"{engine}.engine"] = self.measured(f"{engine}.eval.json")
+        self.compare(engine, "errors", "--images", "64")
+
+    def compare(self, engine: str, kind: str, *arguments: str) -> None:
+        name = engine.split("@")[0]
+        files = ["--model", self.file(f"{engine}.engine"), "--reference", self.file(f"{ENGINES[name][0]}.onnx")]
+        report = ["--data", str(self.args.data / "val"), "--json", self.file(f"{engine}.{kind}.json")]
+        if self.do(f"compare {engine} {kind}", "trt.compare", *files, *report, *arguments):
+            self.report["errors"][engine] = self.measured(f"{engine}.errors.json")
+            if kind == "layers":
+                layers = self.json(f"{engine}.layers.json")
+                self.report.setdefault("layers", {})[engine] = {key: layers[key] for key in ("layers", "parting")}
+
+    def bench(self, engines: list[str]) -> None:
+        models = [self.file(f"{engine}.engine") for engine in engines]
         arguments = ["--batch", self.args.batch, "--cuda-graph", "--json", self.file("bench.json")]
-        if self.do("bench", self.command("bench", "--model", *models, *arguments)):
-            rows = self.json("bench.json")["rows"]
+        if self.do("bench", "trt.bench", "--model", *models, *arguments):
             accuracy = self.report["evaluations"]
+            rows = self.json("bench.json")["rows"]
             self.report["rows"] = [{**row, "acc1": accuracy.get(row["model"], {}).get("acc1")} for row in rows]
 
     def compare_caches(self) -> None:
@@ -134,45 +148,42 @@ class Run:
             "only_tensorrt": sorted(set(theirs) - set(ours))[:40],
             "only_offline": sorted(set(ours) - set(theirs))[:40],
         }
-        self.save()
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", required=True, type=Path, help="folder of fp32.onnx, int8-gemm.onnx, int8-full.onnx")
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--shapes", default="64", help="of all engines; a range of batches builds slowly and runs slower")
-    parser.add_argument("--batch", default="64", help="batches to time, within the shapes")
+    parser.add_argument("--gpus", default="0", help="to build and evaluate on, e.g. 0,1; the first one times")
+    parser.add_argument("--shapes", default="64", help='of all engines; "64 1 256": the others of the fast ones only')
+    parser.add_argument("--batch", default="1,16,64,256", help="batches to time, within the shapes")
     parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--images", type=int, default=64, help="to calibrate on")
     parser.add_argument("--minutes", type=float, default=6.0, help="no build begins after this")
     parser.add_argument("--evaluate", type=int, default=0, help="evaluate about this many images only; 0: all")
     parser.add_argument("--commit", default="unknown")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     run = Run(args)
     background = run.in_background()
-    for name in args.engines:
-        if time.perf_counter() - run.start > 60 * args.minutes:
-            print(f"no time left for {name}", flush=True)
-            continue
-        if name == "implicit-tensorrt":
-            run.do("calibrate", run.calibration("tensorrt"))
-        if name == "implicit-offline":
-            background[0].wait()
-        run.build(name)
+    built = run.build_all(background[0])
+    first = [engine for engine in built if engine.endswith(f"@{args.shapes.split()[0]}")]
+    run.steps.each(run.evaluate, first)
+    run.bench(built)
+    layered = [engine for engine in first if engine.split("@")[0] in LAYERS]
+    run.steps.each(lambda engine: run.compare(engine, "layers", "--layers", "--images", "16"), layered)
     for process in background:
         process.wait()
-    built = list(run.report["builds"])
-    for name in built:
-        run.evaluate(name)
     for name in REFERENCES:
         if Path(run.file(f"{name}.ort.json")).is_file():
             run.report["evaluations"][f"{name}.onnx"] = run.measured(f"{name}.ort.json")
-    run.bench(built)
     if all(Path(run.file(f"{name}.cache")).is_file() for name in ("offline", "tensorrt")):
         run.compare_caches()
-    run.save()
+    write_json(args.out, {**run.report, "failed": run.steps.failed})
     for model, result in run.report["evaluations"].items():
         print(f"{model:<28} {result['acc1']:6.2f} {result['acc5']:6.2f} {result['images_per_second']:9.1f}")
     for row in run.report["rows"]:

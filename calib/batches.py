@@ -76,7 +76,7 @@ def _by_processes(
     slots = [context.RawArray(ctypes.c_float, size) for _ in range(workers + 1)]
     free, pending = deque(range(len(slots))), deque[tuple[int, int, Future[Decoded]]]()
     remaining = iter(chunks)
-    with ProcessPoolExecutor(workers, context, _start_worker, (slots, preprocessing)) as pool, _cancelling(pending):
+    with ProcessPoolExecutor(workers, context, _start_worker, (slots, preprocessing)) as pool, _leaving(pending):
         while True:
             for chunk in itertools.islice(remaining, len(free)):
                 slot = free.popleft()
@@ -84,22 +84,19 @@ def _by_processes(
             if not pending:
                 return
             slot, count, future = pending.popleft()
-            try:
-                decoded = future.result()
-            except BrokenProcessPool as error:
-                raise RuntimeError(
-                    "a decoding process was killed, perhaps for want of memory: give fewer workers"
-                ) from error
+            decoded = future.result()
             images = _view(slots[slot], count, preprocessing).copy()
             free.append(slot)
             yield images, decoded
 
 
 @contextlib.contextmanager
-def _cancelling(pending: deque[tuple[int, int, Future[Decoded]]]) -> Iterator[None]:
-    """Lets a caller leave early without waiting for what is decoded ahead."""
+def _leaving(pending: deque[tuple[int, int, Future[Decoded]]]) -> Iterator[None]:
+    """Lets a caller leave early without waiting for what is decoded ahead, and says what the end of a worker means."""
     try:
         yield
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a decoding process was killed, for memory perhaps: give fewer workers") from error
     finally:
         for _, _, future in pending:
             future.cancel()

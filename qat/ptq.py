@@ -20,6 +20,7 @@ from models.registry import family_of
 from qat.checkpoint import Description, save_checkpoint
 from qat.choose import choose_calibrators
 from qat.config import CalibrationConfig, Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
+from qat.correct import correct_biases
 from qat.distributed import Ranks, process_group
 from qat.layers import weight_quantizers
 from qat.quantizers import TensorQuantizer, quantizers
@@ -103,17 +104,24 @@ def check(options: CalibrationConfig, ranks: Ranks) -> None:
     """Raises ValueError for settings that the schema's types let through."""
     if options.smooth is not None and not 0 <= options.smooth <= 1:
         raise ValueError(f"calibration.smooth={options.smooth} is no share of a range; give 0 to 1")
-    if ranks.world > 1 and (options.smooth is not None or options.choose or options.reconstruct_steps):
-        raise ValueError("calibration's smooth, choose and reconstruct_steps need one process; leave torchrun out")
+    if ranks.world > 1 and _needs_images_again(options):
+        raise ValueError(
+            "calibration's smooth, choose, correct_biases and reconstruct_steps need one process; leave torchrun out"
+        )
+
+
+def _needs_images_again(options: CalibrationConfig) -> bool:
+    """Whether more is asked for than ranges, which one pass finds."""
+    return options.smooth is not None or options.choose or options.correct_biases or options.reconstruct_steps > 0
 
 
 def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationConfig, dead_range: float | None) -> int:
-    """Calibrates as a config says, with smoothing before, choice of calibrators and reconstruction after.
+    """Calibrates as a config says, with smoothing before; choice of calibrators, bias correction and reconstruction after.
 
     Returns:
         The number of images.
     """
-    if options.smooth is None and not options.choose and not options.reconstruct_steps:
+    if not _needs_images_again(options):
         return calibrate(model, batches, dead_range)
     kept = list(batches)
     if options.smooth is not None:
@@ -121,6 +129,8 @@ def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationCon
     images = calibrate(model, kept, dead_range)
     if options.choose:
         choose_calibrators(model, kept[:2])  # hundreds of passes over each block: a few dozen images must do
+    if options.correct_biases:
+        correct_biases(model, kept[:4])  # a mean needs few images, and each layer is a pass
     if options.reconstruct_steps:
         reconstruct(model, kept, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
     return images

@@ -8,13 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
+from calib.images import Preprocessing
 from models.registry import build_model
+from qat.checkpoint import Description
 from qat.ptq import calibrate
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
 
 SMALL = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
 V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
+DESCRIPTION = Description(  # of what tests/trt/conftest.py exports
+    {"name": V1, "num_classes": 5, **SMALL, "depths": [2, 1]},
+    "ptq",
+    Preprocessing(size=(32, 32)),
+    tuple(f"class{i}" for i in range(5)),
+)
 ASSETS = Path(os.environ.get("QSWIN_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 
 

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=512, help="drawn at random from the folder")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=4, help="decoding threads")
+    parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--offline", action="store_true", help="from ONNX Runtime's activations; needs no GPU")
     parser.add_argument("--tensorrt-version", default="8.6.0", help="that an offline cache is for")
 

@@ -186,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--images", type=int, default=0, help="evaluate about this many, evenly spread; 0: all")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=4, help="decoding threads")
+    parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--threads", type=int, default=0, help="compute threads of ONNX Runtime; 0: all cores")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip files that cannot be read")
     parser.add_argument("--overlays", type=Path, help="folder for pictures of the worst masks (segmentation)")

@@ -1,22 +1,18 @@
-"""Exported graphs of a small Swin, made once: float, FP16 and INT8 at opsets 17 and 20."""
+"""Exported graphs of a small Swin, made once: float, FP16 and INT8 at opsets 17 and 20.
+
+QSWIN_GRAPHS names a folder of such graphs, exported earlier, for a machine whose TensorRT is in a Python without torch:
+
+    python -m tests.trt.conftest DIR
+    QSWIN_GRAPHS=DIR python -m pytest -o addopts= --confcutdir tests/trt tests/trt/test_gpu.py
+"""
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from calib.images import Preprocessing
-from qat.checkpoint import Description
-from qat.export import export_onnx, save_onnx
-from qat.ptq import calibrate
-from qat.recipe import named_recipe
-from qat.rewrite import quantize
-from tests.conftest import SMALL, V1, small_swin
-
-CLASSES = tuple(f"class{i}" for i in range(5))
-SETTINGS = {**SMALL, "depths": [2, 1]}
-DESCRIPTION = Description({"name": V1, "num_classes": 5, **SETTINGS}, "ptq", Preprocessing(size=(32, 32)), CLASSES)
 KINDS = {
     "fp32": ("fp32", 20, None),
     "fp16": ("fp16", 20, None),
@@ -31,20 +27,40 @@ class Graphs(dict[str, Path]):
     """{kind: path}, each exported when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder, self.recipe = folder, named_recipe("full")
-        self.twin = quantize(small_swin(depths=[2, 1]), self.recipe)
-        calibrate(self.twin, [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
+        super().__init__({path.stem: path for path in folder.glob("*.onnx")})
+        self.folder, self._twin = folder, None
 
     def __missing__(self, kind: str) -> Path:
+        from qat.export import export_onnx, save_onnx
+
         precision, opset, batch = KINDS[kind]
-        description = dataclasses.replace(DESCRIPTION, recipe=self.recipe)
+        twin, description = self._calibrated()
         path = self[kind] = self.folder / f"{kind}.onnx"
         metadata = {**description.to_dict(), "precision": precision}
-        save_onnx(path, export_onnx(self.twin, description, precision, opset, batch), metadata)
+        save_onnx(path, export_onnx(twin, description, precision, opset, batch), metadata)
         return path
+
+    def _calibrated(self):
+        if self._twin is None:
+            import torch
+
+            from qat.ptq import calibrate
+            from qat.recipe import named_recipe
+            from qat.rewrite import quantize
+            from tests.conftest import DESCRIPTION, small_swin
+
+            recipe = named_recipe("full")
+            twin = quantize(small_swin(depths=[2, 1]), recipe)
+            calibrate(twin, [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
+            self._twin = twin, dataclasses.replace(DESCRIPTION, recipe=recipe)
+        return self._twin
 
 
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory) -> Graphs:
-    return Graphs(tmp_path_factory.mktemp("graphs"))
+    return Graphs(Path(os.environ.get("QSWIN_GRAPHS") or tmp_path_factory.mktemp("graphs")))
+
+
+if __name__ == "__main__":
+    exported = Graphs(Path(sys.argv[1]))
+    print(*(exported[kind] for kind in KINDS), sep="\n")

@@ -8,8 +8,7 @@ import pytest
 from qat import bench as command
 from qat.checkpoint import save_checkpoint
 from qswin import run
-from tests.conftest import small_swin
-from tests.trt.conftest import DESCRIPTION
+from tests.conftest import DESCRIPTION, small_swin
 from trt.bench import measure, rates, speed_up
 
 

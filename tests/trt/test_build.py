@@ -14,8 +14,7 @@ from qat.ptq import calibrate
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
 from qswin import run
-from tests.conftest import V2, small_swin
-from tests.trt.conftest import DESCRIPTION
+from tests.conftest import DESCRIPTION, V2, small_swin
 from trt import build
 from trt.build import BuildOptions, build_engine, check_possible, fold_constants, parse_bytes, parse_profile, with_tf32
 from trt.onnx_files import read_onnx
