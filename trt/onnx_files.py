@@ -47,3 +47,14 @@ def parse_metadata(path: str | Path, properties: dict[str, str]) -> dict[str, An
 def opset(model: onnx.ModelProto) -> int:
     """The version of ONNX's own operators that a model uses."""
     return next(entry.version for entry in model.opset_import if entry.domain == "")
+
+
+def with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """A copy whose free batch, if it has one, is fixed."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        first = value.type.tensor_type.shape.dim[0]
+        if first.dim_param:
+            first.dim_value = batch
+    return fixed

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from qswin import run
 from tests.conftest import DESCRIPTION, V2, small_swin
 from trt import build
 from trt.build import BuildOptions, build_engine, check_possible, fold_constants, parse_bytes, parse_profile, with_tf32
-from trt.onnx_files import read_onnx
+from trt.onnx_files import read_onnx, with_batch
 from trt.onnx_runtime import OnnxRuntimePredictor
 from trt.version import Backend, capabilities, find_backend
 
@@ -145,3 +146,15 @@ def test_any_text_is_a_size_or_an_error(text):
         assert parse_bytes(text) >= 0
     except ValueError as error:
         assert "is no size" in str(error)
+
+
+@pytest.mark.parametrize("graph", ["fp32-17", "int8-17"])
+def test_one_shape_is_a_fixed_batch(rtx, graphs, graph):
+    model = read_onnx(graphs[graph])
+    fixed = with_batch(model, 3)
+    assert [value.type.tensor_type.shape.dim[0].dim_value for value in (*fixed.graph.input, *fixed.graph.output)] == [3, 3]
+    images = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+    runs = [onnxruntime.InferenceSession(m.SerializeToString()).run(None, {"input": images})[0] for m in (model, fixed)]
+    np.testing.assert_array_equal(*runs)
+    options = BuildOptions(precision="best", target="tensorrt-rtx", profile=(3, 3, 3))
+    assert build_engine(graphs[graph], options)[1]["profile"] == (3, 3, 3)
