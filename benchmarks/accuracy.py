@@ -84,7 +84,8 @@ def our_variants(bits: str) -> dict[str, tuple[Recipe, dict[str, Any]]]:
         "full, searched probs, mse weights, biases corrected": (best, {"correct_biases": True}),
         "full, searched probs, mse weights, smooth": (best, {"smooth": 0.5}),
         "full, searched probs, mse weights, reconstructed": (best, RECONSTRUCTION),
-        "full, all of these": (best, {"smooth": 0.5, "choose": True, **RECONSTRUCTION}),
+        "full, searched probs, mse weights, chosen, reconstructed": (best, {"choose": True, **RECONSTRUCTION}),
+        "gemm, mse weights, reconstructed": (dataclasses.replace(gemm, weight_calibrator="mse"), RECONSTRUCTION),
         "first system": (first_system(bits), {}),
         "FasterTransformer": (faster_transformer(bits), {}),
     }
@@ -154,7 +155,7 @@ class Bench:
         where = {"images": result["images"], "device": device_name(self.args.device), "commit": self.args.commit}
         self.rows.append({**key, **measured, "seconds": round(seconds, 1), **where})
         figures = " ".join(f"{value:8.5g}" for value in measured.values())
-        print(f"{bits} {toolkit:<12} {recipe:<52} {figures} {seconds:7.1f} s", flush=True)
+        print(f"{bits} {toolkit:<12} {recipe:<56} {figures} {seconds:7.1f} s", flush=True)
         write_rows(self.args.out, self.rows)
 
     def predictor(self, model: nn.Module) -> TorchPredictor:

@@ -15,7 +15,7 @@ from calib.files import sha256, write_atomic, write_json
 
 ALGORITHMS = {"entropy2": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
-LINE = re.compile(r"(.+): ([0-9a-f]{8})")
+LINE = re.compile(r"(.+): ([0-9a-f]{8}|0)")  # TensorRT leaves leading zeros out: a scale of 0 is "0"
 
 
 def version_number(version: str) -> str:
@@ -65,7 +65,7 @@ def parse_cache(data: bytes, name: str = "cache") -> tuple[str, str, dict[str, f
         entry = LINE.fullmatch(line)
         if entry is None or entry[1] in ranges:
             raise ValueError(f"{name}, line {number}: not `tensor: 8 hex digits`, or there twice; make the cache again")
-        (scale,) = struct.unpack(">f", bytes.fromhex(entry[2]))
+        (scale,) = struct.unpack(">f", bytes.fromhex(entry[2].zfill(8)))
         if not 0 <= scale < math.inf:
             raise ValueError(f"{name}, line {number}: the scale of {entry[1]} is {scale}; make the cache again")
         ranges[entry[1]] = 127 * scale

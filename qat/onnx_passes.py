@@ -65,6 +65,7 @@ def lower_to_opset_17(model: ir.Model) -> None:
     Raises:
         ValueError: a node has no form in opset 17; it is named.
     """
+    slice_shapes(model.graph)
     for node in model.graph:
         # ReduceSum has had its axes as an input since opset 13.
         if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.inputs) == 2:
@@ -77,3 +78,25 @@ def lower_to_opset_17(model: ir.Model) -> None:
             raise ValueError(f"{node.name}: {node.op_type} has no form in opset 17; export with --opset 18 or newer")
         node.version = None
     model.graph.opset_imports[""] = 17
+
+
+def slice_shapes(graph: ir.Graph) -> None:
+    """Writes Shape of some dimensions as Shape of all and a Slice: TensorRT 8.6 reads past `start` and `end`, new in 15."""
+    for node in [node for node in graph if node.op_type == "Shape" and {"start", "end"} & set(node.attributes)]:
+        start, end = (node.attributes.pop(name, None) for name in ("start", "end"))
+        bounds = (0 if start is None else start.as_int(), np.iinfo(np.int32).max if end is None else end.as_int())
+        part = node.outputs[0]
+        inputs = [_constant(graph, f"{part.name}_{name}", value) for name, value in zip(("from", "to"), bounds, strict=True)]
+        whole = ir.Node("", "Shape", node.inputs, num_outputs=1)
+        piece = ir.Node("", "Slice", [whole.outputs[0], *inputs], num_outputs=1)
+        graph.insert_before(node, [whole, piece])
+        part.replace_all_uses_with(piece.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
+    """A new initializer (1,) of int64."""
+    tensor = ir.tensor(np.array([value], dtype=np.int64), name=name)
+    constant = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(constant)
+    return constant

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from calib.batches import Batch, image_batches
+from calib.batches import Batch, ahead, image_batches
 from calib.files import write_json
 from calib.folders import scan_folder
 from calib.images import Preprocessing
@@ -99,7 +99,7 @@ def evaluate(
         ValueError: there were no images.
     """
     images, start = 0, time.perf_counter()
-    for batch in batches:
+    for batch in ahead(iter(batches)):
         logits = predict(batch.images)
         for metric in metrics:
             metric.update(logits, batch)

@@ -56,6 +56,12 @@ def test_malformed_caches_name_the_line(text, message):
         parse_cache(text.encode())
 
 
+def test_a_scale_of_zero_is_one_digit():
+    """What TensorRT 8.6 writes for a LayerNormalization's bias that is 0."""
+    _, _, ranges = parse_cache(b"TRT-8600-MinMaxCalibration\n(Unnamed Layer* 3) [Constant]_output: 0\nx: 3c010204\n")
+    assert ranges["(Unnamed Layer* 3) [Constant]_output"] == 0 and ranges["x"] == pytest.approx(1.0)
+
+
 def test_ranges_must_be_ranges():
     with pytest.raises(ValueError, match="dead: its range is 0"):
         format_cache({"dead": 0.0}, "8.6.0", "minmax")
