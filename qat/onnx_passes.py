@@ -97,6 +97,6 @@ def slice_shapes(graph: ir.Graph) -> None:
 def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
     """A new initializer (1,) of int64."""
     tensor = ir.tensor(np.array([value], dtype=np.int64), name=name)
-    constant = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    constant = ir.Value(name=name, const_value=tensor, shape=ir.Shape((1,)), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(constant)
     return constant
