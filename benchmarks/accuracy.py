@@ -82,7 +82,6 @@ def our_variants(bits: str) -> dict[str, tuple[Recipe, dict[str, Any]]]:
         "full, searched probs, mse weights": (best, {}),
         "full, searched probs, mse weights, chosen": (best, {"choose": True}),
         "full, searched probs, mse weights, biases corrected": (best, {"correct_biases": True}),
-        "full, searched probs, mse weights, smooth": (best, {"smooth": 0.5}),
         "full, searched probs, mse weights, reconstructed": (best, RECONSTRUCTION),
         "full, searched probs, mse weights, chosen, reconstructed": (best, {"choose": True, **RECONSTRUCTION}),
         "gemm, mse weights, reconstructed": (dataclasses.replace(gemm, weight_calibrator="mse"), RECONSTRUCTION),
@@ -132,7 +131,14 @@ class Bench:
         self.reference = [predict(batch.images) for batch in self.batches]
         self.rows = json.loads(args.out.read_text()) if args.out.is_file() else []
 
-    def measure(self, toolkit: str, recipe: str, bits: str, make: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> None:
+    def measure(
+        self,
+        toolkit: str,
+        recipe: str,
+        bits: str,
+        make: Callable[[], Callable[[np.ndarray], np.ndarray]],
+        device: str | None = None,
+    ) -> None:
         """Adds a row, unless it is there or not asked for. `make` builds the model and returns its predictor."""
         key = {
             "model": self.name,
@@ -152,7 +158,7 @@ class Bench:
         metric = main_metric(self.description.task, self.description.classes or ())
         result = evaluate(predict, self.batches, [metric, Divergence(self.reference)])
         measured = {name: round(result[name], 5) for name in (*metric.headline, "kl")}
-        where = {"images": result["images"], "device": device_name(self.args.device), "commit": self.args.commit}
+        where = {"images": result["images"], "device": device_name(device or self.args.device), "commit": self.args.commit}
         self.rows.append({**key, **measured, "seconds": round(seconds, 1), **where})
         figures = " ".join(f"{value:8.5g}" for value in measured.values())
         print(f"{bits} {toolkit:<12} {recipe:<56} {figures} {seconds:7.1f} s", flush=True)
@@ -239,7 +245,7 @@ class Bench:
                     session = onnxruntime.InferenceSession(out.read_bytes(), providers=["CPUExecutionProvider"])
                 return lambda images: session.run(["logits"], {"input": images})[0]
 
-            self.measure("onnxruntime", method.name.lower(), "W8A8", make)
+            self.measure("onnxruntime", method.name.lower(), "W8A8", make, "cpu")
 
 
 def main() -> None:

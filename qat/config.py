@@ -42,7 +42,6 @@ class CalibrationConfig:
     calibrator: str | None = None  # over the recipe's
     choose: bool = False  # each site's calibrator by its block's output, over both
     correct_biases: bool = False  # for the shift of each layer's mean
-    smooth: float | None = None  # SmoothQuant's alpha, 0 to 1; 0.5 is usual
     reconstruct_steps: int = 0  # of training for each block; needs no labels, and one process
     reconstruct_lr: float = 1e-4
     reconstruct_range_lr: float = 1e-2

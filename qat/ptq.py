@@ -26,7 +26,6 @@ from qat.layers import weight_quantizers
 from qat.quantizers import TensorQuantizer, quantizers
 from qat.reconstruct import reconstruct
 from qat.rewrite import enable, quantize
-from qat.smooth import smooth
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], dead_range: float | None = None) -> int:
@@ -102,21 +101,17 @@ def merge_ranks(observers: list[TensorQuantizer]) -> None:
 
 def check(options: CalibrationConfig, ranks: Ranks) -> None:
     """Raises ValueError for settings that the schema's types let through."""
-    if options.smooth is not None and not 0 <= options.smooth <= 1:
-        raise ValueError(f"calibration.smooth={options.smooth} is no share of a range; give 0 to 1")
     if ranks.world > 1 and _needs_images_again(options):
-        raise ValueError(
-            "calibration's smooth, choose, correct_biases and reconstruct_steps need one process; leave torchrun out"
-        )
+        raise ValueError("calibration's choose, correct_biases and reconstruct_steps need one process; leave torchrun out")
 
 
 def _needs_images_again(options: CalibrationConfig) -> bool:
     """Whether more is asked for than ranges, which one pass finds."""
-    return options.smooth is not None or options.choose or options.correct_biases or options.reconstruct_steps > 0
+    return options.choose or options.correct_biases or options.reconstruct_steps > 0
 
 
 def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationConfig, dead_range: float | None) -> int:
-    """Calibrates as a config says, with smoothing before; choice of calibrators, bias correction and reconstruction after.
+    """Calibrates as a config says, with choice of calibrators, bias correction and reconstruction after.
 
     Returns:
         The number of images.
@@ -124,8 +119,6 @@ def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationCon
     if not _needs_images_again(options):
         return calibrate(model, batches, dead_range)
     kept = list(batches)
-    if options.smooth is not None:
-        smooth(model, kept, options.smooth)
     images = calibrate(model, kept, dead_range)
     if options.choose:
         choose_calibrators(model, kept[:2])  # hundreds of passes over each block: a few dozen images must do

@@ -134,8 +134,6 @@ def _add_bias(attn: Tensor, bias: Tensor) -> Tensor:
 class QuantSwinBlock(nn.Module):
     """Swin V1 block: norm, attention, residual; norm, MLP, residual. x: (B, H, W, C)."""
 
-    SMOOTHED: tuple[tuple[str, tuple[str, ...]], ...] = (("norm1", ("attn.qkv",)), ("norm2", ("mlp.fc1",)))
-
     def __init__(self, block: v1.SwinTransformerBlock, site: str, quantizer: MakeQuantizer) -> None:
         super().__init__()
         if block.dynamic_mask:
@@ -182,8 +180,6 @@ class QuantSwinBlock(nn.Module):
 
 class QuantSwinV2Block(QuantSwinBlock):
     """Swin V2 block: like V1's, but the norms come after attention and MLP ("res-post-norm")."""
-
-    SMOOTHED = ()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.add1(x, self.drop_path1(self.norm1(self._window_attention(x))))
