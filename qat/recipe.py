@@ -103,6 +103,7 @@ _RESIDUALS = (Rule("add1", quantize=True), Rule("add2", quantize=True))
 RECIPES = {
     "none": Recipe("none"),
     "gemm": Recipe("gemm", _GEMM),
+    "attention": Recipe("attention", (*_GEMM, *_ATTENTION, _PROBS)),
     "full": Recipe("full", (*_GEMM, *_ATTENTION, _PROBS, *_RESIDUALS)),
 }
 

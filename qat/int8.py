@@ -1,0 +1,171 @@
+"""A calibrated Swin V1 lowered to integer arithmetic: its blocks and patch mergings become calls of qat.kernels.
+
+What the lowered model computes is what the fake-quantized one does, in INT8: weights are stored as integers, activations
+between the kernels are integers, and the residual stream is float. Recipe `attention` has the sites that it needs.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import window_partition
+from torch import Tensor, nn
+
+from qat.kernels.attention import window_attention
+from qat.kernels.linear import linear_add, linear_float, linear_quantize
+from qat.kernels.norm_quantize import norm_quantize
+from qat.quantizers import TensorQuantizer
+from qat.twins.swin import QuantPatchMerging, QuantSwinBlock, _merge_2x2, _pad_to_multiple
+
+
+def lower(twin: nn.Module, image: Tensor) -> nn.Module:
+    """A copy whose blocks and patch mergings compute in INT8.
+
+    Args:
+        twin: a quantized Swin V1, calibrated with recipe `attention` (8 bits).
+        image: (1, 3, H, W) of the size that the model is for: each block's place in it becomes an index.
+
+    Raises:
+        ValueError: a site that the kernels need is in float, of other bits or not calibrated, or one that they have not is
+            quantized (it is named); the model is no Swin V1.
+    """
+    lowered = copy.deepcopy(twin).eval()
+    sizes = _input_sizes(lowered, image)
+    if not sizes:
+        raise ValueError("the INT8 kernels are for Swin V1; this model has none of its blocks")
+    for name, (height, width) in sizes.items():
+        parent, _, child = name.rpartition(".")
+        module = lowered.get_submodule(name)
+        kind = Int8Block if isinstance(module, QuantSwinBlock) else Int8PatchMerging
+        setattr(lowered.get_submodule(parent), child, kind(module, name, height, width))  # type: ignore[arg-type]
+    return lowered
+
+
+@torch.no_grad()
+def _input_sizes(model: nn.Module, image: Tensor) -> dict[str, tuple[int, int]]:
+    """(H, W) of what each block and patch merging of V1 gets."""
+    sizes: dict[str, tuple[int, int]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if type(module) in (QuantSwinBlock, QuantPatchMerging):
+
+            def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                sizes[name] = (inputs[0].shape[1], inputs[0].shape[2])
+
+            handles.append(module.register_forward_pre_hook(record))
+    model(image)
+    for handle in handles:
+        handle.remove()
+    return sizes
+
+
+def _scale(quantizer: Any, site: str) -> Tensor:
+    """A site's scale, amax / 127. Raises ValueError unless it is quantized to 8 bits and calibrated."""
+    if not isinstance(quantizer, TensorQuantizer) or quantizer.spec.bits != 8:
+        kind = f"of {quantizer.spec.bits} bits" if isinstance(quantizer, TensorQuantizer) else "in float"
+        raise ValueError(f"{site} is {kind}; the INT8 kernels need it at 8 bits: calibrate with recipe=attention")
+    quantizer.check_range()
+    return (quantizer.amax / quantizer.spec.qmax).detach()
+
+
+class Int8Linear(nn.Module):
+    """What the kernels take of a QuantLinear: integer weights, each column's scale, the bias; and the input's scale."""
+
+    def __init__(self, linear: Any, site: str) -> None:
+        super().__init__()
+        self.input_scale = float(_scale(linear._input_quantizer, site))
+        weight = linear.weight.detach().float()
+        scale = _scale(linear._weight_quantizer, site).reshape(-1, 1)
+        bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("weight", (weight / scale).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("scale", (scale * self.input_scale).expand(len(weight), 1).flatten().contiguous())
+        self.register_buffer("bias", bias.to(weight.device))
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor
+
+
+class Int8Norm(nn.Module):
+    """A LayerNorm whose result is quantized for the linear behind it, and the rows that it reads."""
+
+    def __init__(self, norm: Any, scale: float, index: Tensor) -> None:
+        super().__init__()
+        self.eps, self.inverse = norm.eps, 1 / scale
+        self.register_buffer("weight", norm.weight.detach().float())
+        self.register_buffer("bias", norm.bias.detach().float())
+        self.register_buffer("index", index.to(norm.weight.device, torch.int32))
+        self.weight: Tensor
+        self.bias: Tensor
+        self.index: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) float -> (B * R, P * C) int8."""
+        return norm_quantize(x, self.index, self.weight, self.bias, self.eps, self.inverse)
+
+
+class Int8Block(nn.Module):
+    """A Swin V1 block in seven kernels. x: (B, H, W, C)."""
+
+    def __init__(self, block: QuantSwinBlock, site: str, height: int, width: int) -> None:
+        super().__init__()
+        attn = block.attn
+        for name, add in (("add1", block.add1), ("add2", block.add2)):
+            if any(isinstance(q, TensorQuantizer) for q in (add._input_quantizer, add._other_quantizer)):
+                raise ValueError(f"{site}.{name} is quantized; the kernels add in float: calibrate with recipe=attention")
+        self.qkv, self.proj = Int8Linear(attn.qkv, f"{site}.attn.qkv"), Int8Linear(attn.proj, f"{site}.attn.proj")
+        self.fc1, self.fc2 = Int8Linear(block.mlp.fc1, f"{site}.mlp.fc1"), Int8Linear(block.mlp.fc2, f"{site}.mlp.fc2")
+        if not (isinstance(block.mlp.act, nn.GELU) and block.mlp.act.approximate == "none"):
+            raise ValueError(f"{site}.mlp: the INT8 kernels have exact GELU only, not {block.mlp.act}")
+        self.norm1 = Int8Norm(block.norm1, self.qkv.input_scale, window_index(block, height, width))
+        self.norm2 = Int8Norm(block.norm2, self.fc1.input_scale, torch.arange(height * width)[:, None])
+        quantizers = {"q": attn.qk._input_quantizer, "k": attn.qk._other_quantizer}
+        quantizers |= {"probs": attn.av._input_quantizer, "v": attn.av._other_quantizer}
+        q, k, probs, v = (float(_scale(quantizer, f"{site}.attn.{name}")) for name, quantizer in quantizers.items())
+        channels, device = attn.proj.in_features, attn.qkv.weight.device
+        inverses = torch.tensor([attn.scale / q, 1 / k, 1 / v], device=device).repeat_interleave(channels)
+        self.register_buffer("qkv_inverse", inverses)
+        self.register_buffer("fc2_inverse", torch.full((self.fc1.weight.shape[0],), 1 / self.fc2.input_scale, device=device))
+        self.register_buffer("position_bias", attn._bias(block.attn_mask).detach().half().contiguous())
+        self.qkv_inverse: Tensor
+        self.fc2_inverse: Tensor
+        self.position_bias: Tensor
+        self.qk_scale, self.probs_inverse, self.av_scale = q * k, 1 / probs, probs * v / self.proj.input_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height * width, channels)
+        qkv, proj, fc1, fc2 = self.qkv, self.proj, self.fc1, self.fc2
+        h = linear_quantize(self.norm1(x), qkv.weight, qkv.scale, qkv.bias, self.qkv_inverse, False)
+        h = window_attention(h, self.position_bias, self.qk_scale, self.probs_inverse, self.av_scale)
+        x = linear_add(h, proj.weight, proj.scale, proj.bias, x, self.norm1.index.flatten())
+        h = linear_quantize(self.norm2(x), fc1.weight, fc1.scale, fc1.bias, self.fc2_inverse, True)
+        x = linear_add(h, fc2.weight, fc2.scale, fc2.bias, x, self.norm2.index.flatten())
+        return x.view(batch, height, width, channels)
+
+
+class Int8PatchMerging(nn.Module):
+    """Patch merging of Swin V1 in two kernels. (B, H, W, C) -> (B, H/2, W/2, out_dim)."""
+
+    def __init__(self, merging: QuantPatchMerging, site: str, height: int, width: int) -> None:
+        super().__init__()
+        self.reduction = Int8Linear(merging.reduction, f"{site}.reduction")
+        places = _merge_2x2(_places(height, width))
+        self.size = places.shape[1:3]
+        self.norm = Int8Norm(merging.norm, self.reduction.input_scale, places.flatten(0, 2).long() - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear, levels = self.reduction, self.norm(x.flatten(1, 2))
+        return linear_float(levels, linear.weight, linear.scale, linear.bias, x.dtype).view(x.shape[0], *self.size, -1)
+
+
+def _places(height: int, width: int) -> Tensor:
+    """(1, H, W, 1): each token's number from 1; the zeros that padding adds are then no token's."""
+    return torch.arange(1, height * width + 1).float().view(1, height, width, 1)
+
+
+def window_index(block: QuantSwinBlock, height: int, width: int) -> Tensor:
+    """(R, 1): the token of each place in the block's windows, rolled and padded as the block does it; -1 where none is."""
+    places, (shift_h, shift_w) = _places(height, width), block.shift_size
+    if shift_h or shift_w:
+        places = torch.roll(places, shifts=(-shift_h, -shift_w), dims=(1, 2))
+    return window_partition(_pad_to_multiple(places, *block.window_size), block.window_size).flatten()[:, None].long() - 1

@@ -1,0 +1,120 @@
+"""Each kernel, in Triton's interpreter or on a GPU, against its reference in plain torch on random shapes."""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = pytest.mark.skipif(not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and not interpreted")
+
+from qat.kernels import attention, linear, norm_quantize  # noqa: E402
+
+
+def random_int8(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def compare(operator, reference, *arguments):
+    """The kernel's result beside its reference's."""
+    moved = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    return operator._init_fn(*moved).cpu(), reference(*arguments)
+
+
+def assert_levels(ours, expected, share=0.002):
+    """INT8 results: equal but for few ties that the order of float sums decides, by one level."""
+    difference = (ours.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() <= share
+
+
+@pytest.mark.parametrize(("rows", "channels", "parts"), [(49, 96, 1), (5, 20, 1), (7, 24, 4), (3, 192, 4)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_norm_quantize(rows, channels, parts, padded):
+    x = torch.randn(2, rows * parts, channels) * 3 + 1
+    index = torch.randperm(rows * parts).int().view(rows, parts)
+    if padded:
+        index[1, 0] = -1
+    weight, bias = torch.randn(parts * channels), torch.randn(parts * channels)
+    ours, expected = compare(norm_quantize.norm_quantize, norm_quantize.reference, x, index, weight, bias, 1e-5, 40.0)
+    assert ours.shape == (2 * rows, parts * channels)
+    assert_levels(ours, expected)
+    if padded and parts == 1:
+        assert not ours[1].any() and not ours[rows + 1].any()
+
+
+def test_norm_quantize_is_layer_norm():
+    x, weight, bias = torch.randn(1, 10, 32), torch.randn(32), torch.randn(32)
+    levels = norm_quantize.reference(x, torch.arange(10).int()[:, None], weight, bias, 1e-5, 30.0)
+    expected = torch.nn.functional.layer_norm(x.double(), (32,), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(levels.double() / 30, expected[0].clamp(-128 / 30, 127 / 30), rtol=0, atol=0.5 / 30 + 1e-6)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(100, 96, 96), (64, 32, 200), (130, 160, 64), (1, 64, 33)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_quantize(m, n, k, gelu):
+    x, weight, scale, bias = random_int8(m, k), random_int8(n, k), torch.rand(n) * 1e-4, torch.randn(n)
+    inverse = torch.rand(n) * 50
+    ours, expected = compare(linear.linear_quantize, linear.reference_quantize, x, weight, scale, bias, inverse, gelu)
+    assert_levels(ours, expected)
+
+
+def test_integer_sums_are_exact():
+    """With scales of 1 and no bias the result is the integer sum, to the bit."""
+    x, weight = torch.randint(-3, 4, (70, 40), dtype=torch.int8), torch.randint(-1, 2, (32, 40), dtype=torch.int8)
+    one, zero = torch.ones(32), torch.zeros(32)
+    ours, expected = compare(linear.linear_quantize, linear.reference_quantize, x, weight, one, zero, one, False)
+    assert torch.equal(ours, expected)
+    assert torch.equal(ours, (x.int() @ weight.int().T).clamp(-128, 127).to(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_linear_float(dtype):
+    x, weight, scale, bias = random_int8(70, 384), random_int8(96, 384), torch.rand(96) * 1e-4, torch.randn(96)
+    ours, expected = compare(linear.linear_float, linear.reference_float, x, weight, scale, bias, dtype)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(expected.double(), (x.double() @ weight.double().T) * scale + bias, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_linear_add(padded):
+    batch, rows, n, k = 2, 37, 64, 96
+    x, weight, scale, bias = random_int8(batch * rows, k), random_int8(n, k), torch.rand(n) * 1e-4, torch.randn(n)
+    index = torch.randperm(rows).int()
+    if padded:
+        index = torch.cat([index[:20], torch.tensor([-1], dtype=torch.int32), index[20:]])
+        x = random_int8(batch * (rows + 1), k)
+    shortcut = torch.randn(batch, rows, n)
+    ours, expected = compare(linear.linear_add, linear.reference_add, x, weight, scale, bias, shortcut, index)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    image = x.view(batch, -1, k)[1, (index == 5).nonzero().item()]
+    one = shortcut[1, 5].double() + (image.double() @ weight.double().T) * scale.double() + bias.double()
+    torch.testing.assert_close(expected[1, 5].double(), one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("windows", "masks", "heads", "tokens"), [(4, 1, 3, 49), (4, 2, 2, 49), (3, 3, 1, 16), (1, 1, 2, 64)]
+)
+def test_window_attention(windows, masks, heads, tokens):
+    qkv, bias = random_int8(windows * tokens, 3 * heads * 32), torch.randn(masks, heads, tokens, tokens)
+    if masks > 1:
+        bias[1, :, : tokens // 2, tokens // 2 :] = -100.0
+    arguments = (qkv, bias, 3e-4, 127.0, 0.02)
+    ours, expected = compare(attention.window_attention, attention.reference, *arguments)
+    assert ours.shape == (windows * tokens, heads * 32)
+    assert_levels(ours, expected, share=0.01)
+
+
+def test_window_attention_is_attention():
+    """It is torch's attention of the dequantized tensors, but for the rounding of probabilities and results."""
+    qkv, bias = random_int8(2 * 49, 3 * 2 * 32), torch.randn(1, 2, 49, 49)
+    q, k, v = (qkv.float() / 127).view(2, 49, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    levels = attention.reference(qkv, bias, 32**-0.5 / 127**2, 127.0, 1 / 127.0)
+    found = levels.float().view(2, 49, 2, 32).transpose(1, 2) / 127
+    bound = v.abs().sum(dim=-2, keepdim=True) / 254 + 0.5 / 127 + 1e-5  # of rounding each probability, and the result
+    assert ((found - expected).abs() <= bound).all()
+    assert (found - expected).abs().mean() < 0.01
