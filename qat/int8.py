@@ -18,12 +18,13 @@ from qat.quantizers import TensorQuantizer
 from qat.twins.swin import QuantPatchMerging, QuantSwinBlock, _merge_2x2, _pad_to_multiple
 
 
-def lower(twin: nn.Module, image: Tensor) -> nn.Module:
+def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy whose blocks and patch mergings compute in INT8.
 
     Args:
         twin: a quantized Swin V1, calibrated with recipe `attention` (8 bits).
-        image: (1, 3, H, W) of the size that the model is for: each block's place in it becomes an index.
+        image: (1, 3, H, W) float32 of the size that the model is for: each block's place in it becomes an index.
+        dtype: of the images that it will get, of the residual stream and of what is not lowered (stem, last norm, head).
 
     Raises:
         ValueError: a site that the kernels need is in float, of other bits or not calibrated, or one that they have not is
@@ -38,6 +39,8 @@ def lower(twin: nn.Module, image: Tensor) -> nn.Module:
         module = lowered.get_submodule(name)
         kind = Int8Block if isinstance(module, QuantSwinBlock) else Int8PatchMerging
         setattr(lowered.get_submodule(parent), child, kind(module, name, height, width))  # type: ignore[arg-type]
+    for parameter in lowered.parameters():  # not the buffers: ranges and the kernels' scales stay float32
+        parameter.data = parameter.data.to(dtype)
     return lowered
 
 

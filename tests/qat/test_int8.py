@@ -44,6 +44,15 @@ def test_the_lowered_model_computes_what_the_twin_does(settings):
     assert (found - expected).abs().mean() < 0.01 * expected.abs().mean()
 
 
+def test_the_residual_stream_may_be_half(images):
+    twin = twin_of(images)
+    lowered = lower(twin, images[:1], torch.bfloat16)
+    with torch.inference_mode():
+        expected, found = twin(images), lowered(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
 def test_weights_are_stored_as_integers(images):
     lowered = lower(twin_of(images), images[:1])
     block = next(module for module in lowered.modules() if isinstance(module, Int8Block))

@@ -77,7 +77,7 @@ def test_a_malformed_recipe_says_what_is_wrong(values, words):
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match="none, gemm, full"):
+    with pytest.raises(ValueError, match="none, gemm, attention, full"):
         named_recipe("fast-ish")
 
 

@@ -1,0 +1,158 @@
+"""Swin in INT8 by the project's kernels beside PyTorch in FP16, on a GPU: images/s, and what each kernel takes.
+
+    python -m benchmarks.speed --out docs/results/speed.json [--models swin_tiny_patch4_window7_224 ...] [--batch 1 64 256]
+
+Random weights cost what trained ones do. Before anything is timed, the INT8 model on the GPU is compared with the references
+of its kernels on the CPU. Medians by CUDA events; inputs rotate, so that the cache does not answer.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.results import commit, device_name, write_rows
+from models.registry import build_model
+from qat.int8 import lower
+from qat.ptq import calibrate
+from qat.recipe import named_recipe
+from qat.rewrite import quantize
+
+ROTATED = 4  # inputs that take turns
+
+
+def pair(name: str, device: str) -> tuple[nn.Module, nn.Module]:
+    """The float model in FP16, and the INT8 one, calibrated on noise."""
+    torch.manual_seed(0)
+    model = build_model(name).to(device).eval()
+    size = model.patch_embed.img_size
+    images = torch.randn(16, 3, *size, device=device)
+    twin = quantize(model, named_recipe("attention")).eval()
+    calibrate(twin, [images])
+    return copy.deepcopy(model).half(), lower(twin, images[:1], torch.float16)
+
+
+@torch.inference_mode()
+def check(lowered: nn.Module, size: tuple[int, int]) -> dict[str, float]:
+    """The logits on the device against those of the kernels' references: relative errors."""
+    images = torch.randn(2, 3, *size)
+    expected = reference(lowered, images)
+    found = lowered(images.half().to(next(lowered.buffers()).device)).float().cpu()
+    error = (found - expected).abs()
+    return {"mean": float(error.mean() / expected.abs().mean()), "max": float(error.max() / expected.abs().max())}
+
+
+def reference(lowered: nn.Module, images: Tensor) -> Tensor:
+    """The same model on the CPU, where each operator is its reference; its floats in float32."""
+    model = copy.deepcopy(lowered).cpu()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model(images)
+
+
+def time_calls(run: Callable[[Tensor], Any], inputs: list[Tensor], warmup: int, repeats: int) -> float:
+    """Median milliseconds of a call, inputs taking turns."""
+    turns = itertools.cycle(inputs)
+    for _ in range(warmup):
+        run(next(turns))
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(next(turns))
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def captured(model: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
+    """A model's forward as a CUDA graph; each call copies its input to where the graph reads it."""
+    static = images.clone()
+    for _ in range(3):
+        model(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(static)
+
+    def run(fresh: Tensor) -> None:
+        static.copy_(fresh)
+        graph.replay()
+
+    return run
+
+
+def backends(model: nn.Module, lowered: nn.Module, images: Tensor) -> Iterator[tuple[str, str, Callable[[Tensor], Any]]]:
+    """(backend, precision, what runs a batch)."""
+    yield "torch eager", "fp16", model
+    yield "torch eager, CUDA graph", "fp16", captured(model, images)
+    compiled = torch.compile(copy.deepcopy(model), mode="max-autotune-no-cudagraphs")
+    compiled(images)
+    yield "torch.compile max-autotune, CUDA graph", "fp16", captured(compiled, images)
+    yield "qswin kernels", "int8", lowered
+    yield "qswin kernels, CUDA graph", "int8", captured(lowered, images)
+    ours = torch.compile(copy.deepcopy(lowered))
+    ours(images)
+    yield "qswin kernels, torch.compile, CUDA graph", "int8", captured(ours, images)
+
+
+def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+    """Each operator of the INT8 model by shape: calls and GPU time."""
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as trace,
+    ):
+        lowered(images)
+        torch.cuda.synchronize()
+    rows = []
+    for event in trace.key_averages(group_by_input_shape=True):
+        if event.key.startswith("qswin::"):
+            milliseconds = event.device_time_total / 1000
+            rows.append(
+                {"operator": event.key, "calls": event.count, "ms": round(milliseconds, 4), "shapes": event.input_shapes}
+            )
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--models", nargs="*", default=["swin_tiny_patch4_window7_224"])
+    parser.add_argument("--batch", nargs="*", type=int, default=[1, 64, 256])
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--commit", default=commit())
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in args.models:
+        model, lowered = pair(name, "cuda")
+        size = model.patch_embed.img_size
+        print(name, "relative errors against the references:", json.dumps(check(lowered, size)), flush=True)
+        for batch in args.batch:
+            inputs = [torch.randn(batch, 3, *size, device="cuda", dtype=torch.float16) for _ in range(ROTATED)]
+            with torch.inference_mode():
+                for backend, precision, run in backends(model, lowered, inputs[0]):
+                    ms = time_calls(run, inputs, args.warmup, args.repeats)
+                    what = {"model": name, "backend": backend, "precision": precision, "batch": batch}
+                    rates = {"ms": round(ms, 4), "images_per_second": round(1000 * batch / ms, 1)}
+                    rows.append({**what, **rates, "device": device_name("cuda"), "commit": args.commit})
+                    print(f"{batch:4d} {backend:<44} {ms:9.3f} ms {1000 * batch / ms:9.1f} images/s", flush=True)
+                    write_rows(args.out, rows)
+            for row in kernel_times(lowered, inputs[0])[:12]:
+                print(
+                    f"     {row['operator']:<26} {row['calls']:3d} calls {row['ms']:8.3f} ms  {row['shapes'][:2]}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
