@@ -63,13 +63,26 @@ def load_mask(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
-    """Decodes an image, to another colour mode if one is given. Raises ValueError, naming an unreadable file."""
+    """Decodes an image, the first of an animation, to another 8-bit colour mode if one is given.
+
+    Raises:
+        ValueError: the file cannot be read, or its pixels have no known range; it is named.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return image if mode is None else image.convert(mode)
+            return image if mode is None else _to_8_bits(image, path).convert(mode)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
+
+
+def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """Pillow would cut 16 bits off at 255: almost all of such an image would be white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{path}: its 32-bit pixels have no known range; convert it to 8 or 16 bits")
+    return image
 
 
 def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray) -> np.ndarray:
