@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": ("trt.compare", "errors of an engine or ONNX file against an ONNX file, by output or layer"),
     "doctor": ("trt.doctor", "say what this machine can do, and what adds what is missing"),
     "inspect": ("qat.listing", "list a checkpoint's quantizers, or the layers of an engine or ONNX file"),
+    "report": ("trt.report", "one HTML page of everything in a run's folder"),
     "completion": ("qat.completion", "print a script that completes commands and options in bash, zsh or tcsh"),
 }
 

@@ -11,5 +11,5 @@ def pyplot() -> Any:
         matplotlib.use("agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from error
     return pyplot

@@ -1,0 +1,70 @@
+"""A page of tables and pictures in one HTML file that loads nothing else."""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+
+Cell = str | float | int | None
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; margin: .5rem 0 1rem; }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { cursor: pointer; position: sticky; top: 0; background: #f4f4f4; }
+tr.int8 td { background: #e6f4ea; } tr.fp16 td { background: #fff6dd; } tr.fp32 td { background: #fde8e8; }
+img { max-width: 100%; height: auto; }
+"""
+SORT = """
+for (const head of document.querySelectorAll("th")) head.onclick = () => {
+  const body = head.closest("table").tBodies[0], column = head.cellIndex, down = head.dataset.down !== "1";
+  const value = row => { const text = row.cells[column].dataset.value; return isNaN(text) ? text : Number(text); };
+  const order = (x, y) => typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "string" ? -1 : 1;
+  const rows = [...body.rows].sort((a, b) => order(value(a), value(b)));
+  head.dataset.down = down ? "1" : "0";
+  for (const row of down ? rows.reverse() : rows) body.append(row);
+};
+"""
+
+
+def cell(value: Cell) -> str:
+    """One <td>; numbers are shown with four digits and sorted by their value."""
+    if isinstance(value, int | float):
+        shown = f"{value:d}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
+        return f'<td class="number" data-value="{value}">{shown}</td>'
+    text = html.escape("-" if value is None else value)
+    return f'<td data-value="{text}">{text}</td>'
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], classes: Iterable[str] = ()) -> str:
+    """A table that sorts by a column when its heading is clicked.
+
+    Args:
+        classes: of the rows: int8, fp16 or fp32 colour them.
+    """
+    found = list(rows)
+    kinds = list(classes) or [""] * len(found)
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    body = "".join(
+        f'<tr class="{html.escape(kind)}">{"".join(map(cell, row))}</tr>' for kind, row in zip(kinds, found, strict=True)
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def picture(png: bytes, caption: str) -> str:
+    """A PNG as part of the page."""
+    data, text = base64.b64encode(png).decode(), html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def page(title: str, sections: dict[str, str]) -> str:
+    """A whole page: {heading: its content}."""
+    name = html.escape(title)
+    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{content}</section>" for heading, content in sections.items())
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{name}</h1>{body}<script>{SORT}</script></body></html>\n"
+    )
