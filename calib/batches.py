@@ -53,6 +53,8 @@ def image_batches(
 ) -> Iterator[Batch]:
     """Yields batches in the order of `samples`.
 
+    A script that calls this does so under `if __name__ == "__main__"`, as multiprocessing needs it.
+
     Args:
         workers: processes, which decode that many batches ahead. With fewer than two, or than two batches, this one decodes.
         skipped: unreadable files are left out and added to this list; without a list they are an error.

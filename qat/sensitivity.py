@@ -161,7 +161,7 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=256, help="drawn at random from the folder, and kept in memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=4, help="decoding threads")
+    parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
 
