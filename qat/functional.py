@@ -62,12 +62,13 @@ def least_squares_amax(x: Tensor, amax: Tensor, qmin: int, qmax: int, candidates
     Returns:
         Ranges of amax's shape.
     """
-    best, least = amax, torch.full_like(amax, float("inf"))
+    x = x / torch.where(amax > 0, amax, 1.0)  # in units of amax, or the squares of small values vanish
+    best, least = torch.ones_like(amax), torch.full_like(amax, float("inf"))
     for share in torch.linspace(0.25, 1.0, candidates).tolist():
-        scale = (share * amax / qmax).clamp(min=torch.finfo(x.dtype).tiny)
+        scale = share / qmax
         error = (torch.clamp((x / scale).round_(), qmin, qmax).mul_(scale) - x).square_().sum_to_size(amax.shape)
-        best, least = torch.where(error < least, share * amax, best), torch.minimum(error, least)
-    return best
+        best, least = torch.where(error < least, share, best), torch.minimum(error, least)
+    return best * amax
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
