@@ -75,7 +75,7 @@ class Run:
         data = ["--model", self.file(model), "--data", str(self.args.data / "val"), "--workers", "16"]
         return ["trt.evaluate", *data, "--images", str(self.args.evaluate), *arguments]
 
-    def build(self, name: str, shapes: str) -> bool:
+    def build(self, name: str, shapes: str) -> None:
         onnx, precision, further = ENGINES[name]
         engine = f"{name}@{shapes}"
         files = ["--onnx", self.file(f"{onnx}.onnx"), "--engine", self.file(f"{engine}.engine")]
@@ -83,11 +83,10 @@ class Run:
         # A timing cache for each, for several builds go on at once.
         options += ["--precision", precision, "--shapes", shapes, "--timing-cache", self.file(f"{engine}.timing")]
         if not self.do(f"build {engine}", "trt.build", *files, *options):
-            return False
+            return
         sidecar = self.json(f"{engine}.json")
         kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
         self.report["builds"][engine] = {key: sidecar[key] for key in kept}
-        return True
 
     def build_all(self, offline: subprocess.Popen[bytes]) -> list[str]:
         """Builds every engine that there is time for; returns the names of those that were built."""
@@ -113,17 +112,19 @@ class Run:
         """Accuracy, and the errors against its own ONNX file in ONNX Runtime."""
         if self.do(f"evaluate {engine}", *self.evaluation(f"{engine}.engine", "--json", self.file(f"{engine}.eval.json"))):
             self.report["evaluations"][f"{engine}.engine"] = self.measured(f"{engine}.eval.json")
-        self.compare(engine, "errors", "--images", "64")
+        if self.compare(engine, "errors", "--images", "64"):
+            self.report["errors"][engine] = self.measured(f"{engine}.errors.json")
 
-    def compare(self, engine: str, kind: str, *arguments: str) -> None:
+    def compare_layers(self, engine: str) -> None:
+        if self.compare(engine, "layers", "--layers", "--images", "16"):
+            layers = self.json(f"{engine}.layers.json")
+            self.report.setdefault("layers", {})[engine] = {key: layers[key] for key in ("layers", "parting")}
+
+    def compare(self, engine: str, kind: str, *arguments: str) -> bool:
         name = engine.split("@")[0]
         files = ["--model", self.file(f"{engine}.engine"), "--reference", self.file(f"{ENGINES[name][0]}.onnx")]
         report = ["--data", str(self.args.data / "val"), "--json", self.file(f"{engine}.{kind}.json")]
-        if self.do(f"compare {engine} {kind}", "trt.compare", *files, *report, *arguments):
-            self.report["errors"][engine] = self.measured(f"{engine}.errors.json")
-            if kind == "layers":
-                layers = self.json(f"{engine}.layers.json")
-                self.report.setdefault("layers", {})[engine] = {key: layers[key] for key in ("layers", "parting")}
+        return self.do(f"compare {engine} {kind}", "trt.compare", *files, *report, *arguments)
 
     def bench(self, engines: list[str]) -> None:
         models = [self.file(f"{engine}.engine") for engine in engines]
@@ -175,7 +176,7 @@ def main() -> None:
     run.steps.each(run.evaluate, first)
     run.bench(built)
     layered = [engine for engine in first if engine.split("@")[0] in LAYERS]
-    run.steps.each(lambda engine: run.compare(engine, "layers", "--layers", "--images", "16"), layered)
+    run.steps.each(run.compare_layers, layered)
     for process in background:
         process.wait()
     for name in REFERENCES:

@@ -8,14 +8,13 @@ import copy
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import window_partition
 from torch import Tensor, nn
 
 from qat.kernels.attention import window_attention
 from qat.kernels.linear import linear_add, linear_float, linear_quantize
 from qat.kernels.norm_quantize import norm_quantize
 from qat.quantizers import TensorQuantizer
-from qat.twins.swin import QuantPatchMerging, QuantSwinBlock, _merge_2x2, _pad_to_multiple
+from qat.twins.swin import QuantPatchMerging, QuantSwinBlock, _merge_2x2
 
 
 def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -168,7 +167,4 @@ def _places(height: int, width: int) -> Tensor:
 
 def window_index(block: QuantSwinBlock, height: int, width: int) -> Tensor:
     """(R, 1): the token of each place in the block's windows, rolled and padded as the block does it; -1 where none is."""
-    places, (shift_h, shift_w) = _places(height, width), block.shift_size
-    if shift_h or shift_w:
-        places = torch.roll(places, shifts=(-shift_h, -shift_w), dims=(1, 2))
-    return window_partition(_pad_to_multiple(places, *block.window_size), block.window_size).flatten()[:, None].long() - 1
+    return block.to_windows(_places(height, width)).flatten()[:, None].long() - 1

@@ -133,14 +133,8 @@ def table(report: dict[str, Any], rows: int) -> str:
 
 def plot(report: dict[str, Any], path: Path, rows: int) -> None:
     """A bar for each of the most sensitive groups. Raises ValueError where matplotlib is missing."""
-    pyplot = plots.pyplot()
-    shown = report["rows"][:rows][::-1]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(shown)))
-    axes.barh([row["name"] for row in shown], [row["alone"]["kl"] for row in shown])
-    axes.set(xlabel="KL from the float model, quantized alone", xscale="log")
-    axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    shown = report["rows"][:rows]
+    plots.save(lambda axes: plots.ranking(axes, shown), path, height=1 + 0.22 * len(shown))
 
 
 def open_probe(args: argparse.Namespace, device: str) -> Probe:

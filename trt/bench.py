@@ -115,16 +115,7 @@ def speed_up(row: Row, peer: Row | None) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Images/s over the batch size, a line for each model and backend. Raises ValueError where matplotlib is missing."""
-    pyplot = plots.pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name in dict.fromkeys((row["model"], row["backend"], row["precision"]) for row in rows):
-        line = [row for row in rows if (row["model"], row["backend"], row["precision"]) == name]
-        axes.plot([row["batch"] for row in line], [row["images_per_second"] for row in line], "o-", label=" ".join(name))
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    plots.save(lambda axes: plots.throughput(axes, rows), path, height=5)
 
 
 Bench = Callable[[Path, list[int], argparse.Namespace], Iterator[Row]]

@@ -35,14 +35,10 @@ def read_records(run: Path) -> Records:
     return records
 
 
-def draw(plot: Callable[[Any], None], caption: str, width: float = 8, height: float = 4) -> str:
+def draw(plot: Callable[[Any], None], caption: str, height: float = 4) -> str:
     """What `plot` puts on a pair of axes, as a picture of the page."""
-    pyplot = plots.pyplot()
-    figure, axes = pyplot.subplots(figsize=(width, height))
-    plot(axes)
     data = BytesIO()
-    figure.savefig(data, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    plots.save(plot, data, height=height)
     return picture(data.getvalue(), caption)
 
 
@@ -63,16 +59,8 @@ def speed(records: Records) -> str:
     rows = [row for r in records.values() for row in r.get("rows", ()) if isinstance(row, dict) and set(keys) <= set(row)]
     if not rows:
         return ""
-
-    def plot(axes: Any) -> None:
-        for name in dict.fromkeys((row["model"], row["backend"], row["precision"]) for row in rows):
-            line = [row for row in rows if (row["model"], row["backend"], row["precision"]) == name]
-            axes.plot([row["batch"] for row in line], [row["images_per_second"] for row in line], "o-", label=" ".join(name))
-        axes.set(xscale="log", xlabel="batch", ylabel="images/s", ylim=(0, None))
-        axes.legend(fontsize=7)
-
     listed = table([*keys[:-1], "images/s"], [[row[key] for key in keys] for row in rows])
-    return listed + draw(plot, "images/s over the batch")
+    return listed + draw(lambda axes: plots.throughput(axes, rows), "images/s over the batch")
 
 
 def training(run: Path) -> str:
@@ -132,17 +120,12 @@ def sensitivity(records: Records) -> str:
     if not rows:
         return ""
     rows.sort(key=lambda row: -row["alone"]["kl"])
-
-    def plot(axes: Any) -> None:
-        shown = rows[:SENSITIVE][::-1]
-        axes.barh([row["name"] for row in shown], [row["alone"]["kl"] for row in shown])
-        axes.set(xlabel="KL from the float model, quantized alone", xscale="log")
-        axes.tick_params(labelsize=7)
-
+    shown = rows[:SENSITIVE]
     metrics = list(rows[0]["alone"])
     values = [[row["name"], *(row[kind][name] for kind in ("alone", "without") for name in metrics)] for row in rows]
     headings = ["quantized", *(f"alone: {name}" for name in metrics), *(f"all but it: {name}" for name in metrics)]
-    return draw(plot, "the most sensitive", height=1 + 0.22 * min(len(rows), SENSITIVE)) + table(headings, values)
+    bars = draw(lambda axes: plots.ranking(axes, shown), "the most sensitive", height=1 + 0.22 * len(shown))
+    return bars + table(headings, values)
 
 
 def layers(records: Records) -> str:

@@ -159,16 +159,21 @@ class QuantSwinBlock(nn.Module):
         """Folds what does not depend on the input; see QuantWindowAttention.fold."""
         self.attn.fold(self.attn_mask)
 
-    def _window_attention(self, x: Tensor) -> Tensor:
-        _, height, width, channels = x.shape
+    def to_windows(self, x: Tensor) -> Tensor:
+        """Rolls, pads and cuts: (B, H, W, C) -> (B * num_windows, N, C)."""
         window_h, window_w = self.window_size
         shift_h, shift_w = self.shift_size
         if shift_h or shift_w:
             x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
         x = _pad_to_multiple(x, window_h, window_w)
-        _, padded_h, padded_w, _ = x.shape
-        x = v1.window_partition(x, self.window_size).view(-1, window_h * window_w, channels)
-        x = self.attn(x, self.attn_mask)
+        return v1.window_partition(x, self.window_size).view(-1, window_h * window_w, x.shape[-1])
+
+    def _window_attention(self, x: Tensor) -> Tensor:
+        _, height, width, channels = x.shape
+        window_h, window_w = self.window_size
+        shift_h, shift_w = self.shift_size
+        padded_h, padded_w = height + -height % window_h, width + -width % window_w
+        x = self.attn(self.to_windows(x), self.attn_mask)
         x = x.view(-1, window_h, window_w, channels)
         x = v1.window_reverse(x, self.window_size, padded_h, padded_w)
         if (padded_h, padded_w) != (height, width):
