@@ -33,7 +33,7 @@ ENGINES: dict[str, tuple[str, str, list[str]]] = {
 }
 REFERENCES = ("fp32", "int8-gemm", "int8-full")
 FAST = ("fp16", "int8-gemm", "int8-full")  # built for the further --shapes too
-LAYERS = ("fp16", "int8-full")  # whose layers are compared with ONNX Runtime's
+LAYERS = ("int8-full",)  # whose layers are compared with ONNX Runtime's; 8.6 does not build fp16 with its layers as outputs
 
 
 class Run:
@@ -58,13 +58,15 @@ class Run:
         """The figures of a report, without the paths of the machine."""
         return {key: value for key, value in self.json(name).items() if isinstance(value, int | float)}
 
-    def in_background(self) -> list[subprocess.Popen[bytes]]:
+    def in_background(self) -> dict[str, subprocess.Popen[bytes]]:
         """What needs the CPU only: the offline cache, and Acc@1 in ONNX Runtime."""
-        commands = [self.calibration("offline", "--offline")]
-        for name in REFERENCES:
-            commands.append(self.evaluation(f"{name}.onnx", "--threads", "4", "--json", self.file(f"{name}.ort.json")))
+        commands = {"offline": self.calibration("offline", "--offline")} if "implicit-offline" in self.args.engines else {}
+        for name in sorted({ENGINES[engine][0] for engine in self.args.engines}):
+            if not Path(self.file(f"{name}.ort.json")).is_file():  # of an earlier run in this folder
+                arguments = ["--threads", "4", "--json", self.file(f"{name}.ort.json")]
+                commands[name] = self.evaluation(f"{name}.onnx", *arguments)
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return [subprocess.Popen([sys.executable, "-m", *command], **quiet) for command in commands]
+        return {name: subprocess.Popen([sys.executable, "-m", *command], **quiet) for name, command in commands.items()}
 
     def calibration(self, name: str, *arguments: str) -> list[str]:
         data = ["--data", str(self.args.data / "train"), "--images", str(self.args.images), "--batch", "16"]
@@ -88,7 +90,7 @@ class Run:
         kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
         self.report["builds"][engine] = {key: sidecar[key] for key in kept}
 
-    def build_all(self, offline: subprocess.Popen[bytes]) -> list[str]:
+    def build_all(self, background: dict[str, subprocess.Popen[bytes]]) -> list[str]:
         """Builds every engine that there is time for; returns the names of those that were built."""
         first, *others = self.args.shapes.split()
         jobs = [(name, first) for name in self.args.engines]
@@ -102,7 +104,7 @@ class Run:
             if name == "implicit-tensorrt":
                 self.do("calibrate", *self.calibration("tensorrt"))
             if name == "implicit-offline":
-                offline.wait()
+                background["offline"].wait()
             self.build(*job)
 
         self.steps.each(build, jobs)
@@ -160,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", default="64", help='of all engines; "64 1 256": the others of the fast ones only')
     parser.add_argument("--batch", default="1,16,64,256", help="batches to time, within the shapes")
     parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--layers", nargs="*", default=LAYERS, help="engines whose layers are compared, at the first shapes")
     parser.add_argument("--images", type=int, default=64, help="to calibrate on")
     parser.add_argument("--minutes", type=float, default=6.0, help="no build begins after this")
     parser.add_argument("--evaluate", type=int, default=0, help="evaluate about this many images only; 0: all")
@@ -171,13 +174,13 @@ def main() -> None:
     args = parse_arguments()
     run = Run(args)
     background = run.in_background()
-    built = run.build_all(background[0])
+    built = run.build_all(background)
     first = [engine for engine in built if engine.endswith(f"@{args.shapes.split()[0]}")]
     run.steps.each(run.evaluate, first)
     run.bench(built)
-    layered = [engine for engine in first if engine.split("@")[0] in LAYERS]
+    layered = [engine for engine in first if engine.split("@")[0] in args.layers]
     run.steps.each(run.compare_layers, layered)
-    for process in background:
+    for process in background.values():
         process.wait()
     for name in REFERENCES:
         if Path(run.file(f"{name}.ort.json")).is_file():

@@ -151,9 +151,11 @@ class QuantSwinBlock(nn.Module):
         self.register_buffer("attn_mask", dict(block.named_buffers()).get("attn_mask"), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        size = x.shape
         x = self.add1(x, self.drop_path1(self._window_attention(self.norm1(x))))
+        x = x.flatten(1, 2)  # else TensorRT multiplies B * H small matrices of W rows
         x = self.add2(x, self.drop_path2(self.mlp(self.norm2(x))))
-        return x
+        return x.reshape(size)
 
     def fold(self) -> None:
         """Folds what does not depend on the input; see QuantWindowAttention.fold."""
@@ -187,9 +189,11 @@ class QuantSwinV2Block(QuantSwinBlock):
     """Swin V2 block: like V1's, but the norms come after attention and MLP ("res-post-norm")."""
 
     def forward(self, x: Tensor) -> Tensor:
+        size = x.shape
         x = self.add1(x, self.drop_path1(self.norm1(self._window_attention(x))))
+        x = x.flatten(1, 2)
         x = self.add2(x, self.drop_path2(self.norm2(self.mlp(x))))
-        return x
+        return x.reshape(size)
 
 
 class QuantPatchMerging(nn.Module):
