@@ -65,8 +65,7 @@ class Run:
             if not Path(self.file(f"{name}.ort.json")).is_file():  # of an earlier run in this folder
                 arguments = ["--threads", "4", "--json", self.file(f"{name}.ort.json")]
                 commands[name] = self.evaluation(f"{name}.onnx", *arguments)
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return {name: subprocess.Popen([sys.executable, "-m", *command], **quiet) for name, command in commands.items()}
+        return {name: start_quietly(command) for name, command in commands.items()}
 
     def calibration(self, name: str, *arguments: str) -> list[str]:
         data = ["--data", str(self.args.data / "train"), "--images", str(self.args.images), "--batch", "16"]
@@ -151,6 +150,10 @@ class Run:
             "only_tensorrt": sorted(set(theirs) - set(ours))[:40],
             "only_offline": sorted(set(ours) - set(theirs))[:40],
         }
+
+
+def start_quietly(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def parse_arguments() -> argparse.Namespace:
