@@ -45,7 +45,7 @@ def check(lowered: nn.Module, size: tuple[int, int]) -> dict[str, float]:
     """The logits on the device against those of the kernels' references: relative errors."""
     images = torch.randn(2, 3, *size)
     expected = reference(lowered, images)
-    found = lowered(images.half().to(next(lowered.buffers()).device)).float().cpu()
+    found = lowered(images.half().to(next(lowered.parameters()).device)).float().cpu()
     error = (found - expected).abs()
     return {"mean": float(error.mean() / expected.abs().mean()), "max": float(error.max() / expected.abs().max())}
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels.attention import window_attention
-from qat.kernels.linear import linear_add, linear_float, linear_quantize
+from qat.kernels.attention import padded_bias, window_attention
+from qat.kernels.linear import linear_add, linear_float, linear_gelu_quantize, linear_quantize
 from qat.kernels.norm_quantize import norm_quantize
 from qat.quantizers import TensorQuantizer
 from qat.twins.swin import QuantPatchMerging, QuantSwinBlock, _merge_2x2
@@ -71,7 +71,7 @@ def _scale(quantizer: Any, site: str) -> Tensor:
 
 
 class Int8Linear(nn.Module):
-    """What the kernels take of a QuantLinear: integer weights, each column's scale, the bias; and the input's scale."""
+    """A QuantLinear on integers: integer weights, each column's scale, the bias. x: (M, K) int8, levels of `input_scale`."""
 
     def __init__(self, linear: Any, site: str) -> None:
         super().__init__()
@@ -81,10 +81,31 @@ class Int8Linear(nn.Module):
         bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("weight", (weight / scale).round().clamp(-127, 127).to(torch.int8))
         self.register_buffer("scale", (scale * self.input_scale).expand(len(weight), 1).flatten().contiguous())
-        self.register_buffer("bias", bias.to(weight.device))
+        self.register_buffer("bias", bias.to(weight.device, copy=True))
         self.weight: Tensor
         self.scale: Tensor
         self.bias: Tensor
+
+    def give_levels(self, scales: Tensor) -> None:
+        """Makes `quantize` give levels of these scales, one a column: they become part of its own."""
+        self.scale /= scales
+        self.bias /= scales
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """(M, N) int8, levels of the scales that `give_levels` got."""
+        return linear_quantize(x, self.weight, self.scale, self.bias)
+
+    def gelu_quantize(self, x: Tensor, scale: float) -> Tensor:
+        """(M, N) int8: GELU's result as levels of a scale."""
+        return linear_gelu_quantize(x, self.weight, self.scale, self.bias, 1 / scale)
+
+    def float(self, x: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        """(M, N) of a dtype."""
+        return linear_float(x, self.weight, self.scale, self.bias, dtype)
+
+    def add(self, x: Tensor, shortcut: Tensor, index: Tensor) -> Tensor:
+        """shortcut (B, L, N) plus the result, whose rows belong where `index` says; see `linear_add`."""
+        return linear_add(x, self.weight, self.scale, self.bias, shortcut, index)
 
 
 class Int8Norm(nn.Module):
@@ -123,26 +144,23 @@ class Int8Block(nn.Module):
         quantizers = {"q": attn.qk._input_quantizer, "k": attn.qk._other_quantizer}
         quantizers |= {"probs": attn.av._input_quantizer, "v": attn.av._other_quantizer}
         q, k, probs, v = (float(_scale(quantizer, f"{site}.attn.{name}")) for name, quantizer in quantizers.items())
-        channels, device = attn.proj.in_features, attn.qkv.weight.device
-        inverses = torch.tensor([attn.scale / q, 1 / k, 1 / v], device=device).repeat_interleave(channels)
-        self.register_buffer("qkv_inverse", inverses)
-        self.register_buffer("fc2_inverse", torch.full((self.fc1.weight.shape[0],), 1 / self.fc2.input_scale, device=device))
-        self.register_buffer("position_bias", attn._bias(block.attn_mask).detach().half().contiguous())
-        self.qkv_inverse: Tensor
-        self.fc2_inverse: Tensor
+        self.qkv.give_levels(
+            torch.tensor([q / attn.scale, k, v], device=self.qkv.scale.device).repeat_interleave(len(self.proj.weight))
+        )
+        self.register_buffer("position_bias", padded_bias(attn._bias(block.attn_mask).detach().half()))
         self.position_bias: Tensor
+        self.tokens = attn.relative_position_index.shape[0]
         self.qk_scale, self.probs_inverse, self.av_scale = q * k, 1 / probs, probs * v / self.proj.input_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        x = x.reshape(batch, height * width, channels)
-        qkv, proj, fc1, fc2 = self.qkv, self.proj, self.fc1, self.fc2
-        h = linear_quantize(self.norm1(x), qkv.weight, qkv.scale, qkv.bias, self.qkv_inverse, False)
-        h = window_attention(h, self.position_bias, self.qk_scale, self.probs_inverse, self.av_scale)
-        x = linear_add(h, proj.weight, proj.scale, proj.bias, x, self.norm1.index.flatten())
-        h = linear_quantize(self.norm2(x), fc1.weight, fc1.scale, fc1.bias, self.fc2_inverse, True)
-        x = linear_add(h, fc2.weight, fc2.scale, fc2.bias, x, self.norm2.index.flatten())
-        return x.view(batch, height, width, channels)
+        size = x.shape
+        x = x.flatten(1, 2)
+        h = self.qkv.quantize(self.norm1(x))
+        h = window_attention(h, self.position_bias, self.tokens, self.qk_scale, self.probs_inverse, self.av_scale)
+        x = self.proj.add(h, x, self.norm1.index.flatten())
+        h = self.fc1.gelu_quantize(self.norm2(x), self.fc2.input_scale)
+        x = self.fc2.add(h, x, self.norm2.index.flatten())
+        return x.view(size)
 
 
 class Int8PatchMerging(nn.Module):
@@ -156,8 +174,7 @@ class Int8PatchMerging(nn.Module):
         self.norm = Int8Norm(merging.norm, self.reduction.input_scale, places.flatten(0, 2).long() - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear, levels = self.reduction, self.norm(x.flatten(1, 2))
-        return linear_float(levels, linear.weight, linear.scale, linear.bias, x.dtype).view(x.shape[0], *self.size, -1)
+        return self.reduction.float(self.norm(x.flatten(1, 2)), x.dtype).view(x.shape[0], *self.size, -1)
 
 
 def _places(height: int, width: int) -> Tensor:

@@ -15,9 +15,6 @@ from qat.ptq import calibrate
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined: before qat.kernels is imported
-
 SMALL = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
 V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
 DESCRIPTION = Description(  # of what tests/trt/conftest.py exports

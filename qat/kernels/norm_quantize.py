@@ -10,34 +10,37 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qat.kernels.rounding import reference_to_int8, to_int8
+from qat.kernels.arithmetic import reference_to_int8, to_int8
 
 TILE = 4096  # values a program holds
 
 
 @triton.jit
 def _kernel(
-    x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, rows, out_rows, in_rows, channels, eps, inverse,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, rows, out_rows, in_rows, eps, inverse,
+    CHANNELS: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_COLUMNS)
-    width = PARTS * channels
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    part = column // channels
-    source = tl.load(index_ptr + (row % out_rows)[:, None] * PARTS + part[None, :], mask=inside, other=-1)
-    there = inside & (source >= 0)
-    offset = ((row // out_rows)[:, None] * in_rows + source) * channels + (column - part * channels)[None, :]
-    x = tl.load(x_ptr + offset, mask=there, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1) / width
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0)
-    bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)
-    y = centred * deviation[:, None] * weight[None, :] + bias[None, :]
+    """A tile is (rows, parts, channels), so that the compiler sees that channels lie side by side."""
+    first = tl.program_id(0) * BLOCK_ROWS
+    local, part, channel = tl.arange(0, BLOCK_ROWS), tl.arange(0, PARTS), tl.arange(0, BLOCK_CHANNELS)
+    row = first + local
+    within = (channel < CHANNELS)[None, None, :]
+    source = tl.load(index_ptr + (row % out_rows)[:, None] * PARTS + part[None, :], mask=(row < rows)[:, None], other=-1)
+    start = ((row // out_rows).to(tl.int64)[:, None] * in_rows + source) * CHANNELS
+    there = (source >= 0)[:, :, None]
+    x = tl.load(x_ptr + start[:, :, None] + channel[None, None, :], mask=there & within, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(x, axis=2), axis=1) / (PARTS * CHANNELS)
+    centred = tl.where(within, x - mean[:, None, None], 0.0)
+    variance = tl.sum(tl.sum(centred * centred, axis=2), axis=1) / (PARTS * CHANNELS)
+    deviation = tl.rsqrt(variance + eps)
+    column = part[None, :, None] * CHANNELS + channel[None, None, :]
+    weight = tl.load(weight_ptr + column, mask=within, other=0.0) * inverse
+    bias = tl.load(bias_ptr + column, mask=within, other=0.0) * inverse
+    y = centred * deviation[:, None, None] * weight + bias
     if PARTS == 1:  # a token that pads a window is 0 behind the norm
         y = tl.where(there, y, 0.0)
-    tl.store(out_ptr + row[:, None] * width + column[None, :], to_int8(y * inverse), mask=inside)
+    out = out_ptr + first.to(tl.int64) * (PARTS * CHANNELS) + local[:, None, None] * (PARTS * CHANNELS) + column
+    tl.store(out, to_int8(y), mask=(row < rows)[:, None, None] & within)
 
 
 @triton_op("qswin::norm_quantize", mutates_args={})
@@ -48,7 +51,7 @@ def norm_quantize(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: f
         x: (B, L, C), float16 or float32.
         index: (R, P) int32: the rows of an image whose channels, side by side, are normalised as one row of the result. -1
             is a row of padding: with P = 1 it gives zeros, as windows are padded behind the norm, else it counts as zeros.
-        weight, bias: (P * C,) float32.
+        weight, bias: (P * C,) float32; P is 1 or another power of two.
         inverse: 1 / the scale of the result.
 
     Returns:
@@ -56,14 +59,13 @@ def norm_quantize(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: f
     """
     batch, in_rows, channels = x.shape
     out_rows, parts = index.shape
-    width = parts * channels
-    out = torch.empty((batch * out_rows, width), dtype=torch.int8, device=x.device)
-    columns = triton.next_power_of_2(width)
-    block = max(1, TILE // columns)
+    out = torch.empty((batch * out_rows, parts * channels), dtype=torch.int8, device=x.device)
+    columns = triton.next_power_of_2(channels)
+    block = max(1, TILE // (parts * columns))
     grid = (triton.cdiv(batch * out_rows, block),)
     wrap_triton(_kernel)[grid](
-        x, index, weight, bias, out, batch * out_rows, out_rows, in_rows, channels, eps, inverse,
-        PARTS=parts, BLOCK_ROWS=block, BLOCK_COLUMNS=columns, num_warps=4 if columns <= 1024 else 8,
+        x, index, weight, bias, out, batch * out_rows, out_rows, in_rows, eps, inverse,
+        CHANNELS=channels, PARTS=parts, BLOCK_ROWS=block, BLOCK_CHANNELS=columns, num_warps=4,
     )  # fmt: skip
     return out
 
