@@ -12,6 +12,7 @@ from torch.library import triton_op, wrap_triton
 
 from qat.kernels.arithmetic import gelu, reference_to_int8, to_int8
 
+MULTIPROCESSORS = 132  # of an H100 or H200
 GROUP = 8  # rows of tiles that share the weight's tiles in the L2 cache
 
 
@@ -71,13 +72,18 @@ def _add_kernel(
 
 
 def blocks(m: int, n: int, k: int) -> dict[str, int]:
-    """Tiles: those that divide the widths of Swin (96 times a power of two), and smaller ones for rows known to be few."""
-    block_m = 64 if statically_known_true(m < 128 * 132) else 128
-    block_n = next(size for size in (128, 64, 32) if n % size == 0 or size == 32)
-    block_k = next(size for size in (128, 64, 32) if k % size == 0 or size == 32)
-    warps = 8 if block_m == block_n == 128 else 4
+    """Tiles, from a sweep at batch 64 on an H200 (docs/performance.md): within 3 % of the best ones over a Swin-T.
+
+    Where the whole result is so small that large tiles would leave multiprocessors idle, as at batch 1, they are small.
+    """
+    if statically_known_true(m * n < MULTIPROCESSORS * 64 * 64):
+        block_m, block_n = 32, 32
+    else:
+        block_m = 64 if statically_known_true(m < 4096) else 128
+        block_n = 32 if n % 64 else 128 if n >= 1024 and k >= 384 else 64
+    block_k = 64 if k % 128 == 64 else 128  # 96 is padded: one step of 128 is faster than three of 32
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return {**sizes, "GROUP_M": GROUP, "num_warps": warps, "num_stages": 3}
+    return {**sizes, "GROUP_M": GROUP, "num_warps": 4, "num_stages": 2 if block_n == 32 and block_m > 32 else 3}
 
 
 def programs(m: int, n: int, sizes: dict[str, int]) -> tuple[int]:

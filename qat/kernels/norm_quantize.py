@@ -1,4 +1,5 @@
-"""LayerNorm and quantization in one pass, over rows gathered by an index: windows, shifted or not, and 2x2 patches to merge.
+"""Quantization, with LayerNorm or without, in one pass over rows that an index names: windows, shifted or not, and 2x2
+patches to merge.
 
 Roll, partition and the concatenation of neighbours are then an order of reading: nothing is copied.
 """
@@ -12,13 +13,11 @@ from torch.library import triton_op, wrap_triton
 
 from qat.kernels.arithmetic import reference_to_int8, to_int8
 
-TILE = 4096  # values a program holds
-
 
 @triton.jit
 def _kernel(
     x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, rows, out_rows, in_rows, eps, inverse,
-    CHANNELS: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """A tile is (rows, parts, channels), so that the compiler sees that channels lie side by side."""
     first = tl.program_id(0) * BLOCK_ROWS
@@ -29,18 +28,19 @@ def _kernel(
     start = ((row // out_rows).to(tl.int64)[:, None] * in_rows + source) * CHANNELS
     there = (source >= 0)[:, :, None]
     x = tl.load(x_ptr + start[:, :, None] + channel[None, None, :], mask=there & within, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(x, axis=2), axis=1) / (PARTS * CHANNELS)
-    centred = tl.where(within, x - mean[:, None, None], 0.0)
-    variance = tl.sum(tl.sum(centred * centred, axis=2), axis=1) / (PARTS * CHANNELS)
-    deviation = tl.rsqrt(variance + eps)
     column = part[None, :, None] * CHANNELS + channel[None, None, :]
-    weight = tl.load(weight_ptr + column, mask=within, other=0.0) * inverse
-    bias = tl.load(bias_ptr + column, mask=within, other=0.0) * inverse
-    y = centred * deviation[:, None, None] * weight + bias
-    if PARTS == 1:  # a token that pads a window is 0 behind the norm
-        y = tl.where(there, y, 0.0)
+    if NORM:
+        mean = tl.sum(tl.sum(x, axis=2), axis=1) / (PARTS * CHANNELS)
+        centred = tl.where(within, x - mean[:, None, None], 0.0)
+        variance = tl.sum(tl.sum(centred * centred, axis=2), axis=1) / (PARTS * CHANNELS)
+        deviation = tl.rsqrt(variance + eps)
+        weight = tl.load(weight_ptr + column, mask=within, other=0.0)
+        bias = tl.load(bias_ptr + column, mask=within, other=0.0)
+        x = centred * deviation[:, None, None] * weight + bias
+        if PARTS == 1:  # a token that pads a window is 0 behind the norm
+            x = tl.where(there, x, 0.0)
     out = out_ptr + first.to(tl.int64) * (PARTS * CHANNELS) + local[:, None, None] * (PARTS * CHANNELS) + column
-    tl.store(out, to_int8(y), mask=(row < rows)[:, None, None] & within)
+    tl.store(out, to_int8(x * inverse), mask=(row < rows)[:, None, None] & within)
 
 
 @triton_op("qswin::norm_quantize", mutates_args={})
@@ -57,15 +57,25 @@ def norm_quantize(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: f
     Returns:
         (B * R, P * C) int8.
     """
+    return _quantize(x, index, weight, bias, eps, inverse, True)
+
+
+@triton_op("qswin::gather_quantize", mutates_args={})
+def gather_quantize(x: Tensor, index: Tensor, inverse: float) -> Tensor:
+    """int8(x[index] * inverse), the arguments being those of `norm_quantize`."""
+    return _quantize(x, index, x, x, 0.0, inverse, False)
+
+
+def _quantize(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float, inverse: float, norm: bool) -> Tensor:
     batch, in_rows, channels = x.shape
     out_rows, parts = index.shape
     out = torch.empty((batch * out_rows, parts * channels), dtype=torch.int8, device=x.device)
     columns = triton.next_power_of_2(channels)
-    block = max(1, TILE // (parts * columns))
-    grid = (triton.cdiv(batch * out_rows, block),)
-    wrap_triton(_kernel)[grid](
+    tile, warps = (2048, 1) if parts == 1 else (4096, 4)  # values that a program holds; the fastest of a sweep on an H200
+    block = max(1, tile // (parts * columns))
+    wrap_triton(_kernel)[(triton.cdiv(batch * out_rows, block),)](
         x, index, weight, bias, out, batch * out_rows, out_rows, in_rows, eps, inverse,
-        CHANNELS=channels, PARTS=parts, BLOCK_ROWS=block, BLOCK_CHANNELS=columns, num_warps=4,
+        CHANNELS=channels, PARTS=parts, BLOCK_ROWS=block, BLOCK_CHANNELS=columns, NORM=norm, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -73,9 +83,19 @@ def norm_quantize(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: f
 @norm_quantize.register_kernel("cpu")
 def reference(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float, inverse: float) -> Tensor:
     """`norm_quantize` in plain torch."""
-    rows = x.float()[:, index.clamp(min=0).flatten().long()].view(len(x), *index.shape, x.shape[2])
-    rows = rows.masked_fill((index < 0)[None, :, :, None], 0.0).flatten(2)
-    y = F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+    y = F.layer_norm(_gather(x, index), weight.shape, weight, bias, eps)
     if index.shape[1] == 1:
         y = y.masked_fill((index < 0)[None], 0.0)
     return reference_to_int8(y * inverse).flatten(0, 1)
+
+
+@gather_quantize.register_kernel("cpu")
+def reference_gather(x: Tensor, index: Tensor, inverse: float) -> Tensor:
+    """`gather_quantize` in plain torch."""
+    return reference_to_int8(_gather(x, index) * inverse).flatten(0, 1)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """(B, R, P * C) float32; padding is 0."""
+    rows = x.float()[:, index.clamp(min=0).flatten().long()].view(x.shape[0], *index.shape, x.shape[2])
+    return rows.masked_fill((index < 0)[None, :, :, None], 0.0).flatten(2)

@@ -11,7 +11,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = pytest.mark.skipif(not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and not interpreted")
 
-from qat.kernels import attention, linear, norm_quantize  # noqa: E402
+from qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed  # noqa: E402
 from qat.kernels.arithmetic import gelu  # noqa: E402
 
 
@@ -45,6 +45,41 @@ def test_norm_quantize(rows, channels, parts, padded):
     assert_levels(ours, expected)
     if padded and parts == 1:
         assert not ours[1].any() and not ours[rows + 1].any()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gather_quantize(parts):
+    x, index = torch.randn(2, 7 * parts, 20), torch.randperm(7 * parts).int().view(7, parts)
+    index[2, 0] = -1
+    ours, expected = compare(norm_quantize.gather_quantize, norm_quantize.reference_gather, x, index, 40.0)
+    assert torch.equal(ours, expected)
+    row = torch.cat([x[1, place] if place >= 0 else torch.zeros(20) for place in index[2]])
+    assert torch.equal(expected.view(2, 7, -1)[1, 2], (row * 40).clamp(-128, 127).round().to(torch.int8))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_norm_add(padded):
+    index = torch.randperm(37).int()
+    if padded:
+        index = torch.cat([index[:5], torch.tensor([-1], dtype=torch.int32), index[5:]])
+    y, shortcut = torch.randn(2 * len(index), 24) * 3 + 1, torch.randn(2, 37, 24)
+    weight, bias = torch.randn(24), torch.randn(24)
+    arguments = (y, shortcut, index, weight, bias, 1e-5)
+    ours, expected = compare(norm_add.norm_add, norm_add.reference, *arguments)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    row = y.view(2, len(index), -1)[1, (index == 5).nonzero().item()].double()
+    one = shortcut[1, 5] + torch.nn.functional.layer_norm(row, (24,), weight.double(), bias.double())
+    torch.testing.assert_close(expected[1, 5].double(), one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "channels"), [(4, 96), (2, 16)])
+def test_patch_embed(side, channels):
+    image, weight = torch.randn(2, 3, 8 * side, 9 * side), random_int8(channels, 3, side, side)
+    scale, bias, norm = torch.rand(channels) * 1e-4, torch.randn(channels), torch.randn(2, channels)
+    arguments = (image, weight, scale, bias, norm[0], norm[1], 40.0, 1e-5)
+    ours, expected = compare(patch_embed.patch_embed, patch_embed.reference, *arguments)
+    assert ours.shape == (2, 72, channels)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_norm_quantize_is_layer_norm():
@@ -139,7 +174,7 @@ def test_window_attention(windows, masks, heads, tokens):
     qkv, bias = random_int8(windows * tokens, 3 * heads * 32), torch.randn(masks, heads, tokens, tokens)
     if masks > 1:
         bias[1, :, : tokens // 2, tokens // 2 :] = -100.0
-    arguments = (qkv, attention.padded_bias(bias), tokens, 3e-4, 127.0, 0.007)
+    arguments = (qkv, attention.padded_bias(bias), tokens, torch.rand(heads) * 3e-4, 127.0, 0.007)
     ours, expected = compare(attention.window_attention, attention.reference, *arguments)
     assert ours.shape == (windows * tokens, heads * 32)
     assert_levels(ours, expected, share=0.01)
@@ -150,8 +185,29 @@ def test_window_attention_is_attention():
     qkv, bias = random_int8(2 * 49, 3 * 2 * 32), torch.randn(1, 2, 49, 49)
     q, k, v = (qkv.float() / 127).view(2, 49, 3, 2, 32).permute(2, 0, 3, 1, 4)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    levels = attention.reference(qkv, attention.padded_bias(bias), 49, 32**-0.5 / 127**2, 127.0, 1 / 127.0)
+    levels = attention.reference(qkv, attention.padded_bias(bias), 49, torch.full((2,), 32**-0.5 / 127**2), 127.0, 1 / 127.0)
     found = levels.float().view(2, 49, 2, 32).transpose(1, 2) / 127
     bound = v.abs().sum(dim=-2, keepdim=True) / 254 + 0.5 / 127 + 1e-5  # of rounding each probability, and the result
     assert ((found - expected).abs() <= bound).all()
     assert (found - expected).abs().mean() < 0.01
+
+
+def test_cosine_window_attention():
+    qkv, bias = torch.randn(9 * 49, 3 * 2 * 32) * 3, torch.randn(3, 2, 49, 49)
+    qkv[5] = 0.0  # a token whose q and k have no direction
+    arguments = (qkv, attention.padded_bias(bias), 49, torch.tensor([2.0, 10.0]) / 250**2, 250.0, 250.0, 12.0, 127.0, 0.007)
+    ours, expected = compare(attention.cosine_window_attention, attention.reference_cosine, *arguments)
+    assert_levels(ours, expected, share=0.01)
+
+
+def test_cosine_window_attention_is_attention():
+    qkv, bias = torch.randn(2 * 49, 3 * 2 * 32), torch.randn(1, 2, 49, 49)
+    q, k, v = qkv.view(2, 49, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=7.0)
+    scale = torch.full((2,), 7.0 / 127**2)
+    levels = attention.reference_cosine(
+        qkv, attention.padded_bias(bias), 49, scale, 127.0, 127.0, 30.0, 127.0, 50 / 127 / 30
+    )
+    found = levels.float().view(2, 49, 2, 32).transpose(1, 2) / 50
+    assert (found - expected).abs().mean() < 0.02
