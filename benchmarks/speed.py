@@ -10,6 +10,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.results import commit, device_name, write_rows
+from benchmarks.results import commit, device_name
+from calib.files import write_json
 from models.registry import build_model
+from qat.bench import captured
 from qat.int8 import lower
 from qat.ptq import calibrate
 from qat.recipe import named_recipe
@@ -74,39 +77,21 @@ def time_calls(run: Callable[[Tensor], Any], inputs: list[Tensor], warmup: int, 
     return statistics.median(times)
 
 
-def captured(model: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
-    """A model's forward as a CUDA graph; each call copies its input to where the graph reads it."""
-    static = images.clone()
-    for _ in range(3):
-        model(static)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(static)
-
-    def run(fresh: Tensor) -> None:
-        static.copy_(fresh)
-        graph.replay()
-
-    return run
-
-
-def backends(model: nn.Module, lowered: nn.Module, images: Tensor) -> Iterator[tuple[str, str, Callable[[Tensor], Any]]]:
+def backends(
+    model: nn.Module, lowered: nn.Module, images: Tensor, mode: str
+) -> Iterator[tuple[str, str, Callable[[Tensor], Any]]]:
     """(backend, precision, what runs a batch)."""
+    compiled = torch.compile(copy.deepcopy(model), mode=mode)
+    compiled(images)
+    yield f"torch.compile {mode}, CUDA graph", "fp16", captured(compiled, images)
     yield "torch eager", "fp16", model
     yield "torch eager, CUDA graph", "fp16", captured(model, images)
-    compiled = torch.compile(copy.deepcopy(model), mode="max-autotune-no-cudagraphs")
-    compiled(images)
-    yield "torch.compile max-autotune, CUDA graph", "fp16", captured(compiled, images)
     yield "qswin kernels", "int8", lowered
     yield "qswin kernels, CUDA graph", "int8", captured(lowered, images)
-    ours = torch.compile(copy.deepcopy(lowered))
-    ours(images)
-    yield "qswin kernels, torch.compile, CUDA graph", "int8", captured(ours, images)
 
 
 def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
-    """Each operator of the INT8 model by shape: calls and GPU time."""
+    """Each operator of the INT8 model by shape: calls, GPU time, and what it achieves."""
     with (
         torch.inference_mode(),
         profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as trace,
@@ -115,12 +100,33 @@ def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
     rows = []
     for event in trace.key_averages(group_by_input_shape=True):
-        if event.key.startswith("qswin::"):
-            milliseconds = event.device_time_total / 1000
-            rows.append(
-                {"operator": event.key, "calls": event.count, "ms": round(milliseconds, 4), "shapes": event.input_shapes}
-            )
+        operator = event.key.removeprefix("qswin::")
+        if operator != event.key:
+            moved, operations = (event.count * number for number in cost(operator, event.input_shapes))
+            seconds = event.device_time_total / 1e6
+            rates = {"tb_per_second": moved / seconds / 1e12, "tops": operations / seconds / 1e12}
+            row = {"operator": operator, "shapes": event.input_shapes[:2], "calls": event.count, "ms": 1000 * seconds}
+            rows.append({**row, **rates})
     return sorted(rows, key=lambda row: -row["ms"])
+
+
+def cost(operator: str, shapes: list[list[int]]) -> tuple[float, float]:
+    """Bytes that a call must move, the residual stream being FP16, and integer operations (two a product)."""
+    first, second = shapes[:2]
+    size = math.prod(first)
+    if operator == "patch_embed":  # (B, 3, H, W), (C, 3, side, side)
+        pixels_of_patch, out = math.prod(second[1:]), size // math.prod(second[1:]) * second[0]
+        return 2 * size + 2 * out, 2 * out * pixels_of_patch
+    if operator in ("norm_quantize", "gather_quantize"):
+        return 3 * size, 0
+    if operator == "norm_add":
+        return 6 * size, 0
+    if operator.endswith("window_attention"):  # (rows, 3 C), (masks, heads, padded, padded)
+        moved = size * (1 if operator == "window_attention" else 2) + size // 3
+        return moved + 2 * math.prod(second), 4 * second[-1] * size // 3
+    rows, columns = first[0], second[0]  # linear: (M, K), (N, K)
+    result = {"linear_float": 2, "linear_add": 4}.get(operator, 1)
+    return size + math.prod(second) + result * rows * columns, 2 * size * columns
 
 
 def main() -> None:
@@ -128,11 +134,13 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--models", nargs="*", default=["swin_tiny_patch4_window7_224"])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64, 256])
+    parser.add_argument("--mode", default="max-autotune-no-cudagraphs", help="of torch.compile")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--commit", default=commit())
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    kernels: dict[str, list[dict[str, Any]]] = {}
     for name in args.models:
         model, lowered = pair(name, "cuda")
         size = model.patch_embed.img_size
@@ -140,18 +148,21 @@ def main() -> None:
         for batch in args.batch:
             inputs = [torch.randn(batch, 3, *size, device="cuda", dtype=torch.float16) for _ in range(ROTATED)]
             with torch.inference_mode():
-                for backend, precision, run in backends(model, lowered, inputs[0]):
+                for backend, precision, run in backends(model, lowered, inputs[0], args.mode):
                     ms = time_calls(run, inputs, args.warmup, args.repeats)
                     what = {"model": name, "backend": backend, "precision": precision, "batch": batch}
                     rates = {"ms": round(ms, 4), "images_per_second": round(1000 * batch / ms, 1)}
                     rows.append({**what, **rates, "device": device_name("cuda"), "commit": args.commit})
                     print(f"{batch:4d} {backend:<44} {ms:9.3f} ms {1000 * batch / ms:9.1f} images/s", flush=True)
-                    write_rows(args.out, rows)
-            for row in kernel_times(lowered, inputs[0])[:12]:
+                    write_json(args.out, {"rows": rows, "kernels": kernels})
+            kernels[f"{name}@{batch}"] = kernel_times(lowered, inputs[0])
+            for row in kernels[f"{name}@{batch}"]:
                 print(
-                    f"     {row['operator']:<26} {row['calls']:3d} calls {row['ms']:8.3f} ms  {row['shapes'][:2]}",
+                    f"     {row['operator']:<24} {row['calls']:3d} {row['ms']:8.3f} ms {row['tb_per_second']:6.2f} TB/s"
+                    f" {row['tops']:6.0f} TOPS {row['shapes']}",
                     flush=True,
                 )
+            write_json(args.out, {"rows": rows, "kernels": kernels})
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ def _leaving(pending: deque[tuple[int, int, Future[Decoded]]]) -> Iterator[None]
     try:
         yield
     except BrokenProcessPool as error:
-        raise ChildProcessError("a decoding process was killed, for memory perhaps: give fewer workers") from error
+        raise ChildProcessError(
+            "a decoding process died: give fewer workers if memory ran out; a script needs `if __name__ == '__main__':`"
+        ) from error
     finally:
         for _, _, future in pending:
             future.cancel()

@@ -1,15 +1,18 @@
-"""The command `qswin bench`: checkpoints in torch, eager and compiled, beside engines and ONNX files."""
+"""The command `qswin bench`: checkpoints in torch, eager and compiled, and packages, beside engines and ONNX files."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from absl import logging
+
+from qat.inductor import SUFFIX, Package
 from trt import bench as engines
 from trt.bench import Row, Timer, measure, rates, wall_clock
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 PRECISIONS = {"cuda": ("fp32", "fp16"), "cpu": ("fp32",)}
 
@@ -39,7 +42,46 @@ def bench_checkpoint(path: Path, batches: list[int], args: argparse.Namespace) -
                     yield row | rates(measure(timer, args.warmup if device.type == "cuda" else 1, repeats), batch)
 
 
-def _timer(model: "nn.Module", images: "Tensor") -> Timer:
+def bench_package(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
+    """A package of the target inductor, by CUDA events; also as a CUDA graph where `args.cuda_graph` asks for it."""
+    import torch
+
+    package = Package(path)
+    row = {"model": path.name, "backend": package.backend, "precision": "int8", "device": torch.cuda.get_device_name()}
+    for batch in batches:
+        if not package.smallest <= batch <= package.largest:
+            logging.warning("%s: skips batch %d, outside its %d to %d", path, batch, package.smallest, package.largest)
+            continue
+        images = torch.zeros(batch, 3, *package.preprocessing.size, device="cuda")
+        yield row | rates(measure(_timer(package.run, images), args.warmup, args.repeats), batch)
+        if args.cuda_graph:
+            timer = _timer(captured(package.run, images), images)
+            row_of_graph = row | {"backend": f"{package.backend}, CUDA graph"}
+            yield row_of_graph | rates(measure(timer, args.warmup, args.repeats), batch)
+
+
+def captured(model: "Callable[[Tensor], Tensor]", images: "Tensor") -> "Callable[[Tensor], None]":
+    """A model's forward as a CUDA graph; each call copies its input to where the graph reads it."""
+    import torch
+
+    static = images.clone()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # what a first run prepares must not become part of the graph
+        for _ in range(3):
+            model(static)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(static)
+
+    def run(fresh: "Tensor") -> None:
+        static.copy_(fresh)
+        graph.replay()
+
+    return run
+
+
+def _timer(model: "Callable[[Tensor], Any]", images: "Tensor") -> Timer:
     """By CUDA events on a GPU, by the wall clock elsewhere."""
     import torch
 
@@ -66,7 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    engines.bench_models(args, {**engines.BENCHES, **dict.fromkeys((".safetensors", ".pth"), bench_checkpoint)})
+    torch_benches = {SUFFIX: bench_package, ".safetensors": bench_checkpoint, ".pth": bench_checkpoint}
+    engines.bench_models(args, {**engines.BENCHES, **torch_benches})
 
 
 if __name__ == "__main__":

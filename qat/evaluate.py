@@ -1,10 +1,11 @@
-"""The command `qswin evaluate`: a checkpoint with torch, or an ONNX file or engine without importing it."""
+"""The command `qswin evaluate`: a checkpoint or package with torch, or an ONNX file or engine without importing it."""
 
 import argparse
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qat.inductor import SUFFIX, Package
 from trt import evaluate as engines
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.model.suffix == SUFFIX:
+        engines.evaluate_folder(Package(args.model), args)
+        return
     if args.model.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         engines.main(args)
         return

@@ -6,7 +6,7 @@ An engine is code: load only engines you built yourself.
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -340,16 +340,16 @@ def parse_bytes(text: str) -> int:
     return int(number) * UNITS[unit]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, targets: Sequence[str] = TARGETS) -> None:
     parser.description = "Builds a TensorRT engine from an exported ONNX file, or, without a GPU, a TensorRT-RTX one."
     parser.epilog = (
         "example:\n  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --precision int8 --shapes 1,16,64\n"
         "  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --target tensorrt-rtx --capability 8.9"
     )
-    parser.add_argument("--onnx", required=True, type=Path)
+    parser.add_argument("--onnx", type=Path, help="the exported file to build from")
     parser.add_argument("--engine", required=True, type=Path, help="the file to write; its sidecar goes beside it")
     parser.add_argument("--precision", default="best", help=", ".join(PRECISIONS))
-    parser.add_argument("--target", choices=TARGETS, default="tensorrt")
+    parser.add_argument("--target", choices=targets, default="tensorrt")
     parser.add_argument("--capability", default="8.9", help="compute capability that TensorRT-RTX builds for")
     parser.add_argument("--calib-cache", type=Path, help="implicit INT8 from this cache (qswin calib-cache)")
     parser.add_argument("--shapes", default="1,8,64", help="smallest, usual and largest batch, or one number")
@@ -368,6 +368,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.onnx is None:
+        raise ValueError("give --onnx FILE: an exported file to build from (qswin export writes one)")
     if args.engine.suffix not in SUFFIXES:
         raise ValueError(f"--engine {args.engine}: end it in {' or '.join(SUFFIXES)}, by which qswin knows an engine")
     rtx = args.target == "tensorrt-rtx"

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from calib.folders import scan_folder
 from calib.images import Preprocessing
 from trt.build import BuildOptions, build_network, prepare_graph
 from trt.engine import SUFFIXES, read_sidecar
-from trt.evaluate import open_predictor
+from trt.evaluate import Predictor, open_predictor
 from trt.onnx_files import read_onnx
 from trt.onnx_runtime import OnnxRuntimePredictor
 from trt.precision import QDQ
@@ -155,8 +156,8 @@ def read_images(args: argparse.Namespace, task: str, preprocessing: Preprocessin
     return np.concatenate([batch.images for batch in image_batches(spread, preprocessing, 16)])
 
 
-def main(args: argparse.Namespace) -> None:
-    ours, theirs = open_predictor(args.model), OnnxRuntimePredictor(args.reference)
+def main(args: argparse.Namespace, open_model: Callable[[Path], Predictor] = open_predictor) -> None:
+    ours, theirs = open_model(args.model), OnnxRuntimePredictor(args.reference)
     images = read_images(args, theirs.task, theirs.preprocessing)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)
     logits = [np.concatenate([p(images[i : i + size]) for i in range(0, len(images), size)]) for p in (ours, theirs)]

@@ -1,0 +1,179 @@
+"""The target `inductor`: a calibrated checkpoint as an AOTInductor package (.pt2) that runs the project's INT8 kernels.
+
+A package holds compiled code and integer weights: running it needs torch and a GPU of its compute capability, but neither
+qswin nor timm. It is code: load only packages you built yourself. The command `qswin build`, which does this target itself
+and leaves the others to trt.build.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import logging
+
+from calib.batches import fill_up
+from calib.files import sha256, write_json
+from calib.images import Preprocessing
+from trt import build as engines
+from trt.engine import read_sidecar
+from trt.version import TARGETS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SUFFIX = ".pt2"
+TARGET = "inductor"
+OLDEST_CAPABILITY = (8, 0)  # of the kernels' INT8 instructions
+NOT_HERE = ("onnx", "calib_cache", "override", "workspace", "level", "fold")  # arguments of the other targets
+
+
+def compile_package(model: "nn.Module", size: tuple[int, int], profile: tuple[int, int, int]) -> bytes:
+    """Compiles a lowered model on a GPU, its residual stream in FP16, for float32 images and logits.
+
+    Args:
+        model: from `qat.int8.lower`, with FP16 parameters, on the GPU.
+        size: (H, W) of the images.
+        profile: smallest, usual and largest batch. One fixed batch runs faster: tiles are then chosen for it.
+    """
+    import torch
+    from torch._inductor import aoti_compile_and_package
+
+    low, usual, high = profile
+    example = torch.zeros(usual, 3, *size, device=next(model.parameters()).device)
+    batch = None if low == high else ({0: torch.export.Dim("batch", min=low, max=high)},)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        program = torch.export.export(half_inside(model), (example,), dynamic_shapes=batch)
+        return Path(aoti_compile_and_package(program, package_path=f"{folder}/model{SUFFIX}")).read_bytes()
+
+
+def half_inside(model: "nn.Module") -> "nn.Module":
+    """float32 images -> the FP16 model -> float32 logits, as engines take and give them."""
+    from qat.export import HalfPrecision
+
+    return HalfPrecision(model).eval()
+
+
+def build(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:
+    """Builds a package from a checkpoint that was calibrated with recipe `attention`.
+
+    Returns:
+        The package, and its sidecar but for the package's own checksum.
+
+    Raises:
+        FileNotFoundError: the checkpoint or its sidecar is missing.
+        ValueError: there is no GPU that can run it, or the kernels have not what the checkpoint needs (it is named).
+    """
+    import torch
+
+    from qat.checkpoint import load_checkpoint
+    from qat.int8 import lower
+
+    capability = check_gpu()
+    model, description = load_checkpoint(path)
+    start, size = time.perf_counter(), description.preprocessing.size
+    lowered = lower(model.cuda(), torch.zeros(1, 3, *size, device="cuda"), torch.float16)
+    package = compile_package(lowered, size, profile)
+    return package, {
+        **description.to_dict(),
+        "checkpoint": path.name,
+        "parent": sha256(path),
+        "target": TARGET,
+        "version": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+        "capability": capability,
+        "engine_precision": "int8",
+        "profile": profile,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def check_gpu() -> str:
+    """The GPU's compute capability, "9.0". Raises ValueError without a GPU, and for one that has not what is needed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--target inductor needs an NVIDIA GPU, and torch finds none; --target tensorrt-rtx builds without")
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        raise ValueError(f"--target inductor needs compute capability 8.0, {torch.cuda.get_device_name()} has {capability}")
+    return "{}.{}".format(*capability)
+
+
+class Package:
+    """A package on the GPU; a trt.evaluate.Predictor.
+
+    Raises:
+        FileNotFoundError: the package or its sidecar is missing.
+        ValueError: it was built for another GPU or by another torch.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.sidecar = sidecar = read_sidecar(path)
+        import torch
+        from torch._inductor import aoti_load_package
+
+        if (found := check_gpu()) != sidecar["capability"]:
+            raise ValueError(
+                f"{path}: built for compute capability {sidecar['capability']}, here is {found}; build it again"
+            )
+        if torch.__version__ != sidecar["version"]:
+            raise ValueError(
+                f"{path}: built by torch {sidecar['version']}, here is {torch.__version__}; build it again here"
+            )
+        self.run: Any = aoti_load_package(str(path))
+        self.backend, self.precision = f"inductor {sidecar['version']}", sidecar["engine_precision"]
+        self.smallest, _, self.largest = sidecar["profile"]
+        self.preprocessing = Preprocessing(**sidecar["preprocessing"])
+        self.task: str = sidecar["task"]
+        self.classes: list[str] | None = sidecar["classes"]
+        self.batch_size: int | None = self.largest
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""
+        import torch
+
+        padded = torch.from_numpy(fill_up(images, self.smallest)).cuda()
+        logits: Tensor = self.run(padded)
+        return logits[: len(images)].cpu().numpy()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    engines.add_arguments(parser, (*TARGETS, TARGET))
+    parser.description = (
+        "Builds a TensorRT engine from an exported ONNX file, without a GPU a TensorRT-RTX one, or, from a calibrated"
+        " checkpoint, a package of the project's own INT8 kernels (inductor)."
+    )
+    parser.epilog = (
+        f"{parser.epilog}\n"
+        "  qswin build --checkpoint runs/x/ptq.safetensors --engine runs/x/int8.pt2 --target inductor --shapes 64"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="to build from, of target inductor: calibrated, recipe attention")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.target != TARGET:
+        if args.checkpoint is not None:
+            raise ValueError(f"--checkpoint is for --target {TARGET}; export it and give --onnx")
+        engines.main(args)
+        return
+    foreign = [name for name in NOT_HERE if getattr(args, name)]
+    if foreign or args.precision not in ("int8", "best"):
+        what = f"--{foreign[0].replace('_', '-')}" if foreign else f"--precision {args.precision}"
+        raise ValueError(f"{what} is not for --target {TARGET}, which builds INT8 from a --checkpoint")
+    if args.checkpoint is None or args.engine.suffix != SUFFIX:
+        raise ValueError(f"--target {TARGET} builds from a --checkpoint, and its --engine ends in {SUFFIX}")
+    package, sidecar = build(args.checkpoint, engines.parse_profile(args.shapes))
+    args.engine.parent.mkdir(parents=True, exist_ok=True)
+    engines.save_engine(args.engine, package, sidecar)
+    if args.json:
+        write_json(args.json, sidecar)
+    logging.info("%s: %.1f MB in %.1f s", args.engine, len(package) / 1e6, sidecar["seconds"])
+
+
+if __name__ == "__main__":
+    from qswin import run
+
+    run(add_arguments, main, "qat.inductor")

@@ -1,0 +1,86 @@
+"""The target inductor: what it refuses without a GPU; with one, that a package computes what the lowered model does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from calib.files import sha256
+from qat import inductor
+from qat.checkpoint import Description, load_checkpoint, save_checkpoint
+from qat.ptq import calibrate
+from qat.recipe import named_recipe
+from qat.rewrite import quantize
+from tests.conftest import DESCRIPTION, SMALL, V1, small_swin
+from tests.test_cli import fails, invoke
+
+HEADS_OF_32 = {**SMALL, "embed_dim": 64}  # the kernels' products are 32 deep
+
+
+@pytest.fixture
+def checkpoint(tmp_path, images):
+    """A small Swin that was calibrated with the recipe of the kernels."""
+    twin = quantize(small_swin(**HEADS_OF_32), named_recipe("attention"))
+    calibrate(twin, [images])
+    description = Description(
+        {"name": V1, "num_classes": 5, **HEADS_OF_32},
+        "ptq",
+        DESCRIPTION.preprocessing,
+        DESCRIPTION.classes,
+        named_recipe("attention"),
+    )
+    save_checkpoint(tmp_path / "ptq.safetensors", twin, description)
+    return tmp_path / "ptq.safetensors"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_building_needs_a_gpu(checkpoint):
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU.*tensorrt-rtx"):
+        inductor.build(checkpoint, (4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fold", "--checkpoint", "x", "--engine", "x.pt2"], "--fold is not for --target inductor"),
+        (["--precision", "fp16", "--checkpoint", "x", "--engine", "x.pt2"], "--precision fp16 is not for"),
+        (["--engine", "x.pt2"], "builds from a --checkpoint"),
+        (["--checkpoint", "x", "--engine", "x.engine"], "ends in .pt2"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message, capsys):
+    assert message in fails(capsys, "build", "--target", "inductor", *arguments)
+
+
+def test_a_checkpoint_is_for_this_target_only(capsys):
+    assert "--checkpoint is for --target inductor" in fails(capsys, "build", "--checkpoint", "x", "--engine", "x.engine")
+
+
+@pytest.mark.parametrize(("key", "value"), [("capability", "8.6"), ("version", "1.0")])
+def test_packages_of_other_machines_are_refused(tmp_path, monkeypatch, key, value):
+    path = tmp_path / "x.pt2"
+    path.write_bytes(b"package")
+    sidecar = {"target": "inductor", "version": torch.__version__, "capability": "9.0", "profile": [1, 1, 1]}
+    path.with_suffix(".json").write_text(json.dumps({**sidecar, key: value, "sha256": sha256(path)}))
+    monkeypatch.setattr(inductor, "check_gpu", lambda: "9.0")
+    with pytest.raises(ValueError, match=f"built .* {value}, here is"):
+        inductor.Package(path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("shapes", ["4", "1,2,4"])
+def test_a_package_computes_what_the_lowered_model_does(checkpoint, images, shapes, tmp_path):
+    from qat.int8 import lower
+
+    engine = tmp_path / "int8.pt2"
+    assert invoke("build", "--target", "inductor", "--checkpoint", checkpoint, "--engine", engine, "--shapes", shapes) == 0
+    package = inductor.Package(engine)
+    model, _ = load_checkpoint(checkpoint)
+    lowered = lower(model.cuda(), images[:1].cuda(), torch.float16)
+    for batch in (4, 3):
+        with torch.inference_mode():
+            expected = lowered(images[:batch].cuda().half()).float().cpu().numpy()
+        np.testing.assert_allclose(package(images[:batch].numpy()), expected, atol=0.02 * np.abs(expected).max())
+    assert invoke("bench", "--model", engine, "--batch", "4", "--repeats", "3", "--cuda-graph") == 0
