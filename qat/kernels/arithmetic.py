@@ -20,22 +20,15 @@ MAGIC = tl.constexpr(1.5 * 2**23)
 GELU_2, GELU_1, GELU_0 = (tl.constexpr(-1.4426950408889634 * c) for c in (-7.03636305e-04, 7.40150518e-02, 1.59501155))
 GELU_LARGEST_SQUARE = tl.constexpr(40.0)
 
-_TO_INT8 = tl.constexpr("""{
-    .reg .s32 a, b, c, d, high;
-    cvt.rni.s32.f32 a, $1;
-    cvt.rni.s32.f32 b, $2;
-    cvt.rni.s32.f32 c, $3;
-    cvt.rni.s32.f32 d, $4;
-    cvt.pack.sat.s8.s32.b32 high, d, c, 0;
-    cvt.pack.sat.s8.s32.b32 $0, b, a, high;
-}""")
-_TIMES_LOGISTIC = tl.constexpr("""{
-    .reg .f32 e;
-    ex2.approx.ftz.f32 e, $2;
-    add.f32 e, e, 0f3F800000;
-    rcp.approx.ftz.f32 e, e;
-    mul.f32 $0, $1, e;
-}""")
+# One line each: Inductor copies such constants into the source of a kernel, and a line break would end the string there.
+_TO_INT8 = tl.constexpr(
+    "{ .reg .s32 a, b, c, d, high;"
+    " cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;"
+    " cvt.pack.sat.s8.s32.b32 high, d, c, 0; cvt.pack.sat.s8.s32.b32 $0, b, a, high; }"
+)
+_TIMES_LOGISTIC = tl.constexpr(
+    "{ .reg .f32 e; ex2.approx.ftz.f32 e, $2; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 e, e; mul.f32 $0, $1, e; }"
+)
 
 
 @triton.jit

@@ -1,6 +1,9 @@
 """The target inductor: what it refuses without a GPU; with one, that a package computes what the lowered model does."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +69,24 @@ def test_packages_of_other_machines_are_refused(tmp_path, monkeypatch, key, valu
     monkeypatch.setattr(inductor, "check_gpu", lambda: "9.0")
     with pytest.raises(ValueError, match=f"built .* {value}, here is"):
         inductor.Package(path)
+
+
+COPIES = """
+import ast
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source_of
+from qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed
+
+kernels = [module._kernel for module in (attention, linear, norm_add, norm_quantize, patch_embed)] + [linear._add_kernel]
+for kernel in kernels:
+    compile(ast.literal_eval("'''" + source_of(kernel) + "'''"), "copy", "exec")
+"""
+
+
+def test_inductor_can_copy_the_kernels():
+    """It writes their source and the constants they name into a string of its own; line breaks in constants ended it early."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COPIES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu
