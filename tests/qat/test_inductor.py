@@ -83,7 +83,7 @@ for kernel in kernels:
 
 
 def test_inductor_can_copy_the_kernels():
-    """It writes their source and the constants they name into a string of its own; line breaks in constants ended it early."""
+    """It writes their source, and constants that they name, into a string of its own: line breaks there ended it."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COPIES], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
