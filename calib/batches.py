@@ -18,6 +18,7 @@ import numpy as np
 
 from calib.folders import Sample
 from calib.images import Preprocessing, load_image, load_mask
+from calib.shards import ImageFile
 
 Target = int | np.ndarray  # a class index, or a mask (H, W) uint8
 Decoded = list[Target | ValueError]  # of each sample of a batch: its target, or what is wrong with its files
@@ -26,7 +27,7 @@ Decoded = list[Target | ValueError]  # of each sample of a batch: its target, or
 class Batch(NamedTuple):
     images: np.ndarray  # (N, 3, H, W) float32, normalised
     labels: np.ndarray  # (N,) int64 class indices, or (N, H, W) uint8 masks
-    files: list[Path]  # of the images
+    files: list[ImageFile]  # of the images
 
 
 def fill_up(images: np.ndarray, size: int) -> np.ndarray:
@@ -49,7 +50,7 @@ def image_batches(
     preprocessing: Preprocessing,
     batch_size: int,
     workers: int = 4,
-    skipped: list[Path] | None = None,
+    skipped: list[ImageFile] | None = None,
 ) -> Iterator[Batch]:
     """Yields batches in the order of `samples`.
 
@@ -158,7 +159,9 @@ def _load(sample: Sample, preprocessing: Preprocessing, out: np.ndarray) -> Targ
         return error
 
 
-def _collect(chunk: Sequence[Sample], images: np.ndarray, decoded: Decoded, skipped: list[Path] | None) -> Iterator[Batch]:
+def _collect(
+    chunk: Sequence[Sample], images: np.ndarray, decoded: Decoded, skipped: list[ImageFile] | None
+) -> Iterator[Batch]:
     """Yields the batch; nothing when all of its files were skipped."""
     errors = [target for target in decoded if isinstance(target, ValueError)]
     if errors and skipped is None:

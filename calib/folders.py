@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-Sample = tuple[Path, int | Path]  # an image's file, and its class index or its mask's file
+from calib.images import EXTENSIONS
+from calib.shards import ImageFile, scan_shard
+
+Sample = tuple[ImageFile, int | Path]  # an image's file, and its class index or its mask's file
 
 
 class ImageFolder(NamedTuple):
@@ -14,13 +16,14 @@ class ImageFolder(NamedTuple):
 
     root: Path
     classes: tuple[str, ...]
-    samples: tuple[Sample, ...]  # sorted by class and name
+    samples: tuple[Sample, ...]  # sorted by class and name; of shards as they lie there
 
 
 def scan_folder(task: str, root: str | Path, classes: Sequence[str] | None = None) -> ImageFolder:
     """Lists labelled images, laid out as a task's are.
 
-    Classification: one folder of images a class, as ImageNet is laid out; classes are the sorted folder names.
+    Classification: one folder of images a class, as ImageNet is laid out; classes are the sorted folder names. Or WebDataset
+    shards, `*.tar` (calib.shards); classes are the lines of `classes.txt` in `root` or beside it, else numbers.
     Segmentation: `images/NAME.*` and `masks/NAME.png`, whose pixel values are class indices; classes are the lines of
     `classes.txt` beside `root`, the first is the background.
 
@@ -39,6 +42,8 @@ def scan_folder(task: str, root: str | Path, classes: Sequence[str] | None = Non
 
 
 def _scan_classes(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
+    if shards := sorted(root.glob("*.tar")):
+        return _scan_shards(root, shards, classes)
     found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if classes is not None:
         _check_classes(root, found, classes)
@@ -48,12 +53,31 @@ def _scan_classes(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
     return ImageFolder(root, found, samples)
 
 
+def _scan_shards(root: Path, shards: list[Path], classes: tuple[str, ...] | None) -> ImageFolder:
+    samples = tuple(sample for shard in shards for sample in scan_shard(shard))
+    if not samples:
+        raise ValueError(f"{root}: no images in its {len(shards)} shards; a sample is NAME.jpg and NAME.cls")
+    largest = max(label for _, label in samples)
+    names = next((file for folder in (root, root.parent) if (file := folder / "classes.txt").is_file()), None)
+    found = tuple(str(label) for label in range(largest + 1)) if names is None else _read_names(names)
+    if names is not None and classes is not None:
+        _check_classes(root, found, classes)
+    elif classes is not None:
+        found = classes
+    if largest >= len(found):
+        raise ValueError(f"{root}: a label is {largest}, but there are {len(found)} classes")
+    return ImageFolder(root, found, samples)
+
+
+def _read_names(file: Path) -> tuple[str, ...]:
+    return tuple(name for line in file.read_text().split("\n") if (name := line.strip()))
+
+
 def _scan_masks(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
     names = root.parent / "classes.txt"
     if classes is None and not names.is_file():
         raise FileNotFoundError(f"{names}: no such file; write one class name a line, the background first")
-    found = tuple(names.read_text().split("\n")) if names.is_file() else classes or ()
-    found = tuple(name.strip() for name in found if name.strip())
+    found = _read_names(names) if names.is_file() else classes or ()
     if classes is not None:
         _check_classes(root, found, classes)
     masks = {path.stem: path for path in _images(root / "masks")}
@@ -72,7 +96,7 @@ def _images(folder: Path) -> list[Path]:
 
 SCANNERS = {"classification": _scan_classes, "segmentation": _scan_masks}
 LAYOUTS = {
-    "classification": "one folder of images a class",
+    "classification": "one folder of images a class, or WebDataset shards (*.tar)",
     "segmentation": "images/NAME.png and masks/NAME.png",
 }
 

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 UNREADABLE = "missing, or cannot be read as an image; mend or remove it, or set data.skip_unreadable=true"
 
@@ -37,7 +38,13 @@ class Preprocessing:
         return dataclasses.asdict(self)
 
 
-def load_image(path: str | Path, preprocessing: Preprocessing, out: np.ndarray | None = None) -> np.ndarray:
+class Source(Protocol):
+    """A file, or a piece of one: a Path, or calib.shards.TarImage."""
+
+    def open(self, mode: str) -> IO[bytes]: ...
+
+
+def load_image(path: str | Source, preprocessing: Preprocessing, out: np.ndarray | None = None) -> np.ndarray:
     """Decodes and preprocesses one file to (3, H, W) float32, written to `out` if it is given.
 
     Raises:
@@ -48,13 +55,13 @@ def load_image(path: str | Path, preprocessing: Preprocessing, out: np.ndarray |
     return _normalize(pixels, preprocessing, out)
 
 
-def load_pixels(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+def load_pixels(path: str | Source, preprocessing: Preprocessing) -> np.ndarray:
     """Decodes one file to (H, W, 3) uint8, cut as the model sees it. Raises ValueError, naming an unreadable file."""
     resampling = RESAMPLING[preprocessing.interpolation]
     return np.asarray(_resize_and_crop(open_image(path, "RGB"), preprocessing, resampling))
 
 
-def load_mask(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
+def load_mask(path: str | Source, preprocessing: Preprocessing) -> np.ndarray:
     """Decodes one mask to (H, W) uint8 class indices, cut as its image is. Raises ValueError, naming an unreadable file."""
     image = open_image(path)
     if image.mode not in ("L", "P"):
@@ -62,21 +69,22 @@ def load_mask(path: str | Path, preprocessing: Preprocessing) -> np.ndarray:
     return np.asarray(_resize_and_crop(image, preprocessing, Image.Resampling.NEAREST))
 
 
-def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
+def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
     """Decodes an image, the first of an animation, to another 8-bit colour mode if one is given.
 
     Raises:
         ValueError: the file cannot be read, or its pixels have no known range; it is named.
     """
     try:
-        with Image.open(path) as image:
+        source = Path(path) if isinstance(path, str) else path
+        with source.open("rb") as file, Image.open(file) as image:
             image.load()
             return image if mode is None else _to_8_bits(image, path).convert(mode)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
 
 
-def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
+def _to_8_bits(image: Image.Image, path: str | Source) -> Image.Image:
     """Pillow would cut 16 bits off at 255: almost all of such an image would be white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from calib.batches import image_batches
 from calib.files import sha256
 from calib.folders import check_class_count, draw_samples, scan_folder
+from calib.shards import ImageFile
 from models.registry import family_of
 from qat.checkpoint import Description, save_checkpoint
 from qat.choose import choose_calibrators
@@ -141,7 +142,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     check_class_count(folder.root, len(folder.classes), model.num_classes)
     twin = quantize(model, recipe).to(ranks.device)
     run = claim_run(config, "calibrate", ("ptq.safetensors",))
-    skipped: list[Path] | None = [] if config.data.skip_unreadable else None
+    skipped: list[ImageFile] | None = [] if config.data.skip_unreadable else None
     mine = samples[ranks.rank :: ranks.world]
     batches = image_batches(mine, preprocessing, config.calibration.batch_size, config.data.workers, skipped)
     tensors = (torch.from_numpy(batch.images).to(ranks.device) for batch in batches)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from calib.batches import image_batches
 from calib.files import sha256, write_atomic
 from calib.folders import ImageFolder, check_class_count, scan_folder
+from calib.shards import ImageFile
 from models.registry import family_of
 from qat.blocks import BlockOutputs
 from qat.checkpoint import Description, load_checkpoint, save_checkpoint
@@ -225,7 +226,7 @@ class Trainer:
         """{"acc1", "acc5"}, or {"dice"}, over val/, every rank taking its share."""
         predict = TorchPredictor(self.trained(), self.description, str(self.ranks.device))
         samples = self.validation.samples[self.ranks.rank :: self.ranks.world]
-        skipped: list[Path] | None = [] if self.config.data.skip_unreadable else None
+        skipped: list[ImageFile] | None = [] if self.config.data.skip_unreadable else None
         batches = image_batches(
             samples, self.description.preprocessing, self.options.batch_size, self.config.data.workers, skipped
         )

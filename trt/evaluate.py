@@ -15,6 +15,7 @@ from calib.batches import Batch, ahead, image_batches
 from calib.files import write_json
 from calib.folders import scan_folder
 from calib.images import Preprocessing
+from calib.shards import ImageFile
 from trt.segmentation import Dice, Overlays, Volumes
 
 
@@ -116,7 +117,7 @@ def evaluate_folder(predictor: Predictor, args: argparse.Namespace) -> dict[str,
     folder = scan_folder(predictor.task, args.data, predictor.classes)
     samples = folder.samples[:: max(1, len(folder.samples) // args.images)] if args.images else folder.samples
     size = predictor.batch_size or args.batch_size
-    skipped: list[Path] | None = [] if args.skip_unreadable else None
+    skipped: list[ImageFile] | None = [] if args.skip_unreadable else None
     batches = image_batches(samples, predictor.preprocessing, size, args.workers, skipped)
     steps = -(-len(samples) // size)
     metrics = choose_metrics(predictor, folder.classes, args)

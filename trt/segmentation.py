@@ -14,6 +14,7 @@ from PIL import Image
 
 from calib.batches import Batch
 from calib.images import Preprocessing, load_pixels
+from calib.shards import ImageFile
 
 IGNORED = 255
 COLOURS = np.array([[230, 60, 60], [70, 180, 75], [70, 130, 230], [240, 200, 40], [170, 80, 200], [60, 200, 200]])
@@ -131,7 +132,7 @@ class Overlays:
 
     def __init__(self, folder: Path, count: int, classes: Sequence[str], preprocessing: Preprocessing) -> None:
         self.folder, self.count, self.preprocessing, self.classes = folder, count, preprocessing, len(classes)
-        self._worst: list[tuple[float, Path, np.ndarray, np.ndarray]] = []
+        self._worst: list[tuple[float, ImageFile, np.ndarray, np.ndarray]] = []
 
     def update(self, logits: np.ndarray, batch: Batch) -> None:
         for file, predicted, mask in zip(batch.files, pixel_classes(logits), batch.labels, strict=True):

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from qat.data import epoch_batches, seed_everything, train_transform
 from qat.distributed import process_group
 from qat.ptq import run_calibration
 from qat.quantizers import quantizers
+from tests.calib.test_shards import write_shards
 from tests.conftest import small_swin, write_masks
 from tests.qat.test_families import UNET
 
@@ -52,9 +54,12 @@ def losses(log: list[dict]) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
 
 
-def command(config_file, *overrides, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29613"] if ranks > 1 else []
-    return [sys.executable, *launcher, str(ROOT / "qat" / "train.py"), "--config", str(config_file), *overrides]
+def command(config_file, *overrides) -> list[str]:
+    return [sys.executable, str(ROOT / "qat" / "train.py"), "--config", str(config_file), *overrides]
+
+
+def launcher(*options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "qat" / "train.py")]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -189,23 +194,55 @@ def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, sec
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_two_ranks_train_as_one_with_the_whole_batch(config_file, ptq, tmp_path):
-    """DDP averages gradients: two ranks of batch 2 follow one process of batch 4 on the same images."""
-    same = (
-        f"init={ptq}",
-        "train.augment.hflip=0",
-        "train.augment.scale=[1, 1]",
-        "train.augment.ratio=[1, 1]",
-        "train.lr=1e-5",
-    )
+PLAIN = ("train.augment.hflip=0", "train.augment.scale=[1, 1]", "train.augment.ratio=[1, 1]", "train.lr=1e-5")
+
+
+def test_two_nodes_of_two_ranks_train_as_one_process(config_file, ptq, tmp_path):
+    """DDP averages gradients: four ranks of batch 1, met through a rendezvous, follow one process of batch 4."""
+    same = (f"init={ptq}", *PLAIN)
     _, one = run(config_file, *same, f"run={tmp_path / 'one'}")
-    arguments = command(config_file, *same, "train.batch_size=2", f"run={tmp_path / 'two'}", ranks=2)
-    subprocess.run(arguments, check=True, env=ENVIRONMENT)
-    two = losses(read_log(tmp_path / "two"))
-    assert list(two.values()) == pytest.approx(list(losses(one).values()), rel=2e-2)
-    states = (load_checkpoint(tmp_path / name / "qat.safetensors")[0].state_dict() for name in ("one", "two"))
+    nodes = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29614", "--rdzv_id=test"]
+    launch = launcher("--nproc_per_node=2", *nodes)
+    arguments = [*launch, "--config", str(config_file), *same, "train.batch_size=1", f"run={tmp_path / 'four'}"]
+    both = [subprocess.Popen(arguments, env=ENVIRONMENT) for _ in range(2)]
+    assert [node.wait() for node in both] == [0, 0]
+    four = losses(read_log(tmp_path / "four"))
+    assert list(four.values()) == pytest.approx(list(losses(one).values()), rel=2e-2)
+    states = (load_checkpoint(tmp_path / name / "qat.safetensors")[0].state_dict() for name in ("one", "four"))
     for first, second in zip(*(state.values() for state in states), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_a_rank_that_dies_stops_the_other_and_both_go_on(config_file, ptq, tmp_path):
+    """torchrun ends the rank that waits for the dead one, starts both again, and they end as an undisturbed run does."""
+    same = (f"init={ptq}", "train.batch_size=2", "train.epochs=4", "train.save_minutes=0.003")
+    launch = [
+        *launcher("--nproc_per_node=2", "--master_port=29613", "--max_restarts=1"),
+        "--config",
+        str(config_file),
+        *same,
+    ]
+    subprocess.run([*launch, f"run={tmp_path / 'whole'}"], check=True, env=ENVIRONMENT)
+    folder = tmp_path / "killed"
+    agent = subprocess.Popen([*launch, f"run={folder}"], env=ENVIRONMENT)
+    while not (folder / "last.pt").is_file() and agent.poll() is None:
+        time.sleep(0.01)
+    first, *others = (child for child in psutil.Process(agent.pid).children() if "train.py" in " ".join(child.cmdline()))
+    first.kill()
+    assert agent.wait(timeout=120) == 0 and not any(other.is_running() for other in others)
+    expected, found = (losses(read_log(run)) for run in (tmp_path / "whole", folder))
+    assert list(found) == list(expected)
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+
+
+def test_shards_train_as_the_folder_they_were_made_of(config_file, ptq, data, tmp_path):
+    folder = scan_folder("classification", data / "train")
+    for split in ("train", "val"):
+        write_shards(scan_folder("classification", data / split), tmp_path / "shards" / split)
+    (tmp_path / "shards" / "classes.txt").write_text("\n".join(folder.classes))
+    _, expected = run(config_file, f"init={ptq}", f"run={tmp_path / 'folder-run'}")
+    _, found = run(config_file, f"init={ptq}", f"run={tmp_path / 'shards-run'}", f"data.root={tmp_path / 'shards'}")
+    assert losses(found) == losses(expected)
 
 
 def test_batches_of_all_ranks_are_one_permutation():
