@@ -10,11 +10,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def script(name):
+    """A Python file of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_calibrators_is_what_they_do():
+    for line in script("make_calibrators").table():
+        assert line in (ROOT / "docs" / "calibrators.md").read_text()
+
+
 def test_the_api_page_is_what_the_docstrings_say():
     pytest.importorskip("triton", reason="Triton is not installed, whose kernels the page describes")
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    make_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_api)
+    make_api = script("make_api")
     assert make_api.PAGE.read_text() == make_api.page(), "run python docs/make_api.py"
 
 
