@@ -28,7 +28,7 @@ OLDEST_OPSET = 17  # TensorRT 8.6's newest
 DEFAULT_OPSET = 20  # the first in which Gelu is one node
 
 
-class HalfPrecision(nn.Module):
+class _HalfPrecision(nn.Module):
     """Takes and gives float32 and computes in float16."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,7 +87,7 @@ def _prepare(model: nn.Module, description: Description, precision: str) -> nn.M
     else:
         disable(twin)
     fold_biases(twin)
-    return HalfPrecision(twin) if precision == "fp16" else twin
+    return _HalfPrecision(twin) if precision == "fp16" else twin
 
 
 def _export(twin: nn.Module, example: Tensor, opset: int, dynamic: bool) -> ir.Model:

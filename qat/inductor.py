@@ -41,19 +41,14 @@ def compile_package(model: "nn.Module", size: tuple[int, int], profile: tuple[in
     import torch
     from torch._inductor import aoti_compile_and_package
 
+    from qat.lowered.layers import Float32Interface
+
     low, usual, high = profile
     example = torch.zeros(usual, 3, *size, device=next(model.parameters()).device)
     batch = None if low == high else ({0: torch.export.Dim("batch", min=low, max=high)},)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        program = torch.export.export(half_inside(model), (example,), dynamic_shapes=batch)
+        program = torch.export.export(Float32Interface(model).eval(), (example,), dynamic_shapes=batch)
         return Path(aoti_compile_and_package(program, package_path=f"{folder}/model{SUFFIX}")).read_bytes()
-
-
-def half_inside(model: "nn.Module") -> "nn.Module":
-    """float32 images -> the FP16 model -> float32 logits, as engines take and give them."""
-    from qat.export import HalfPrecision
-
-    return HalfPrecision(model).eval()
 
 
 def build(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:

@@ -109,3 +109,17 @@ class Int8Head(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         levels = (x.float() / self.input_scale).round().clamp(-128, 127).to(torch.int8)
         return self.to_float(levels, x.dtype)
+
+
+class Float32Interface(nn.Module):
+    """Takes float32 images and gives float32 logits, as engines do, around a model whose parameters are of another dtype.
+
+    The model is not converted: its scales are float32, and FP16 could not hold them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.dtype = model, next(model.parameters()).dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.to(self.dtype)).float()

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from models.registry import build_model  # noqa: E402
 from qat.int8 import lower  # noqa: E402
-from qat.lowered.layers import Int8Head, Int8PatchEmbed  # noqa: E402
+from qat.lowered.layers import Float32Interface, Int8Head, Int8PatchEmbed  # noqa: E402
 from qat.lowered.swin import Int8Block, Int8PatchMerging, window_index  # noqa: E402
 from qat.ptq import calibrate  # noqa: E402
 from qat.recipe import named_recipe  # noqa: E402
@@ -57,6 +57,17 @@ def test_the_residual_stream_may_be_half(images, name):
         expected, found = twin(images), lowered(images.bfloat16())
     assert found.dtype == torch.bfloat16
     assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_the_interface_in_float32_leaves_the_scales_alone(images):
+    lowered = lower(twin_of(images), images[:1], torch.float16)
+    scales = {name: buffer.clone() for name, buffer in lowered.named_buffers() if name.endswith("scale")}
+    wrapped = Float32Interface(lowered)
+    with torch.inference_mode():
+        assert torch.equal(wrapped(images), lowered(images.half()).float()) and wrapped(images).dtype == torch.float32
+    assert len(scales) > 10
+    for name, buffer in lowered.named_buffers():
+        assert name not in scales or (buffer.dtype == torch.float32 and torch.equal(buffer, scales[name]))
 
 
 def test_weights_are_stored_as_integers(images):

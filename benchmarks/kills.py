@@ -1,0 +1,135 @@
+"""Kills calibration, training, sensitivity and cache building by SIGKILL at random moments, and starts them again.
+
+    make demo                                                    (its digits, weights and graphs are what this works on)
+    python -m benchmarks.kills --out docs/results/kills.json [--jobs train ...] [--kills 50]
+
+A job is started and killed, again and again in one folder, until it has been killed that often; every file that it leaves
+is read after each kill. Then it runs to its end. The result must be the one of a run that nobody disturbed.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from benchmarks.demo import CONFIG, ROOT, RUN
+from benchmarks.results import commit
+from calib.cache import parse_cache
+from calib.files import write_json
+from qat.checkpoint import read_description
+
+Check = Callable[[Path], object]
+
+
+def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """By job: its command line, and the file it ends with."""
+    data, weights = RUN / "digits", RUN / "float" / "float.safetensors"
+    common = ["--config", str(CONFIG), f"data.root={data}", f"model.checkpoint={weights}", f"run={folder}", "data.workers=0"]
+    qat = ["train.epochs=3", "train.lr=1e-4", "train.distill=0.5", "train.save_minutes=0.01"]
+    images = ["--data", str(data / "train"), "--images", "64"]
+    ptq, graph = str(RUN / "ptq.safetensors"), str(RUN / "fp32.onnx")
+    return {
+        "calibrate": (["qswin", "calibrate", *common], "ptq.safetensors"),
+        "train": (["qat.train", *common, *qat, f"init={ptq}"], "qat.safetensors"),
+        "sensitivity": (
+            ["qswin", "sensitivity", "--checkpoint", ptq, *images, "--out", str(folder / "sensitivity.json")],
+            "sensitivity.json",
+        ),
+        "calib-cache": (
+            ["qswin", "calib-cache", "--onnx", graph, *images, "--cache", str(folder / "x.cache"), "--offline"],
+            "x.cache",
+        ),
+    }
+
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+READERS: dict[str, Check] = {
+    ".json": lambda path: json.loads(path.read_text()),
+    ".safetensors": safetensors.torch.load_file,
+    ".pt": lambda path: torch.load(path, weights_only=True),
+    ".cache": lambda path: parse_cache(path.read_bytes()),
+}
+
+
+def read_all(folder: Path) -> None:
+    """Reads every file that is there under its own name; raises what the reader raises."""
+    for path in folder.glob("[!.]*"):
+        if path.suffix in READERS:
+            READERS[path.suffix](path)
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two results are: tensors to float32's last digits, for sums are taken in any order; others to the byte."""
+    if first.suffix != ".safetensors":
+        return first.read_bytes() == second.read_bytes()
+    read_description(second)  # its sidecar is its own
+    a, b = (safetensors.torch.load_file(path) for path in (first, second))
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
+
+
+def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kills one job `kills` times."""
+    whole, folder, rng = work / "whole", work / "killed", random.Random(seed)
+    shutil.rmtree(work, ignore_errors=True)
+    whole.mkdir(parents=True), folder.mkdir()
+    begun = time.perf_counter()
+    command, product = commands(whole)[job]
+    assert start(command).wait() == 0
+    seconds, killed, finished = time.perf_counter() - begun, 0, 0
+    command, _ = commands(folder)[job]
+    while killed < kills:
+        process = start(command)
+        try:
+            assert process.wait(rng.uniform(0.2, 1.0) * seconds) == 0
+            finished += 1
+            assert same(whole / product, folder / product)
+            shutil.rmtree(folder), folder.mkdir()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            read_all(folder)
+    assert start(command).wait() == 0
+    left = sum(path.name.startswith(".") for path in folder.iterdir())
+    return {
+        "job": job,
+        "seconds_undisturbed": round(seconds, 1),
+        "killed": killed,
+        "finished_between_kills": finished,
+        "same_result": same(whole / product, folder / product),
+        "temporary_files_left": left,
+        "commit": commit(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--jobs", nargs="*", default=["calibrate", "train", "sensitivity", "calib-cache"])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+    for job in args.jobs:
+        rows.append(torture(job, RUN.parent / "kills" / job, args.kills, args.seed))
+        print(rows[-1], flush=True)
+        write_json(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
