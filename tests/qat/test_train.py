@@ -214,25 +214,25 @@ def test_two_nodes_of_two_ranks_train_as_one_process(config_file, ptq, tmp_path)
 
 
 def test_a_rank_that_dies_stops_the_other_and_both_go_on(config_file, ptq, tmp_path):
-    """torchrun ends the rank that waits for the dead one, starts both again, and they end as an undisturbed run does."""
-    same = (f"init={ptq}", "train.batch_size=2", "train.epochs=4", "train.save_minutes=0.003")
-    launch = [
-        *launcher("--nproc_per_node=2", "--master_port=29613", "--max_restarts=1"),
-        "--config",
-        str(config_file),
-        *same,
-    ]
-    subprocess.run([*launch, f"run={tmp_path / 'whole'}"], check=True, env=ENVIRONMENT)
+    """The rank that waits for the dead one ends too, soon; started again, both end as one undisturbed process does."""
+    same = (f"init={ptq}", *PLAIN, "train.epochs=4", "train.save_minutes=0.003")
+    _, one = run(config_file, *same, f"run={tmp_path / 'one'}")
     folder = tmp_path / "killed"
-    agent = subprocess.Popen([*launch, f"run={folder}"], env=ENVIRONMENT)
+    launch = launcher("--nproc_per_node=2", "--master_port=29613")
+    launch += ["--config", str(config_file), *same, "train.batch_size=2", f"run={folder}"]
+    agent = subprocess.Popen(launch, env=ENVIRONMENT)
     while not (folder / "last.pt").is_file() and agent.poll() is None:
         time.sleep(0.01)
     first, *others = (child for child in psutil.Process(agent.pid).children() if "train.py" in " ".join(child.cmdline()))
     first.kill()
-    assert agent.wait(timeout=120) == 0 and not any(other.is_running() for other in others)
-    expected, found = (losses(read_log(run)) for run in (tmp_path / "whole", folder))
+    try:
+        assert agent.wait(timeout=60) != 0 and others and not any(other.is_running() for other in others)
+    finally:
+        agent.kill()
+    subprocess.run(launch, check=True, env=ENVIRONMENT)
+    expected, found = (losses(read_log(path)) for path in (tmp_path / "one", folder))
     assert list(found) == list(expected)
-    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-2)
 
 
 def test_shards_train_as_the_folder_they_were_made_of(config_file, ptq, data, tmp_path):
