@@ -94,13 +94,15 @@ class Int8PatchEmbed(Int8Weight):
 
     def __init__(self, embed: Any, site: str) -> None:
         super().__init__(embed.proj, f"{site}.proj")
-        self.norm = Int8Norm(embed.norm, torch.zeros(0))
-        self.grid = embed.grid_size
+        self.grid, self.eps = embed.grid_size, embed.norm.eps
+        self.register_buffer("norm_weight", embed.norm.weight.detach().float())
+        self.register_buffer("norm_bias", embed.norm.bias.detach().float())
+        self.norm_weight: Tensor
+        self.norm_bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        y = patch_embed(x, self.weight, self.scale, self.bias, norm.weight, norm.bias, 1 / self.input_scale, norm.eps)
-        return y.view(x.shape[0], *self.grid, -1)
+        weights = (self.weight, self.scale, self.bias, self.norm_weight, self.norm_bias)
+        return patch_embed(x, *weights, 1 / self.input_scale, self.eps).view(x.shape[0], *self.grid, -1)
 
 
 class Int8Head(Int8Linear):
