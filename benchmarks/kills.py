@@ -89,7 +89,8 @@ def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kills one job `kills` times."""
     whole, folder, rng = work / "whole", work / "killed", random.Random(seed)
     shutil.rmtree(work, ignore_errors=True)
-    whole.mkdir(parents=True), folder.mkdir()
+    for run in (whole, folder):
+        run.mkdir(parents=True)
     begun = time.perf_counter()
     command, product = commands(whole)[job]
     assert start(command).wait() == 0
@@ -101,7 +102,8 @@ def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
             assert process.wait(rng.uniform(0.2, 1.0) * seconds) == 0
             finished += 1
             assert same(whole / product, folder / product)
-            shutil.rmtree(folder), folder.mkdir()
+            shutil.rmtree(folder)
+            folder.mkdir()
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
