@@ -66,7 +66,8 @@ def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
     lonely = images.keys() ^ labels.keys()
     if lonely:
         raise ValueError(f"{shard}: {min(lonely)} has no .cls or no image; a sample is NAME.jpg and NAME.cls")
-    if any(image.offset + image.size > os.path.getsize(shard) for image in images.values()):
+    end = os.path.getsize(shard)
+    if any(image.offset + image.size > end for image in images.values()):
         raise ValueError(f"{shard}: truncated; copy it again")
     return [(image, labels[name]) for name, image in images.items()]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from calib.folders import ImageFolder
 from calib.images import Preprocessing
 from models.registry import build_model
 from qat.checkpoint import Description
@@ -83,6 +84,16 @@ def write_images(root: Path, classes: int = 5, each: int = 4, side: int = 40, se
 @pytest.fixture
 def data(tmp_path) -> Path:
     return write_images(tmp_path / "data")
+
+
+def write_shards(folder: ImageFolder, root: Path, each: int = 6) -> Path:
+    """The images of a class folder as WebDataset shards, by the library's writer; skips where it is not installed."""
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    root.mkdir(parents=True)
+    with webdataset.ShardWriter(str(root / "images-%03d.tar"), maxcount=each, verbose=0) as writer:
+        for index, (path, label) in enumerate(folder.samples):
+            writer.write({"__key__": f"n{index:05d}", "png": path.read_bytes(), "cls": label})
+    return root
 
 
 def write_masks(root: Path, side: int = 16, volumes: int = 2, slices: int = 3) -> Path:

@@ -12,26 +12,24 @@ from calib.batches import image_batches
 from calib.folders import scan_folder
 from calib.images import Preprocessing
 from calib.shards import scan_shard
+from tests.conftest import write_shards
 
 webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
 PREPROCESSING = Preprocessing(size=(16, 16), crop_pct=1.0)
 
 
-def write_shards(folder, root, each=6):
-    """The images of a class folder as shards of the library's writer."""
-    root.mkdir(parents=True)
-    with webdataset.ShardWriter(str(root / "images-%03d.tar"), maxcount=each, verbose=0) as writer:
-        for index, (path, label) in enumerate(folder.samples):
-            writer.write({"__key__": f"n{index:05d}", "png": path.read_bytes(), "cls": label})
-    return root
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
+def tar_bytes(members):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    path.write_bytes(tar_bytes(members))
     return path
 
 
@@ -108,12 +106,7 @@ def test_compressed_and_truncated_shards_say_so(tmp_path):
         scan_shard(shard)
 
 
-WHOLE = io.BytesIO()
-with tarfile.open(fileobj=WHOLE, mode="w") as _tar:
-    for _name, _content in (("a.jpg", b"x" * 700), ("a.cls", b"3")):
-        _info = tarfile.TarInfo(_name)
-        _info.size = len(_content)
-        _tar.addfile(_info, io.BytesIO(_content))
+WHOLE = tar_bytes([("a.jpg", b"x" * 700), ("a.cls", b"3")])
 
 
 @settings(max_examples=200, deadline=None)
@@ -121,7 +114,7 @@ with tarfile.open(fileobj=WHOLE, mode="w") as _tar:
     changes=st.lists(st.tuples(st.integers(0, 2047), st.integers(0, 255)), min_size=1, max_size=6), cut=st.integers(0, 10240)
 )
 def test_broken_bytes_give_samples_or_one_error(tmp_path_factory, changes, cut):
-    content = bytearray(WHOLE.getvalue())
+    content = bytearray(WHOLE)
     for place, value in changes:
         content[place] = value
     shard = tmp_path_factory.mktemp("shards") / "x.tar"

@@ -25,8 +25,7 @@ from qat.data import epoch_batches, seed_everything, train_transform
 from qat.distributed import process_group
 from qat.ptq import run_calibration
 from qat.quantizers import quantizers
-from tests.calib.test_shards import write_shards
-from tests.conftest import small_swin, write_masks
+from tests.conftest import small_swin, write_masks, write_shards
 from tests.qat.test_families import UNET
 
 ROOT = Path(__file__).resolve().parents[2]
