@@ -8,6 +8,7 @@ of its kernels on the CPU. Medians by CUDA events; inputs rotate, so that the ca
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import json
 import math
@@ -78,16 +79,34 @@ def time_calls(run: Callable[[Tensor], Any], inputs: list[Tensor], warmup: int, 
 
 
 def backends(
-    model: nn.Module, lowered: nn.Module, images: Tensor, mode: str
+    model: nn.Module, lowered: nn.Module, images: Tensor, modes: list[str]
 ) -> Iterator[tuple[str, str, Callable[[Tensor], Any]]]:
     """(backend, precision, what runs a batch)."""
-    compiled = torch.compile(copy.deepcopy(model), mode=mode)
-    compiled(images)
-    yield f"torch.compile {mode}, CUDA graph", "fp16", captured(compiled, images)
+    for mode in modes:
+        yield f"torch.compile {mode}, CUDA graph", "fp16", captured(compiled(model, images, mode), images)
     yield "torch eager", "fp16", model
     yield "torch eager, CUDA graph", "fp16", captured(model, images)
     yield "qswin kernels", "int8", lowered
     yield "qswin kernels, CUDA graph", "int8", captured(lowered, images)
+    if importlib.util.find_spec("torchao"):
+        name = f"torch.compile {modes[0]} + torchao, CUDA graph"
+        yield name, "int8", captured(torchao(model, images, modes[0]), images)
+
+
+def compiled(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
+    torch._dynamo.reset()
+    model = torch.compile(copy.deepcopy(model), mode=mode)
+    model(images)
+    return model
+
+
+def torchao(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
+    """Linear layers in INT8, their inputs quantized row by row at run time."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return compiled(model, images, mode)
 
 
 def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
@@ -134,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--models", nargs="*", default=["swin_tiny_patch4_window7_224"])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64, 256])
-    parser.add_argument("--mode", default="max-autotune-no-cudagraphs", help="of torch.compile")
+    parser.add_argument("--modes", nargs="+", default=["max-autotune-no-cudagraphs", "default"], help="of torch.compile")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--commit", default=commit())
@@ -148,7 +167,7 @@ def main() -> None:
         for batch in args.batch:
             inputs = [torch.randn(batch, 3, *size, device="cuda", dtype=torch.float16) for _ in range(ROTATED)]
             with torch.inference_mode():
-                for backend, precision, run in backends(model, lowered, inputs[0], args.mode):
+                for backend, precision, run in backends(model, lowered, inputs[0], args.modes):
                     ms = time_calls(run, inputs, args.warmup, args.repeats)
                     what = {"model": name, "backend": backend, "precision": precision, "batch": batch}
                     rates = {"ms": round(ms, 4), "images_per_second": round(1000 * batch / ms, 1)}

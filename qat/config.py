@@ -79,6 +79,7 @@ class TrainConfig:
     learn_ranges: bool = False
     range_lr: float = 1e-3  # of learned ranges, relative change a step
     freeze_ranges_at: float = 1.0  # share of the steps after which learned ranges stay as they are
+    freeze_oscillating: float | None = None  # weights that change back more often than this a step; 1 only counts them
     amp: str = "fp32"  # or bf16, fp16
     compile: bool = False
     save_minutes: float = 10.0

@@ -43,6 +43,7 @@ from qat.data import TrainBatch, TrainImages, epoch_batches, load_batches, seed_
 from qat.distributed import Ranks, process_group
 from qat.evaluate import TorchPredictor
 from qat.losses import block_loss, distillation_loss, task_loss
+from qat.oscillation import Oscillations
 from qat.ptq import add_config_arguments
 from qat.quantizers import TensorQuantizer, quantizers
 from qat.recipe import RECIPES
@@ -74,6 +75,8 @@ class Trainer:
         self.teacher_blocks = BlockOutputs(self.teacher) if self.teacher and self.options.distill_blocks else None
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config))
         self.ema = None if self.options.ema_decay is None else ModelEmaV3(self.model, decay=self.options.ema_decay)
+        threshold = self.options.freeze_oscillating
+        self.oscillations = None if threshold is None else Oscillations(self.model, threshold)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.options.amp == "fp16")
         self.transform = train_transform(self.task, self.description.preprocessing, self.options.augment)
         self.mixup = make_mixup(config, len(self.folder.classes))
@@ -115,7 +118,8 @@ class Trainer:
             while self.step < self.total_steps:
                 self.train_epoch(log)
                 metrics = self.validate()
-                log({"step": self.step, "epoch": self.step // self.steps_per_epoch, **metrics})
+                shares = {} if self.oscillations is None else self.oscillations.shares()
+                log({"step": self.step, "epoch": self.step // self.steps_per_epoch, **metrics, **shares})
                 self.save()
         return self.finish(metrics or self.validate())  # a run that is already done has nothing to train
 
@@ -167,6 +171,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.oscillations is not None:
+            self.oscillations.update()
         if self.ema is not None:
             self.ema.update(self.model)
         return total
@@ -247,6 +253,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "oscillations": None if self.oscillations is None else self.oscillations.state_dict(),
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -267,6 +274,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if self.oscillations is not None:
+            self.oscillations.load_state_dict(state["oscillations"])
         logging.info("%s: going on at step %d of %d", path, self.step, self.total_steps)
 
     def finish(self, metrics: dict[str, float]) -> Path:
