@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--model", default="swin_tiny_patch4_window7_224")
     parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--modes", nargs="*", default=["eager", "torch.compile"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--commit", default=commit())
@@ -93,7 +94,7 @@ def main() -> None:
     for name, make in models(args.model, images[:16]):
         if args.only and name not in args.only:
             continue
-        for mode in ("eager", "torch.compile"):
+        for mode in args.modes:
             model = make().train()
             if mode != "eager":
                 model.compile()

@@ -118,7 +118,8 @@ class Package:
             raise ValueError(
                 f"{path}: built by torch {sidecar['version']}, here is {torch.__version__}; build it again here"
             )
-        self.run: Any = aoti_load_package(str(path))
+        # Without locks between threads, which cannot become part of a CUDA graph.
+        self.run: Any = aoti_load_package(str(path), run_single_threaded=True)
         self.backend, self.precision = f"inductor {sidecar['version']}", sidecar["engine_precision"]
         self.smallest, _, self.largest = sidecar["profile"]
         self.preprocessing = Preprocessing(**sidecar["preprocessing"])
