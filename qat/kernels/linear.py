@@ -50,7 +50,7 @@ def _kernel(
     m = tl.arange(0, BLOCK_M)
     out = out_ptr + first.to(tl.int64) * N + m[:, None] * N + n[None, :]
     if GELU:
-        y = gelu(y) * inverse
+        y = gelu(y) * inverse.to(tl.float32)
     if out_ptr.dtype.element_ty == tl.int8:
         y = to_int8(y)
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(first + m < M)[:, None] & (n < N)[None, :])
