@@ -6,8 +6,11 @@ and leaves the others to trt.build.
 """
 
 import argparse
+import io
+import os
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,9 @@ def compile_package(model: "nn.Module", size: tuple[int, int], profile: tuple[in
         model: from `qat.int8.lower`, with FP16 parameters, on the GPU.
         size: (H, W) of the images.
         profile: smallest, usual and largest batch. One fixed batch runs faster: tiles are then chosen for it.
+
+    Raises:
+        ValueError: the C++ compiler made a library that torch could not load.
     """
     import torch
     from torch._inductor import aoti_compile_and_package
@@ -48,7 +54,20 @@ def compile_package(model: "nn.Module", size: tuple[int, int], profile: tuple[in
     batch = None if low == high else ({0: torch.export.Dim("batch", min=low, max=high)},)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         program = torch.export.export(Float32Interface(model).eval(), (example,), dynamic_shapes=batch)
-        return Path(aoti_compile_and_package(program, package_path=f"{folder}/model{SUFFIX}")).read_bytes()
+        package = Path(aoti_compile_and_package(program, package_path=f"{folder}/model{SUFFIX}")).read_bytes()
+    check_linkage(package)
+    return package
+
+
+def check_linkage(package: bytes) -> None:
+    """Raises ValueError when the package's library holds a C++ library of its own: beside torch's it would crash."""
+    with zipfile.ZipFile(io.BytesIO(package)) as archive:
+        for name in archive.namelist():
+            if name.endswith(".so") and b"libstdc++.so" not in archive.read(name):
+                raise ValueError(
+                    f"{os.environ.get('CXX', 'g++')} linked libstdc++ into the package, which would crash torch when it is"
+                    " loaded; set CXX to a compiler that links it dynamically, such as /usr/bin/g++, and build again"
+                )
 
 
 def build(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:

@@ -62,21 +62,22 @@ class Oscillations(nn.Module):
         super().__init__()
         self.threshold, self.pairs = threshold, tuple(weight_quantizers(model))
         with torch.no_grad():
-            self.weights = nn.ModuleList(_Weight(levels(quantizer, weight)) for quantizer, weight in self.pairs)
+            self.known = tuple(_Weight(levels(quantizer, weight)) for quantizer, weight in self.pairs)
+        self.weights = nn.ModuleList(self.known)  # for state_dict
 
     @torch.no_grad()
     def update(self) -> None:
         """After each step of the optimizer."""
-        for known, (quantizer, weight) in zip(self.weights, self.pairs, strict=True):
+        for known, (quantizer, weight) in zip(self.known, self.pairs, strict=True):
             known.count(levels(quantizer, weight))
             known.freeze(self.threshold)
             weight.copy_(torch.where(known.frozen, known.mean * (quantizer.amax / quantizer.spec.qmax), weight))
 
     def shares(self) -> dict[str, float]:
         """{"oscillating", "frozen"}: shares of all quantized weights."""
-        total = sum(known.frozen.numel() for known in self.weights)
-        oscillating = sum(int((known.frequency > OSCILLATING).sum()) for known in self.weights)
+        total = sum(known.frozen.numel() for known in self.known)
+        oscillating = sum(int((known.frequency > OSCILLATING).sum()) for known in self.known)
         return {
             "oscillating": oscillating / total,
-            "frozen": sum(int(known.frozen.sum()) for known in self.weights) / total,
+            "frozen": sum(int(known.frozen.sum()) for known in self.known) / total,
         }

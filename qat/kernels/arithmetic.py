@@ -4,8 +4,8 @@ On a GPU each is a few machine instructions, written out as PTX: they run once f
 Triton's own form took longer than the matrix products. Triton's interpreter, which tests use, cannot run PTX: there the same
 values come from Triton's operations.
 
-Kernels convert each Python float that they are given to float32: Inductor (torch 2.11) compiles such arguments as float64, and
-what it touches would be computed in float64, and end in registers of twice the width that the PTX reads.
+Kernels cast each Python float that they are given to float32: torch 2.11's Inductor compiles such arguments as float64, and
+what they touch would be computed in float64, and end in registers of twice the width that the PTX reads.
 """
 
 import torch

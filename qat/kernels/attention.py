@@ -46,7 +46,7 @@ def _kernel(
     square = bias_ptr + (place * heads + head) * BLOCK * BLOCK + token[:, None] * BLOCK + token[None, :]
     bias = tl.load(square).to(tl.float32) * LOG2E
     qk_scale = tl.load(qk_scale_ptr + head)
-    probs_inverse, av_scale = probs_inverse.to(tl.float32), av_scale.to(tl.float32)
+    probs_inverse, av_scale = tl.cast(probs_inverse, tl.float32), tl.cast(av_scale, tl.float32)
     inside = token[:, None] * CHANNELS + head * HEAD + depth[None, :]
     for step in range(WINDOWS):
         window = (tl.program_id(1) * WINDOWS + step) * masks + place
@@ -57,8 +57,8 @@ def _kernel(
             k = tl.load(qkv + CHANNELS, mask=real, other=0)
             v = tl.load(qkv + 2 * CHANNELS, mask=real, other=0)
             if COSINE:
-                q, k = to_int8(_unit(q) * q_inverse.to(tl.float32)), to_int8(_unit(k) * k_inverse.to(tl.float32))
-                v = to_int8(v.to(tl.float32) * v_inverse.to(tl.float32))
+                q, k = to_int8(_unit(q) * tl.cast(q_inverse, tl.float32)), to_int8(_unit(k) * tl.cast(k_inverse, tl.float32))
+                v = to_int8(v.to(tl.float32) * tl.cast(v_inverse, tl.float32))
             tl.store(out_ptr + rows + inside, _attend(q, k, v, bias, qk_scale, probs_inverse, av_scale), mask=real)
 
 

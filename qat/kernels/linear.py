@@ -17,16 +17,25 @@ GROUP = 8  # rows of tiles that share the weight's tiles in the L2 cache
 
 
 @triton.jit
-def _tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, M, N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr):  # fmt: skip
-    """A tile of x @ weight.T * scale + bias in float32, with its first row, and its columns."""
+def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The first row and the first column of a program's tile."""
     across, down = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     program = tl.program_id(0)
     top = (program // (GROUP_M * across)) * GROUP_M
     height = tl.minimum(down - top, GROUP_M)
     within = program % (GROUP_M * across)
-    first = (top + within % height) * BLOCK_M
-    m, n, k = tl.arange(0, BLOCK_M), (within // height) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    return (top + within % height) * BLOCK_M, (within // height) * BLOCK_N
+
+
+@triton.jit
+def _product(x_ptr, weight_ptr, scale_ptr, bias_ptr, first, n, M, N: tl.constexpr, K: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """A tile of x @ weight.T * scale + bias in float32: BLOCK_M rows from the first one, columns n.
+
+    It gives values only. What places the tile comes from `_tile`, which sees no tensor: else Inductor, which follows
+    pointers through the source, would believe that a store into the result writes to the inputs, and copy those first.
+    """
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x_ptr += first.to(tl.int64) * K
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
@@ -38,7 +47,7 @@ def _tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, M, N: tl.constexpr, K: tl.cons
         total = tl.dot(x, weight, total, out_dtype=tl.int32)
     scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
-    return total.to(tl.float32) * scale[None, :] + bias[None, :], first, n
+    return total.to(tl.float32) * scale[None, :] + bias[None, :]
 
 
 @triton.jit
@@ -46,11 +55,12 @@ def _kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, inverse, M, N: tl.constexpr, K: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    y, first, n = _tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)
-    m = tl.arange(0, BLOCK_M)
+    first, column = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    y = _product(x_ptr, weight_ptr, scale_ptr, bias_ptr, first, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
     out = out_ptr + first.to(tl.int64) * N + m[:, None] * N + n[None, :]
     if GELU:
-        y = gelu(y) * inverse.to(tl.float32)
+        y = gelu(y) * tl.cast(inverse, tl.float32)
     if out_ptr.dtype.element_ty == tl.int8:
         y = to_int8(y)
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(first + m < M)[:, None] & (n < N)[None, :])
@@ -62,7 +72,9 @@ def _add_kernel(
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    y, first, n = _tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)
+    first, column = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    n = column + tl.arange(0, BLOCK_N)
+    y = _product(x_ptr, weight_ptr, scale_ptr, bias_ptr, first, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
     m = first + tl.arange(0, BLOCK_M)
     target = tl.load(index_ptr + m % in_rows, mask=m < M, other=-1)
     offset = ((m // in_rows).to(tl.int64) * out_rows + target)[:, None] * N + n[None, :]

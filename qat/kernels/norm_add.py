@@ -20,7 +20,7 @@ def _kernel(
     inside = (row < rows)[:, None] & within
     y = tl.load(y_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(within, y - (tl.sum(y, axis=1) / CHANNELS)[:, None], 0.0)
-    deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps.to(tl.float32))
+    deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / CHANNELS + tl.cast(eps, tl.float32))
     weight = tl.load(weight_ptr + channel, mask=channel < CHANNELS, other=0.0)
     bias = tl.load(bias_ptr + channel, mask=channel < CHANNELS, other=0.0)
     target = tl.load(index_ptr + row % in_rows, mask=row < rows, other=-1)

@@ -33,14 +33,14 @@ def _kernel(
         mean = tl.sum(tl.sum(x, axis=2), axis=1) / (PARTS * CHANNELS)
         centred = tl.where(within, x - mean[:, None, None], 0.0)
         variance = tl.sum(tl.sum(centred * centred, axis=2), axis=1) / (PARTS * CHANNELS)
-        deviation = tl.rsqrt(variance + eps.to(tl.float32))
+        deviation = tl.rsqrt(variance + tl.cast(eps, tl.float32))
         weight = tl.load(weight_ptr + column, mask=within, other=0.0)
         bias = tl.load(bias_ptr + column, mask=within, other=0.0)
         x = centred * deviation[:, None, None] * weight + bias
         if PARTS == 1:  # a token that pads a window is 0 behind the norm
             x = tl.where(there, x, 0.0)
     out = out_ptr + first.to(tl.int64) * (PARTS * CHANNELS) + local[:, None, None] * (PARTS * CHANNELS) + column
-    tl.store(out, to_int8(x * inverse.to(tl.float32)), mask=(row < rows)[:, None, None] & within)
+    tl.store(out, to_int8(x * tl.cast(inverse, tl.float32)), mask=(row < rows)[:, None, None] & within)
 
 
 @triton_op("qswin::norm_quantize", mutates_args={})

@@ -32,12 +32,12 @@ def _kernel(
     real = patch < patches
     x = tl.load(image_ptr + corner[:, None] + pixel[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
     weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(n < CHANNELS)[None, :] & (k < K)[:, None], other=0)
-    total = tl.dot(to_int8(x.to(tl.float32) * inverse.to(tl.float32)), weight, out_dtype=tl.int32)
+    total = tl.dot(to_int8(x.to(tl.float32) * tl.cast(inverse, tl.float32)), weight, out_dtype=tl.int32)
     inside = n < CHANNELS
     scale, bias = tl.load(scale_ptr + n, mask=inside, other=0.0), tl.load(bias_ptr + n, mask=inside, other=0.0)
     y = total.to(tl.float32) * scale[None, :] + bias[None, :]
     centred = tl.where(inside[None, :], y - (tl.sum(y, axis=1) / CHANNELS)[:, None], 0.0)
-    deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps.to(tl.float32))
+    deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / CHANNELS + tl.cast(eps, tl.float32))
     norm_weight = tl.load(norm_weight_ptr + n, mask=inside, other=0.0)
     norm_bias = tl.load(norm_bias_ptr + n, mask=inside, other=0.0)
     y = centred * deviation[:, None] * norm_weight[None, :] + norm_bias[None, :]

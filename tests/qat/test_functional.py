@@ -107,3 +107,17 @@ def test_scale_gradient_changes_the_gradient_only():
     y = scale_gradient(x, 0.25)
     y.backward()
     assert (y.item(), x.grad.item()) == (3.0, 0.25)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients_under_torch_compile_are_the_same(learned):
+    def step(quantized) -> list[torch.Tensor]:
+        x = torch.linspace(-3, 3, 64).view(4, 16).requires_grad_()
+        scale = torch.full((4, 1), 0.02).requires_grad_(learned)
+        (quantized(x, scale, -128, 127) * torch.arange(16.0)).sum().backward()
+        return [x.grad, scale.grad] if learned else [x.grad]
+
+    compiled = torch.compile(fake_quantize, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(step(compiled), step(fake_quantize), strict=True):
+        torch.testing.assert_close(found, expected)
+        assert expected.abs().sum() > 0

@@ -1,9 +1,13 @@
 """The target inductor: what it refuses without a GPU; with one, that a package computes what the lowered model does."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -69,6 +73,21 @@ def test_packages_of_other_machines_are_refused(tmp_path, monkeypatch, key, valu
     monkeypatch.setattr(inductor, "check_gpu", lambda: "9.0")
     with pytest.raises(ValueError, match=f"built .* {value}, here is"):
         inductor.Package(path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("links", [True, False])
+def test_a_library_with_its_own_cpp_library_is_refused(tmp_path, links):
+    """Torch would end in a segmentation fault, seen with a g++ that links libstdc++ statically."""
+    source, library = tmp_path / "x.cpp", tmp_path / "x.so"
+    source.write_text('#include <string>\nextern "C" int f(const char* s) { return std::string(s).size(); }')
+    static = [] if links else ["-static-libstdc++"]
+    subprocess.run(["g++", "-shared", "-fPIC", *static, str(source), "-o", str(library)], check=True)
+    package = io.BytesIO()
+    with zipfile.ZipFile(package, "w") as archive:
+        archive.write(library, "model/x.so")
+    with contextlib.nullcontext() if links else pytest.raises(ValueError, match="linked libstdc.. into the package.*CXX"):
+        inductor.check_linkage(package.getvalue())
 
 
 COPIES = """

@@ -44,7 +44,7 @@ def test_frequencies_are_those_of_a_count_by_hand(steps):
         layer.weight.data[:] = torch.tensor(step)
         oscillations.update()
     expected = [brute_force(list(path)) for path in zip(*steps, strict=True)]
-    assert oscillations.weights[0].frequency.flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    assert oscillations.known[0].frequency.flatten().tolist() == pytest.approx(expected, abs=1e-6)
     assert layer.weight.flatten().tolist() == steps[-1]
     assert oscillations.shares() == {"oscillating": sum(f > 0.005 for f in expected) / 3, "frozen": 0.0}
 
@@ -55,7 +55,7 @@ def test_a_weight_that_oscillates_stays_where_it_mostly_was():
     for step in range(6):
         layer.weight.data[:] = torch.tensor([3.0 + step % 2, 3.0 + step, -2.0])
         oscillations.update()
-    assert oscillations.weights[0].frozen.tolist() == [[True, False, False]]
+    assert oscillations.known[0].frozen.tolist() == [[True, False, False]]
     assert layer.weight.tolist() == [[3.0, 8.0, -2.0]]
     layer.weight.data[:] = torch.tensor([[9.0, 9.0, 9.0]])
     oscillations.update()

@@ -170,10 +170,22 @@ def test_learned_ranges_move_and_are_kept(config_file, ptq):
     assert all((amax > 0).all() for amax in after.values())
 
 
+def test_weights_that_oscillate_are_counted_and_frozen(config_file, ptq):
+    options = (f"init={ptq}", "train.epochs=8", "train.lr=0.1", "train.clip_grad=null")
+    shares = {}
+    for threshold in (0, 1):
+        folder = f"run={config_file.parent / str(threshold)}"
+        _, log = run(config_file, *options, folder, f"train.freeze_oscillating={threshold}")
+        shares[threshold] = next(entry for entry in reversed(log) if "frozen" in entry)
+    assert shares[1]["oscillating"] > 0 and shares[1]["frozen"] == 0
+    assert shares[0]["frozen"] > 0
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5])
 def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, seconds):
     """SIGKILL some time after the first step, then a second start, against a run that nobody disturbed."""
     options = (f"init={ptq}", "train.epochs=8", "train.ema_decay=0.9", "train.save_minutes=0.003", "train.distill=0.5")
+    options += ("train.freeze_oscillating=0.02",)
     _, undisturbed = run(config_file, *options, f"run={tmp_path / 'whole'}")
     folder = tmp_path / "killed"
     arguments = command(config_file, *options, f"run={folder}")
