@@ -1,7 +1,8 @@
 """Mixed precision: which sites stay in float so that a budget holds. The command `qswin search`; it writes a recipe file.
 
 Greedy: sites leave quantization in the order of what they cost in accuracy (their KL, from `qswin sensitivity`) for each bit
-operation that quantizing them saves. A budget on accuracy takes the fewest that meet it, one on operations as many as fit.
+operation that quantizing them saves. A budget on accuracy takes the fewest that meet it, one on operations or on measured
+latency as many as fit.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from calib.files import sha256, write_atomic
 from qat.checkpoint import read_description
 from qat.distributed import process_group
+from qat.latency import RUNTIMES, latencies
 from qat.layers import QuantAdd, QuantConv2d, QuantLinear, QuantMatMul
 from qat.quantizers import TensorQuantizer
 from qat.recipe import Recipe, Rule
@@ -30,16 +32,18 @@ FLOAT_BITS = 16  # of a site that is not quantized
 
 
 class Budget(NamedTuple):
-    """`name` <= `limit`. kl and <metric>_drop are accuracy; bops is bit operations, as a share of the float model's."""
+    """`name` <= `limit`. kl and <metric>_drop are accuracy; bops is bit operations, as a share of the float model's; latency
+    is milliseconds of a batch.
+    """
 
     name: str
     limit: float
 
 
 def parse_budget(text: str, metric: str) -> Budget:
-    """A budget such as "acc1_drop<=0.1". Raises ValueError unless it is of kl, bops or the task's metric."""
+    """A budget such as "acc1_drop<=0.1". Raises ValueError unless it is of kl, bops, latency or the task's metric."""
     match = re.fullmatch(r"\s*(\w+)\s*<=\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*", text)
-    known = (f"{metric}_drop", "kl", "bops")
+    known = (f"{metric}_drop", "kl", "bops", "latency")
     if match is None or match[1] not in known:
         raise ValueError(f"--budget {text!r}: give one of {', '.join(f'{name}<=NUMBER' for name in known)}")
     return Budget(match[1], float(match[2]))
@@ -127,8 +131,24 @@ def fewest(meets: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def search(probe: Probe, groups: list[Candidate], budget: Budget, reference: dict[str, float]) -> int:
-    """How many of the groups stay in float.
+def most(cost: Callable[[int], float], budget: Budget, count: int) -> int:
+    """How many of `count` groups can stay in float: all, or else as many as bisection finds for a cost that rises.
+
+    Args:
+        cost: of a number of groups in float.
+
+    Raises:
+        ValueError: the cost is above the limit even with none.
+    """
+    if cost(count) <= budget.limit:  # also where INT8 is the slower one
+        return count
+    if cost(0) > budget.limit:
+        raise ValueError(f"the budget cannot be met: with every site quantized {budget.name} is {cost(0):.3f}")
+    return fewest(lambda n: n == count or cost(n) > budget.limit, count) - 1
+
+
+def least_in_float(probe: Probe, groups: list[Candidate], budget: Budget, reference: dict[str, float]) -> int:
+    """How many of the groups must stay in float for a budget on accuracy.
 
     Args:
         reference: the float model's metrics.
@@ -136,12 +156,6 @@ def search(probe: Probe, groups: list[Candidate], budget: Budget, reference: dic
     Raises:
         ValueError: the budget cannot be met.
     """
-    if budget.name == "bops":
-        over = fewest(lambda n: share_of_operations(groups, n) > budget.limit or n > len(groups), len(groups) + 1)
-        if over == 0:
-            least = share_of_operations(groups, 0)
-            raise ValueError(f"the budget cannot be met: with every site quantized it is {least:.3f} of the operations")
-        return over - 1
     by_site = group_quantizers(probe.model, "site")
 
     def meets(floats: int) -> bool:
@@ -171,7 +185,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_probe_arguments(parser)
     parser.add_argument("--sensitivity", required=True, type=Path, help="what qswin sensitivity wrote for this checkpoint")
-    parser.add_argument("--budget", required=True, help="acc1_drop<=X, dice_drop<=X, kl<=X or bops<=SHARE")
+    parser.add_argument("--budget", required=True, help="acc1_drop<=X, dice_drop<=X, kl<=X, bops<=SHARE or latency<=MS")
+    parser.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="that latency is measured in")
+    parser.add_argument("--batch", type=int, default=1, help="that latency is measured of")
     parser.add_argument("--recipe", required=True, type=Path, help="the YAML file to write")
 
 
@@ -187,7 +203,14 @@ def main(args: argparse.Namespace) -> None:
         budget = parse_budget(args.budget, next(iter(reference)))
         image = torch.from_numpy(probe.batches[0].images[:1]).to(ranks.device)
         groups = candidates(report, bit_operations(probe.model, image))
-        floats = search(probe, groups, budget, reference)
+        if budget.name == "bops":
+            floats = most(lambda n: share_of_operations(groups, n), budget, len(groups))
+        elif budget.name == "latency":
+            sites = [group.sites for group in groups]
+            latency = latencies(probe.model, read_description(args.checkpoint), sites, args.runtime, args.batch)
+            floats = most(latency, budget, len(groups))
+        else:
+            floats = least_in_float(probe, groups, budget, reference)
     mixed = mixed_recipe(recipe, groups, floats)
     write_atomic(args.recipe, yaml.safe_dump(mixed.to_dict(), sort_keys=False).encode())
     share = share_of_operations(groups, floats)

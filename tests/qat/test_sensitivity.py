@@ -4,24 +4,28 @@ import itertools
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from calib.batches import Batch, image_batches
 from calib.folders import scan_folder
 from calib.images import Preprocessing
-from qat import ptq, search, sensitivity
-from qat.checkpoint import Description, load_checkpoint, save_checkpoint
+from qat import latency, ptq, search, sensitivity
+from qat.checkpoint import Description, load_checkpoint, read_description, save_checkpoint
 from qat.config import load_config, recipe_of
 from qat.distributed import process_group
 from qat.quantizers import quantizers
 from qat.recipe import named_recipe
 from qat.rewrite import enable, quantize
-from qat.search import Candidate, bit_operations, candidates, fewest, parse_budget, share_of_operations
+from qat.search import Candidate, bit_operations, candidates, fewest, most, parse_budget, share_of_operations
 from qat.sensitivity import Divergence, Probe, group_quantizers, measure_groups, start_report
 from qswin import run
 from tests.conftest import small_swin
+from tests.test_cli import fails
+from trt.bench import bench_onnx
 
 BAD = "layers.0.blocks.1.mlp.fc2"
 
@@ -177,13 +181,52 @@ def test_the_greedy_search_is_near_the_best_choice(probe, tmp_path):
         assert best <= share_of_operations(groups, greedy) <= best + 0.3
 
 
-def test_a_budget_of_operations_takes_all_that_fit(probe):
+def test_a_budget_of_operations_takes_all_that_fit():
     groups = [Candidate(name, [name], kl, 1.0, 4.0) for name, kl in (("a", 3.0), ("b", 2.0), ("c", 1.0))]
-    floats = search.search(probe, groups, parse_budget("bops<=0.76", "acc1"), {})
+
+    def cost(count: int) -> float:
+        return share_of_operations(groups, count)
+
+    floats = most(cost, parse_budget("bops<=0.76", "acc1"), 3)
     assert share_of_operations(groups, floats) == 0.75 and floats == 2
-    assert search.search(probe, groups, parse_budget("bops<=1", "acc1"), {}) == 3
-    with pytest.raises(ValueError, match="it is 0.250 of the operations"):
-        search.search(probe, groups, parse_budget("bops<=0.1", "acc1"), {})
+    assert most(cost, parse_budget("bops<=1", "acc1"), 3) == 3
+    with pytest.raises(ValueError, match="every site quantized bops is 0.250"):
+        most(cost, parse_budget("bops<=0.1", "acc1"), 3)
+
+
+def test_where_float_is_the_fastest_all_stays_in_float():
+    assert most(lambda n: [5.0, 6.0, 7.0, 4.0][n], parse_budget("latency<=4.5", "acc1"), 3) == 3
+    assert most(lambda n: [5.0, 6.0, 7.0, 8.0][n], parse_budget("latency<=6", "acc1"), 3) == 1
+
+
+def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch):
+    """The graph that is timed holds as many pairs of Q and DQ as sites are quantized."""
+    seen = []
+
+    def timed(path, batches, args):
+        graph = onnx.load(path).graph
+        seen.append(sum(node.op_type == "QuantizeLinear" for node in graph.node))
+        yield from bench_onnx(path, batches, args)
+
+    monkeypatch.setattr(latency, "bench_onnx", timed)
+    description = read_description(checkpoint)
+    groups = [quantizer.site.removesuffix(".weight") for quantizer in quantizers(probe.model)]
+    activations = {quantizer.site for quantizer in quantizers(probe.model) if not quantizer.site.endswith(".weight")}
+    first = next(site for site in groups if site.endswith("qkv"))
+    measured = latency.latencies(probe.model, description, [[first], groups], "onnxruntime", 2)
+    assert all(measured(count) > 0 for count in (1, 2, 1))
+    assert seen == [len(activations) - 1, 0]
+
+
+def test_the_command_keeps_to_a_latency(checkpoint, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(latency, "measure_latency", lambda model, description, floats, runtime, batch: 1 + len(floats))
+    common = ["--checkpoint", checkpoint, "--data", data / "train", "--images", 4, "--device", "cpu"]
+    call(sensitivity, *common, "--by", "layer", "--out", tmp_path / "s.json")
+    search_for = [*common, "--sensitivity", tmp_path / "s.json", "--recipe", tmp_path / "mixed.yaml", "--budget"]
+    call(search, *search_for, "latency<=4")
+    floats = [rule for rule in yaml.safe_load((tmp_path / "mixed.yaml").read_text())["rules"] if rule["quantize"] is False]
+    assert 2 <= len(floats) <= 3  # a layer has one site or two
+    assert "with every site quantized latency is 1.000" in fails(capsys, "search", *search_for, "latency<=0.5")
 
 
 @pytest.mark.parametrize("text", ["acc1_drop<0.1", "speed<=3", "kl<=", "acc1_drop<=-1", ""])
