@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from absl import logging
 from torch import nn
 
 from qat.checkpoint import Description
@@ -61,6 +62,8 @@ def latencies(
     @functools.cache
     def latency(count: int) -> float:
         floats = {site for group in groups[:count] for site in group}
-        return measure_latency(model, description, floats, runtime, batch)
+        ms = measure_latency(model, description, floats, runtime, batch)
+        logging.info("%d of %d groups in float: %.3f ms", count, len(groups), ms)
+        return ms
 
     return latency

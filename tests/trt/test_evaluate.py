@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +17,13 @@ from calib.folders import scan_folder
 from calib.images import Preprocessing
 from qat.checkpoint import Description
 from qat.export import export_onnx, save_onnx
+from qat.ptq import calibrate
+from qat.recipe import named_recipe
+from qat.rewrite import quantize
 from tests.conftest import SMALL, V1, small_swin
 from trt.evaluate import Accuracy, count_correct, evaluate
-from trt.onnx_runtime import OnnxRuntimePredictor
+from trt.onnx_files import read_onnx
+from trt.onnx_runtime import OnnxRuntimePredictor, start_session
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = tuple(f"class{i}" for i in range(5))
@@ -83,6 +88,30 @@ def test_a_fixed_batch_is_filled_up(tmp_path):
     images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     assert predictor.batch_size == 4
     np.testing.assert_allclose(predictor(images[:3]), predictor(images)[:3], atol=1e-6)
+
+
+def test_quantized_graphs_of_a_fixed_batch_run_on_integers(tmp_path, images, monkeypatch):
+    """ONNX Runtime left alone makes float products of them."""
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+
+    def float_products() -> int:
+        return sum(node.op_type == "Gemm" for node in read_onnx(tmp_path / "optimized.onnx").graph.node)
+
+    twin = quantize(small_swin(depths=[1], num_heads=[2]), named_recipe("gemm"))
+    calibrate(twin, [images])
+    for name, batch in (("free", None), ("fixed", len(images))):
+        save_onnx(tmp_path / f"{name}.onnx", export_onnx(twin, DESCRIPTION, batch=batch), DESCRIPTION.to_dict())
+    free = OnnxRuntimePredictor(tmp_path / "free.onnx")(images.numpy())
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    start_session(tmp_path / "fixed.onnx", 0)
+    assert float_products() > 0
+    fixed = OnnxRuntimePredictor(tmp_path / "fixed.onnx")
+    assert float_products() == 0
+    np.testing.assert_array_equal(fixed(images.numpy()), free)
 
 
 def test_files_that_are_no_models_say_so(tmp_path, onnx):
