@@ -70,6 +70,12 @@ def save_checkpoint(path: Path, model: nn.Module, description: Description) -> N
     write_json(path.with_suffix(".json"), {**description.to_dict(), "sha256": sha256(path)})
 
 
+def write_report(report: Path | None, path: Path) -> None:
+    """What `--json` of the commands that make a checkpoint writes: its name, and all that its sidecar says."""
+    if report is not None:
+        write_json(report, {"checkpoint": str(path), **json.loads(path.with_suffix(".json").read_text())})
+
+
 def read_description(path: Path) -> Description:
     """The sidecar of a checkpoint.
 

@@ -16,7 +16,7 @@ import torch
 from absl import logging
 from torch import Tensor, nn
 
-from calib.files import sha256, write_atomic
+from calib.files import sha256, write_atomic, write_json
 from qat.checkpoint import Description, load_model
 from qat.onnx_passes import finish_weights, lower_to_opset_17
 from qat.quantizers import quantizers
@@ -138,6 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="int8")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="17 for TensorRT 8.x, else 18 or newer")
     parser.add_argument("--batch", default="dynamic", help="a number, or dynamic")
+    parser.add_argument("--json", type=Path, help="write what was exported here too")
     parser.add_argument("--config", help="for bare weights, which have no sidecar: the YAML file that describes them")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over --config's")
 
@@ -151,8 +152,11 @@ def main(args: argparse.Namespace) -> None:
     metadata = dataclasses.replace(description, parent=sha256(args.checkpoint)).to_dict()
     save_onnx(args.onnx, graph, {**metadata, "precision": args.precision, "opset": args.opset})
     counts = [node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.graph]
-    megabytes = args.onnx.stat().st_size / 1e6
-    logging.info("%s: %d nodes and %d of Q/DQ, %.1f MB", args.onnx, counts.count(False), counts.count(True), megabytes)
+    size = args.onnx.stat().st_size
+    if args.json:
+        made = {"onnx": str(args.onnx), "bytes": size, "nodes": counts.count(False), "qdq_nodes": counts.count(True)}
+        write_json(args.json, {**made, **metadata, "precision": args.precision, "opset": args.opset})
+    logging.info("%s: %d nodes and %d of Q/DQ, %.1f MB", args.onnx, counts.count(False), counts.count(True), size / 1e6)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from calib.files import sha256
 from models.names import rename
 from models.registry import check_state, family_of, read_state
-from qat.checkpoint import Description, save_checkpoint
+from qat.checkpoint import Description, save_checkpoint, write_report
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.ptq import add_config_arguments
 from qat.quantizers import quantizers
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    convert(load_config(args.config, args.overrides))
+    write_report(args.json, convert(load_config(args.config, args.overrides)))
 
 
 if __name__ == "__main__":

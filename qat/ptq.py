@@ -18,7 +18,7 @@ from calib.files import sha256
 from calib.folders import check_class_count, draw_samples, scan_folder
 from calib.shards import ImageFile
 from models.registry import family_of
-from qat.checkpoint import Description, save_checkpoint
+from qat.checkpoint import Description, save_checkpoint, write_report
 from qat.choose import choose_calibrators
 from qat.config import CalibrationConfig, Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.correct import correct_biases
@@ -171,9 +171,10 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config and its overrides, as calibrate and train take them."""
+    """What the commands that make a checkpoint take: --config and its overrides, --json."""
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the file's, e.g. data.root=DIR")
+    parser.add_argument("--json", type=Path, help="write here too what the checkpoint's sidecar says")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +189,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     with process_group(config.device) as ranks:
-        run_calibration(config, ranks)
+        path = run_calibration(config, ranks)
+        if ranks.main:
+            write_report(args.json, path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import yaml
 from absl import logging
 from torch import Tensor, nn
 
-from calib.files import sha256, write_atomic
+from calib.files import sha256, write_atomic, write_json
 from qat.checkpoint import read_description
 from qat.distributed import process_group
 from qat.latency import RUNTIMES, latencies
@@ -186,6 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_probe_arguments(parser)
     parser.add_argument("--sensitivity", required=True, type=Path, help="what qswin sensitivity wrote for this checkpoint")
     parser.add_argument("--budget", required=True, help="acc1_drop<=X, dice_drop<=X, kl<=X, bops<=SHARE or latency<=MS")
+    parser.add_argument("--json", type=Path, help="write the groups that stay in float and those that do not here too")
     parser.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="that latency is measured in")
     parser.add_argument("--batch", type=int, default=1, help="that latency is measured of")
     parser.add_argument("--recipe", required=True, type=Path, help="the YAML file to write")
@@ -217,6 +218,10 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.recipe}: {floats} of {len(groups)} groups stay in float; {share:.3f} of the float model's bit operations")
     for group in groups[:floats]:
         print(f"  {group.name}  (KL {group.kl:.4g})")
+    if args.json:
+        names = [group.name for group in groups]
+        found = {"in_float": names[:floats], "quantized": names[floats:], "share_of_bit_operations": share}
+        write_json(args.json, {"recipe": str(args.recipe), "budget": args.budget, **found})
 
 
 if __name__ == "__main__":

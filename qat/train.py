@@ -37,7 +37,7 @@ from calib.folders import ImageFolder, check_class_count, scan_folder
 from calib.shards import ImageFile
 from models.registry import family_of
 from qat.blocks import BlockOutputs
-from qat.checkpoint import Description, load_checkpoint, save_checkpoint
+from qat.checkpoint import Description, load_checkpoint, save_checkpoint, write_report
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
 from qat.data import TrainBatch, TrainImages, epoch_batches, load_batches, seed_everything, train_transform
 from qat.distributed import Ranks, process_group
@@ -416,7 +416,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     with process_group(config.device) as ranks:
-        Trainer(config, ranks).run()
+        path = Trainer(config, ranks).run()
+        if ranks.main:
+            write_report(args.json, path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Commands as a user types them: help, exit codes, and one line about what is wrong."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,13 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert "example:\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", sorted(set(qswin.COMMANDS) - {"completion", "sensitivity"}))
+def test_what_a_command_did_can_be_had_as_json(command, capsys):
+    """A script is printed by one; the other's --out is JSON."""
+    invoke(command, "--help")
+    assert "--json" in capsys.readouterr().out
+
+
 def test_the_table_of_commands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["qswin"])
     qswin.main()
@@ -47,9 +55,14 @@ def test_the_table_of_commands(capsys, monkeypatch):
 
 
 def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert invoke("calibrate", "--config", config_file) == 0
-    assert invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx") == 0
+    run, out = tmp_path / "run", tmp_path / "out.json"
+    assert invoke("calibrate", "--config", config_file, "--json", out) == 0
+    made = json.loads(out.read_text())
+    assert made == {"checkpoint": str(run / "ptq.safetensors"), **json.loads((run / "ptq.json").read_text())}
+    assert made["metrics"]["calibration_images"] > 0
+    assert invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx", "--json", out) == 0
+    made = json.loads(out.read_text())
+    assert (made["bytes"], made["precision"]) == ((run / "int8.onnx").stat().st_size, "int8") and made["qdq_nodes"] > 50
     for model in ("ptq.safetensors", "int8.onnx"):
         assert invoke("evaluate", "--model", run / model, "--data", data / "val", "--json", run / "r.json") == 0
     assert invoke("inspect", "--model", run / "ptq.safetensors") == 0

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from calib.batches import image_batches
 from calib.build_cache import activation_ranges
 from calib.cache import ALGORITHMS, format_cache, parse_cache, write_cache
+from calib.files import write_json
 from calib.folders import Sample, draw_samples, scan_folder
 from calib.images import Preprocessing
 from calib.trt_calibrator import BatchStream, make_calibrator
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--offline", action="store_true", help="from ONNX Runtime's activations; needs no GPU")
+    parser.add_argument("--json", type=Path, help="write what the cache was made of here too")
     parser.add_argument("--tensorrt-version", default="8.6.0", help="that an offline cache is for")
 
 
@@ -87,6 +89,8 @@ def main(args: argparse.Namespace) -> None:
     details = {"images": images, "seed": args.seed, "offline": args.offline}
     write_cache(args.cache, data, args.onnx, details)
     _, _, ranges = parse_cache(data)
+    if args.json:
+        write_json(args.json, {"cache": str(args.cache), "ranges": len(ranges), "algorithm": args.algorithm, **details})
     logging.info("%s: %d ranges in %.1f s", args.cache, len(ranges), time.perf_counter() - start)
 
 

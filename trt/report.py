@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from safetensors import SafetensorError, safe_open
 
-from calib.files import write_atomic
+from calib.files import write_atomic, write_json
 from trt import plots
 from trt.webpage import page, picture, table
 
@@ -177,12 +177,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  qswin report runs/x"
     parser.add_argument("run", type=Path, help="the folder")
     parser.add_argument("--out", type=Path, help="default: RUN/report.html")
+    parser.add_argument("--json", type=Path, help="write the page's name and size here")
 
 
 def main(args: argparse.Namespace) -> None:
     out = args.out or args.run / "report.html"
     content = report(args.run)
     write_atomic(out, content.encode())
+    if args.json:
+        write_json(args.json, {"page": str(out), "bytes": len(content.encode())})
     logging.info("%s: %.1f MB", out, len(content) / 1e6)
 
 

@@ -223,9 +223,11 @@ def test_the_command_keeps_to_a_latency(checkpoint, data, tmp_path, capsys, monk
     common = ["--checkpoint", checkpoint, "--data", data / "train", "--images", 4, "--device", "cpu"]
     call(sensitivity, *common, "--by", "layer", "--out", tmp_path / "s.json")
     search_for = [*common, "--sensitivity", tmp_path / "s.json", "--recipe", tmp_path / "mixed.yaml", "--budget"]
-    call(search, *search_for, "latency<=4")
+    call(search, *search_for, "latency<=4", "--json", tmp_path / "found.json")
     floats = [rule for rule in yaml.safe_load((tmp_path / "mixed.yaml").read_text())["rules"] if rule["quantize"] is False]
     assert 2 <= len(floats) <= 3  # a layer has one site or two
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["in_float"]) < len(floats) + 1 and len(found["in_float"] + found["quantized"]) == 35
     assert "with every site quantized latency is 1.000" in fails(capsys, "search", *search_for, "latency<=0.5")
 
 

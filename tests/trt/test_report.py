@@ -1,5 +1,6 @@
 """The report of a run's folder: what it shows, and that it loads nothing from elsewhere."""
 
+import argparse
 import base64
 import io
 import json
@@ -97,8 +98,11 @@ def test_it_is_one_file_that_loads_nothing(run):
 
 
 def test_the_command_writes_it_beside_the_files(run):
-    main(type("Arguments", (), {"run": run, "out": None}))
-    assert (run / "report.html").read_text() == report(run)
+    made = run.parent / "made.json"
+    main(argparse.Namespace(run=run, out=None, json=made))
+    page = run / "report.html"
+    assert page.read_text() == report(run)
+    assert json.loads(made.read_text()) == {"page": str(page), "bytes": page.stat().st_size}
 
 
 def test_what_cannot_be_reported_says_why(tmp_path):
