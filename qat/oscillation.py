@@ -56,10 +56,17 @@ class Oscillations(nn.Module):
 
     Args:
         threshold: oscillations a step, a running mean; 1 freezes nothing.
+
+    Raises:
+        ValueError: the threshold is not from 0 to 1, or no weight of the model is quantized.
     """
 
     def __init__(self, model: nn.Module, threshold: float) -> None:
         super().__init__()
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"train.freeze_oscillating={threshold} is no frequency; give 0 to 1")
+        if not weight_quantizers(model):
+            raise ValueError("train.freeze_oscillating is set, but no weight is quantized; leave it out")
         self.threshold, self.pairs = threshold, tuple(weight_quantizers(model))
         with torch.no_grad():
             self.known = tuple(_Weight(levels(quantizer, weight)) for quantizer, weight in self.pairs)

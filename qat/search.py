@@ -7,6 +7,7 @@ latency as many as fit.
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 from collections import defaultdict
@@ -147,6 +148,14 @@ def most(cost: Callable[[int], float], budget: Budget, count: int) -> int:
     return fewest(lambda n: n == count or cost(n) > budget.limit, count) - 1
 
 
+def cost_of(budget: Budget, model: nn.Module, groups: list[Candidate], args: argparse.Namespace) -> Callable[[int], float]:
+    """What a budget limits, of a number of groups in float."""
+    if budget.name == "bops":
+        return functools.partial(share_of_operations, groups)
+    sites = [group.sites for group in groups]
+    return latencies(model, read_description(args.checkpoint), sites, args.runtime, args.batch)
+
+
 def least_in_float(probe: Probe, groups: list[Candidate], budget: Budget, reference: dict[str, float]) -> int:
     """How many of the groups must stay in float for a budget on accuracy.
 
@@ -204,12 +213,8 @@ def main(args: argparse.Namespace) -> None:
         budget = parse_budget(args.budget, next(iter(reference)))
         image = torch.from_numpy(probe.batches[0].images[:1]).to(ranks.device)
         groups = candidates(report, bit_operations(probe.model, image))
-        if budget.name == "bops":
-            floats = most(lambda n: share_of_operations(groups, n), budget, len(groups))
-        elif budget.name == "latency":
-            sites = [group.sites for group in groups]
-            latency = latencies(probe.model, read_description(args.checkpoint), sites, args.runtime, args.batch)
-            floats = most(latency, budget, len(groups))
+        if budget.name in ("bops", "latency"):
+            floats = most(cost_of(budget, probe.model, groups, args), budget, len(groups))
         else:
             floats = least_in_float(probe, groups, budget, reference)
     mixed = mixed_recipe(recipe, groups, floats)

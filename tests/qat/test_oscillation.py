@@ -63,6 +63,13 @@ def test_a_weight_that_oscillates_stays_where_it_mostly_was():
     assert oscillations.shares()["frozen"] == pytest.approx(1 / 3)
 
 
+def test_what_cannot_oscillate_says_so():
+    with pytest.raises(ValueError, match="freeze_oscillating=2 is no frequency"):
+        Oscillations(layer_of([1.0]), threshold=2)
+    with pytest.raises(ValueError, match="no weight is quantized"):
+        Oscillations(nn.Linear(2, 2), threshold=0.5)
+
+
 def test_a_frozen_weight_keeps_its_level_when_its_range_moves():
     layer = layer_of([3.0, 1.0])
     oscillations = Oscillations(layer, threshold=0.0)
