@@ -170,8 +170,24 @@ def test_learned_ranges_move_and_are_kept(config_file, ptq):
     assert all((amax > 0).all() for amax in after.values())
 
 
+def test_a_compiled_run_has_the_same_losses(config_file, ptq, tmp_path, monkeypatch):
+    """Traced by Dynamo and AOTAutograd; Inductor's code would take a minute to compile."""
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def traced(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    options = (f"init={ptq}", "train.learn_ranges=true", "train.ema_decay=0.9", "train.distill=0.5")
+    _, plain = run(config_file, *options, f"run={tmp_path / 'plain'}")
+    _, fast = run(config_file, *options, f"run={tmp_path / 'fast'}", "train.compile=true")
+    assert len(compiled) == 1
+    assert list(losses(fast).values()) == pytest.approx(list(losses(plain).values()), rel=1e-4)
+
+
 def test_weights_that_oscillate_are_counted_and_frozen(config_file, ptq):
-    options = (f"init={ptq}", "train.epochs=8", "train.lr=0.1", "train.clip_grad=null")
+    options = (f"init={ptq}", "train.epochs=3", "train.lr=0.01", "train.clip_grad=null")
     shares = {}
     for threshold in (0, 1):
         folder = f"run={config_file.parent / str(threshold)}"
