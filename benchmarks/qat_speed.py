@@ -9,7 +9,6 @@ ModelOpt quantizes the weighted layers (its INT8 default), as our `gemm` does; `
 
 import argparse
 import copy
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.results import commit, device_name
+from benchmarks.speed import time_calls
 from calib.files import write_json
 from models.registry import build_model
 from qat.ptq import calibrate
@@ -47,12 +47,12 @@ def theirs(model: nn.Module, images: Tensor) -> nn.Module:
     return mtq.quantize(copy.deepcopy(model), mtq.INT8_DEFAULT_CFG, lambda peer: peer(images))
 
 
-def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, device: str) -> Callable[[Tensor], None]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
-    labels = torch.arange(len(images), device=images.device) % 1000
 
-    def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16):
+    def step(images: Tensor) -> None:
+        labels = torch.arange(len(images), device=device) % 1000
+        with torch.autocast(device, torch.bfloat16):
             loss = nn.functional.cross_entropy(model(images).float(), labels)
         loss.backward()
         optimizer.step()
@@ -61,21 +61,14 @@ def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     return step
 
 
-def measure(step: Callable[[], None], repeats: int) -> dict[str, float]:
+def measure(step: Callable[[Tensor], None], images: Tensor, repeats: int) -> dict[str, float]:
     """Median milliseconds and peak memory of a step, after five to warm up."""
     for _ in range(5):
-        step()
+        step(images)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return {"ms": statistics.median(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    ms = time_calls(step, [images], warmup=0, repeats=repeats)
+    return {"ms": ms, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 def main() -> None:
@@ -98,7 +91,7 @@ def main() -> None:
             model = make().train()
             if mode != "eager":
                 model.compile()
-            found = measure(training_step(model, images), args.repeats)
+            found = measure(training_step(model, "cuda"), images, args.repeats)
             rate = round(1000 * args.batch / found["ms"], 1)
             row = {"training": name, "mode": mode, "images_per_second": rate}
             rows.append({**what, **row, **{key: round(value, 3) for key, value in found.items()}})

@@ -150,12 +150,13 @@ def main(args: argparse.Namespace) -> None:
     model, description = load_model(args.checkpoint, args.config, args.overrides)
     graph = export_onnx(model, description, args.precision, args.opset, batch)
     metadata = dataclasses.replace(description, parent=sha256(args.checkpoint)).to_dict()
-    save_onnx(args.onnx, graph, {**metadata, "precision": args.precision, "opset": args.opset})
+    metadata |= {"precision": args.precision, "opset": args.opset}
+    save_onnx(args.onnx, graph, metadata)
     counts = [node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.graph]
     size = args.onnx.stat().st_size
     if args.json:
         made = {"onnx": str(args.onnx), "bytes": size, "nodes": counts.count(False), "qdq_nodes": counts.count(True)}
-        write_json(args.json, {**made, **metadata, "precision": args.precision, "opset": args.opset})
+        write_json(args.json, {**made, **metadata})
     logging.info("%s: %d nodes and %d of Q/DQ, %.1f MB", args.onnx, counts.count(False), counts.count(True), size / 1e6)
 
 

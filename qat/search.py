@@ -21,7 +21,7 @@ from absl import logging
 from torch import Tensor, nn
 
 from calib.files import sha256, write_atomic, write_json
-from qat.checkpoint import read_description
+from qat.checkpoint import Description, read_description
 from qat.distributed import process_group
 from qat.latency import RUNTIMES, latencies
 from qat.layers import QuantAdd, QuantConv2d, QuantLinear, QuantMatMul
@@ -132,7 +132,7 @@ def fewest(meets: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def most(cost: Callable[[int], float], budget: Budget, count: int) -> int:
+def most_in_float(cost: Callable[[int], float], budget: Budget, count: int) -> int:
     """How many of `count` groups can stay in float: all, or else as many as bisection finds for a cost that rises.
 
     Args:
@@ -148,12 +148,14 @@ def most(cost: Callable[[int], float], budget: Budget, count: int) -> int:
     return fewest(lambda n: n == count or cost(n) > budget.limit, count) - 1
 
 
-def cost_of(budget: Budget, model: nn.Module, groups: list[Candidate], args: argparse.Namespace) -> Callable[[int], float]:
+def cost_of(
+    budget: Budget, model: nn.Module, description: Description, groups: list[Candidate], args: argparse.Namespace
+) -> Callable[[int], float]:
     """What a budget limits, of a number of groups in float."""
     if budget.name == "bops":
         return functools.partial(share_of_operations, groups)
     sites = [group.sites for group in groups]
-    return latencies(model, read_description(args.checkpoint), sites, args.runtime, args.batch)
+    return latencies(model, description, sites, args.runtime, args.batch)
 
 
 def least_in_float(probe: Probe, groups: list[Candidate], budget: Budget, reference: dict[str, float]) -> int:
@@ -205,8 +207,8 @@ def main(args: argparse.Namespace) -> None:
     report = json.loads(args.sensitivity.read_text())
     if report["job"]["checkpoint"] != sha256(args.checkpoint):
         raise ValueError(f"{args.sensitivity}: of another checkpoint than {args.checkpoint}; run qswin sensitivity on it")
-    recipe = read_description(args.checkpoint).recipe
-    assert recipe is not None
+    description = read_description(args.checkpoint)
+    assert description.recipe is not None
     with process_group(args.device) as ranks:
         probe = open_probe(args, str(ranks.device))
         reference = probe.measure([])
@@ -214,10 +216,10 @@ def main(args: argparse.Namespace) -> None:
         image = torch.from_numpy(probe.batches[0].images[:1]).to(ranks.device)
         groups = candidates(report, bit_operations(probe.model, image))
         if budget.name in ("bops", "latency"):
-            floats = most(cost_of(budget, probe.model, groups, args), budget, len(groups))
+            floats = most_in_float(cost_of(budget, probe.model, description, groups, args), budget, len(groups))
         else:
             floats = least_in_float(probe, groups, budget, reference)
-    mixed = mixed_recipe(recipe, groups, floats)
+    mixed = mixed_recipe(description.recipe, groups, floats)
     write_atomic(args.recipe, yaml.safe_dump(mixed.to_dict(), sort_keys=False).encode())
     share = share_of_operations(groups, floats)
     print(f"{args.recipe}: {floats} of {len(groups)} groups stay in float; {share:.3f} of the float model's bit operations")

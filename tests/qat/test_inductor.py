@@ -93,10 +93,9 @@ def test_a_library_with_its_own_cpp_library_is_refused(tmp_path, links):
 COPIES = """
 import ast
 from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source_of
-from qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed
+from tests.qat.kernels.compiled import KERNELS
 
-kernels = [module._kernel for module in (attention, linear, norm_add, norm_quantize, patch_embed)] + [linear._add_kernel]
-for kernel in kernels:
+for kernel, _, _ in KERNELS.values():
     compile(ast.literal_eval("'''" + source_of(kernel) + "'''"), "copy", "exec")
 """
 

@@ -20,7 +20,7 @@ from qat.distributed import process_group
 from qat.quantizers import quantizers
 from qat.recipe import named_recipe
 from qat.rewrite import enable, quantize
-from qat.search import Candidate, bit_operations, candidates, fewest, most, parse_budget, share_of_operations
+from qat.search import Candidate, bit_operations, candidates, fewest, most_in_float, parse_budget, share_of_operations
 from qat.sensitivity import Divergence, Probe, group_quantizers, measure_groups, start_report
 from qswin import run
 from tests.conftest import small_swin
@@ -187,16 +187,16 @@ def test_a_budget_of_operations_takes_all_that_fit():
     def cost(count: int) -> float:
         return share_of_operations(groups, count)
 
-    floats = most(cost, parse_budget("bops<=0.76", "acc1"), 3)
+    floats = most_in_float(cost, parse_budget("bops<=0.76", "acc1"), 3)
     assert share_of_operations(groups, floats) == 0.75 and floats == 2
-    assert most(cost, parse_budget("bops<=1", "acc1"), 3) == 3
+    assert most_in_float(cost, parse_budget("bops<=1", "acc1"), 3) == 3
     with pytest.raises(ValueError, match="every site quantized bops is 0.250"):
-        most(cost, parse_budget("bops<=0.1", "acc1"), 3)
+        most_in_float(cost, parse_budget("bops<=0.1", "acc1"), 3)
 
 
 def test_where_float_is_the_fastest_all_stays_in_float():
-    assert most(lambda n: [5.0, 6.0, 7.0, 4.0][n], parse_budget("latency<=4.5", "acc1"), 3) == 3
-    assert most(lambda n: [5.0, 6.0, 7.0, 8.0][n], parse_budget("latency<=6", "acc1"), 3) == 1
+    assert most_in_float(lambda n: [5.0, 6.0, 7.0, 4.0][n], parse_budget("latency<=4.5", "acc1"), 3) == 3
+    assert most_in_float(lambda n: [5.0, 6.0, 7.0, 8.0][n], parse_budget("latency<=6", "acc1"), 3) == 1
 
 
 def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch):
