@@ -27,6 +27,7 @@ from benchmarks.demo import CONFIG, ROOT, RUN
 from benchmarks.results import commit
 from calib.cache import parse_cache
 from calib.files import write_json
+from calib.histograms import load_histograms
 from qat.checkpoint import read_description
 
 Check = Callable[[Path], object]
@@ -63,6 +64,7 @@ READERS: dict[str, Check] = {
     ".safetensors": safetensors.torch.load_file,
     ".pt": lambda path: torch.load(path, weights_only=True),
     ".cache": lambda path: parse_cache(path.read_bytes()),
+    ".npz": load_histograms,
 }
 
 

@@ -13,7 +13,8 @@ MODULES = (
     *("models.registry", "qat.recipe", "qat.rewrite", "qat.ptq", "qat.quantizers", "qat.layers", "qat.functional"),
     *("qat.reconstruct", "qat.choose", "qat.correct", "qat.sensitivity", "qat.search", "qat.foreign", "qat.checkpoint"),
     *("qat.export", "qat.int8", "qat.kernels.norm_quantize", "qat.kernels.linear", "qat.kernels.attention"),
-    *("calib.images", "calib.batches", "calib.folders", "calib.calibrators", "calib.cache", "calib.build_cache"),
+    *("calib.images", "calib.batches", "calib.folders", "calib.calibrators", "calib.histograms"),
+    *("calib.cache", "calib.build_cache"),
     *("trt.build", "trt.engine", "trt.evaluate", "trt.segmentation", "trt.bench", "trt.compare", "trt.precision"),
 )
 PAGE = Path(__file__).with_name("api.md")

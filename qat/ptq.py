@@ -16,6 +16,7 @@ from tqdm import tqdm
 from calib.batches import image_batches
 from calib.files import sha256
 from calib.folders import check_class_count, draw_samples, scan_folder
+from calib.histograms import HISTOGRAMS, Observation, save_histograms
 from calib.shards import ImageFile
 from models.registry import family_of
 from qat.checkpoint import Description, save_checkpoint, write_report
@@ -84,6 +85,15 @@ def set_ranges(model: nn.Module, calibrator: str | None = None, dead_range: floa
             quantizer._amax[quantizer._amax == 0] = dead_range
 
 
+def observations(model: nn.Module) -> dict[str, Observation]:
+    """{quantizer: what the last pass left in its histogram}, of those that saw anything but zeros."""
+    return {
+        name: Observation(module.histogram, module.spec.bits)
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.histogram is not None and module.histogram.amax > 0
+    }
+
+
 def merge_ranks(observers: list[TensorQuantizer]) -> None:
     """Adds up the histograms of all ranks, so that every rank has those of a single process over all images."""
     if not (dist.is_initialized() and observers):
@@ -131,7 +141,7 @@ def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationCon
 
 
 def run_calibration(config: Config, ranks: Ranks) -> Path:
-    """Builds, quantizes and calibrates the model of a config; writes <run>/ptq.safetensors and returns its path."""
+    """Builds, quantizes, calibrates; writes the histograms, then <run>/ptq.safetensors, and returns the latter's path."""
     recipe = recipe_of(config)
     if not recipe.rules:
         raise ValueError("recipe 'none' quantizes nothing; choose gemm or full")
@@ -164,6 +174,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     )
     path = run / "ptq.safetensors"
     if ranks.main:
+        save_histograms(run / HISTOGRAMS, observations(twin))
         save_checkpoint(path, twin, description)
         sites = len(list(quantizers(twin)))
         logging.info("%s: %d quantizers from %d images in %.1f s", path, sites, total, seconds)
@@ -181,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Quantizes and calibrates a trained model; writes <run>/ptq.safetensors and its sidecar."
     parser.epilog = (
         "example:\n  qswin calibrate --config configs/swin_tiny_tinyimagenet.yaml"
-        " data.root=DIR model.checkpoint=FILE run=runs/x"
+        " data.root=DIR model.checkpoint=HISTOGRAMS run=runs/x"
     )
     add_config_arguments(parser)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from calib.folders import ImageFolder
@@ -25,6 +26,9 @@ DESCRIPTION = Description(  # of what tests/trt/conftest.py exports
     tuple(f"class{i}" for i in range(5)),
 )
 ASSETS = Path(os.environ.get("QSWIN_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
+
+settings.register_profile("slow machines", deadline=None)  # how long an example takes says more of the machine than of it
+settings.load_profile("slow machines")
 
 
 def pytest_configure(config):

@@ -3,6 +3,7 @@
 import argparse
 import html
 import json
+import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -12,14 +13,18 @@ import numpy as np
 from absl import logging
 from safetensors import SafetensorError, safe_open
 
+from calib.calibrators import CALIBRATORS, find_range
 from calib.files import write_atomic, write_json
+from calib.histograms import HISTOGRAMS, Observation, load_histograms
 from trt import plots
-from trt.webpage import page, picture, table
+from trt.webpage import Part, Picture, page, table
 
 Records = dict[str, dict[str, Any]]  # {file: its JSON}
+Stages = dict[str, dict[str, float]]  # {stage: {quantizer: its largest range}}
 SHOWN = ("acc1", "acc5", "dice", "volume_dice", "volume_hd95")
 STAGES = ("ptq", "qat")
 SENSITIVE = 40  # groups of a sensitivity report that are drawn
+PANELS = 12  # histograms a picture
 
 
 def read_records(run: Path) -> Records:
@@ -35,14 +40,14 @@ def read_records(run: Path) -> Records:
     return records
 
 
-def draw(plot: Callable[[Any], None], caption: str, height: float = 4) -> str:
+def draw(plot: Callable[[Any], None], caption: str, height: float = 4) -> Picture:
     """What `plot` puts on a pair of axes, as a picture of the page."""
     data = BytesIO()
     plots.save(plot, data, height=height)
-    return picture(data.getvalue(), caption)
+    return Picture(data.getvalue(), caption)
 
 
-def accuracy(records: Records) -> str:
+def accuracy(records: Records) -> list[Part]:
     """What `qswin evaluate --json` wrote."""
     found = [(file, r) for file, r in records.items() if "precision" in r and any(name in r for name in SHOWN)]
     metrics = [name for name in SHOWN if any(name in record for _, record in found)]
@@ -50,22 +55,22 @@ def accuracy(records: Records) -> str:
         [file, r["backend"], r["precision"], *(r.get(name) for name in metrics), r["images"], r["images_per_second"]]
         for file, r in found
     ]
-    return table(["file", "backend", "precision", *metrics, "images", "images/s"], rows) if rows else ""
+    return [table(["file", "backend", "precision", *metrics, "images", "images/s"], rows)] if rows else []
 
 
-def speed(records: Records) -> str:
+def speed(records: Records) -> list[Part]:
     """What `qswin bench --json` wrote."""
     keys = ("model", "backend", "precision", "batch", "ms", "images_per_second")
     rows = [row for r in records.values() for row in r.get("rows", ()) if isinstance(row, dict) and set(keys) <= set(row)]
     if not rows:
-        return ""
+        return []
     listed = table([*keys[:-1], "images/s"], [[row[key] for key in keys] for row in rows])
-    return listed + draw(lambda axes: plots.throughput(axes, rows), "images/s over the batch")
+    return [listed, draw(lambda axes: plots.throughput(axes, rows), "images/s over the batch")]
 
 
-def training(run: Path) -> str:
+def training(run: Path) -> list[Part]:
     """The loss of each step and the metric of each epoch, from every log.jsonl."""
-    parts = []
+    parts: list[Part] = []
     for path in sorted(run.rglob("log.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         steps = [line for line in lines if "loss" in line]
@@ -81,7 +86,7 @@ def training(run: Path) -> str:
         if epochs:
             names = list(dict.fromkeys(name for line in epochs for name in line))
             parts.append(table(names, [[line.get(name) for name in names] for line in epochs]))
-    return "".join(parts)
+    return parts
 
 
 def read_ranges(path: Path) -> dict[str, float]:
@@ -94,59 +99,89 @@ def read_ranges(path: Path) -> dict[str, float]:
         raise ValueError(f"{path}: truncated, or no checkpoint") from error
 
 
-def ranges(run: Path) -> str:
+def stage_ranges(run: Path) -> Stages:
+    """The ranges of the checkpoints that a run's folder holds, the calibrated one's and the trained one's."""
+    return {stage: read_ranges(path) for stage in STAGES if (path := run / f"{stage}.safetensors").is_file()}
+
+
+def ranges(found: Stages) -> list[Part]:
     """Each quantizer's range after calibration and after training."""
-    found = {stage: read_ranges(path) for stage in STAGES if (path := run / f"{stage}.safetensors").is_file()}
     if not found:
-        return ""
+        return []
     names = list(dict.fromkeys(name for stage in found.values() for name in stage))
     both = [name for name in names if all(name in found.get(stage, ()) for stage in STAGES)]
     ratio = {name: found["qat"][name] / found["ptq"][name] for name in both}
     rows = [[name, *(found[stage].get(name) for stage in found), ratio.get(name)] for name in names]
     listed = table(["quantizer", *found, "qat / ptq"], rows)
     if not ratio:
-        return listed
+        return [listed]
 
     def plot(axes: Any) -> None:
         axes.bar(range(len(ratio)), [value - 1 for value in ratio.values()], width=1)
         axes.set(xlabel="quantizer, in the model's order", ylabel="change of its range by training")
 
-    return draw(plot, "ranges before and after training", height=3) + listed
+    return [draw(plot, "ranges before and after training", height=3), listed]
 
 
-def sensitivity(records: Records) -> str:
+def histograms(run: Path, stages: Stages) -> list[Part]:
+    """What calibration saw at each quantizer, with the range of each calibrator and of each checkpoint."""
+    if not (run / HISTOGRAMS).is_file():
+        return []
+    found = list(load_histograms(run / HISTOGRAMS).items())
+    parts: list[Part] = []
+    for start in range(0, len(found), PANELS):
+        shown, data = found[start : start + PANELS], BytesIO()
+        plots.save_grid([panel(name, observation, stages) for name, observation in shown], data)
+        parts.append(Picture(data.getvalue(), f"histograms of |x|, from {shown[0][0]} on"))
+    return parts
+
+
+def panel(name: str, observation: Observation, stages: Stages) -> Callable[[Any], None]:
+    """Draws one quantizer's histogram."""
+    bits = observation.bits
+    candidates = {calibrator: find_range(observation.histogram, calibrator, bits) for calibrator in CALIBRATORS}
+    taken = {stage: ranges[name] for stage, ranges in stages.items() if name in ranges}
+
+    def plot(axes: Any) -> None:
+        plots.histogram(axes, observation, candidates, taken)
+        axes.set_title(f"{name.removesuffix('_quantizer')}, {bits} bits", fontsize=7)
+
+    return plot
+
+
+def sensitivity(records: Records) -> list[Part]:
     """What `qswin sensitivity` wrote: the groups that cost most."""
     rows = [row for r in records.values() for row in r.get("rows", ()) if isinstance(row, dict) and "alone" in row]
     if not rows:
-        return ""
+        return []
     rows.sort(key=lambda row: -row["alone"]["kl"])
     shown = rows[:SENSITIVE]
     metrics = list(rows[0]["alone"])
     values = [[row["name"], *(row[kind][name] for kind in ("alone", "without") for name in metrics)] for row in rows]
     headings = ["quantized", *(f"alone: {name}" for name in metrics), *(f"all but it: {name}" for name in metrics)]
     bars = draw(lambda axes: plots.ranking(axes, shown), "the most sensitive", height=1 + 0.22 * len(shown))
-    return bars + table(headings, values)
+    return [bars, table(headings, values)]
 
 
-def layers(records: Records) -> str:
+def layers(records: Records) -> list[Part]:
     """What `qswin inspect --json` wrote of an engine or graph, coloured by precision."""
-    parts = []
+    parts: list[Part] = []
     for file, record in records.items():
         if "layers" in record and isinstance(record["layers"], list):
             found = record["layers"]
             rows = [[r["name"], r["kind"], " ".join(r["inputs"]), " ".join(r["outputs"]), r.get("ms")] for r in found]
             kinds = [" ".join(r["outputs"]).lower().split(" ")[0] for r in found]
             parts.append(f"<h3>{html.escape(file)}</h3>" + table(["layer", "kind", "inputs", "outputs", "ms"], rows, kinds))
-    return "".join(parts)
+    return parts
 
 
-def overlays(run: Path) -> str:
+def overlays(run: Path) -> list[Part]:
     """The worst pictures that `qswin evaluate --overlays` drew below the run's folder."""
-    return "".join(picture(path.read_bytes(), path.stem) for path in sorted(run.glob("overlays/*.png")))
+    return [Picture(path.read_bytes(), path.stem) for path in sorted(run.glob("overlays/*.png"))]
 
 
-def report(run: Path) -> str:
-    """The page.
+def report(run: Path) -> dict[str, list[Part]]:
+    """{heading: its parts} of all that the folder holds.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -154,25 +189,36 @@ def report(run: Path) -> str:
     """
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such folder")
-    records = read_records(run)
+    records, stages = read_records(run), stage_ranges(run)
     sections = {
         "Accuracy": accuracy(records),
         "Speed": speed(records),
         "Training": training(run),
         "Sensitivity": sensitivity(records),
-        "Ranges": ranges(run),
+        "Ranges": ranges(stages),
+        "Histograms": histograms(run, stages),
         "Layers": layers(records),
         "Worst images": overlays(run),
     }
     found = {heading: content for heading, content in sections.items() if content}
     if not found:
         raise ValueError(f"{run}: nothing to report; calibrate, train, evaluate or bench with its files there (--json)")
-    return page(f"qswin: {run.name}", found)
+    return found
+
+
+def save_pictures(sections: dict[str, list[Part]], folder: Path) -> int:
+    """Writes the pictures as PNGs too, named by their place and caption, and gives how many there are."""
+    pictures = [part for parts in sections.values() for part in parts if isinstance(part, Picture)]
+    for number, picture in enumerate(pictures, 1):
+        name = re.sub(r"[^\w.]+", "-", picture.caption)[:80].strip("-")
+        write_atomic(folder / f"{number:02d}-{name}.png", picture.png)
+    return len(pictures)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "One self-contained HTML page of what a run's folder holds: accuracy, speed, training, sensitivity, ranges."
+        "One self-contained HTML page of what a run's folder holds: accuracy, speed, training, sensitivity, ranges,"
+        " histograms. Its pictures are written beside it too, as PNGs in a folder of the page's name."
     )
     parser.epilog = "example:\n  qswin report runs/x"
     parser.add_argument("run", type=Path, help="the folder")
@@ -182,11 +228,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     out = args.out or args.run / "report.html"
-    content = report(args.run)
-    write_atomic(out, content.encode())
+    sections = report(args.run)
+    content = page(f"qswin: {args.run.name}", sections).encode()
+    write_atomic(out, content)
+    count = save_pictures(sections, out.with_suffix(""))
     if args.json:
-        write_json(args.json, {"page": str(out), "bytes": len(content.encode())})
-    logging.info("%s: %.1f MB", out, len(content) / 1e6)
+        write_json(args.json, {"page": str(out), "bytes": len(content), "pictures": count})
+    logging.info("%s: %.1f MB, %d pictures", out, len(content) / 1e6, count)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,31 @@
 """A page of tables and pictures in one HTML file that loads nothing else."""
 
 import base64
+import dataclasses
 import html
 from collections.abc import Iterable, Sequence
 
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A PNG and what it shows."""
+
+    png: bytes
+    caption: str
+
+
 Cell = str | float | int | None
+Part = str | Picture  # HTML, or a picture
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin: .5rem 0 1rem; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 th { cursor: pointer; position: sticky; top: 0; background: #f4f4f4; }
 tr.int8 td { background: #e6f4ea; } tr.fp16 td { background: #fff6dd; } tr.fp32 td { background: #fde8e8; }
+figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 """
 SORT = """
@@ -52,16 +64,21 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], classes: Iter
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def picture(png: bytes, caption: str) -> str:
-    """A PNG as part of the page."""
-    data, text = base64.b64encode(png).decode(), html.escape(caption)
+def rendered(part: Part) -> str:
+    """HTML of a part; a picture's holds the picture."""
+    if isinstance(part, str):
+        return part
+    data, text = base64.b64encode(part.png).decode(), html.escape(part.caption)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
-def page(title: str, sections: dict[str, str]) -> str:
-    """A whole page: {heading: its content}."""
+def page(title: str, sections: dict[str, list[Part]]) -> str:
+    """A whole page: {heading: its parts}."""
     name = html.escape(title)
-    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{content}</section>" for heading, content in sections.items())
+    body = "".join(
+        f"<section><h2>{html.escape(heading)}</h2>{''.join(map(rendered, parts))}</section>"
+        for heading, parts in sections.items()
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

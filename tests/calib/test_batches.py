@@ -77,10 +77,18 @@ def test_decoding_ends_with_a_killed_reader(reader):
     assert not alive
 
 
+def is_server(process: psutil.Process) -> bool:
+    """Whether it starts the decoding processes; one that has ended meanwhile does not."""
+    try:
+        return "forkserver" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_killed_decoding_process_is_an_error(data):
     batches = image_batches(scan_folder("classification", data / "val").samples, PREPROCESSING, 1, 2)
     next(batches)
-    (server,) = (child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline()))
+    (server,) = filter(is_server, psutil.Process().children())
     for worker in server.children():
         worker.kill()
     psutil.wait_procs(server.children(), timeout=20)

@@ -24,7 +24,7 @@ def filled(*chunks: np.ndarray) -> Histogram:
 
 
 @given(arrays, st.integers(0, 200), st.randoms())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_counts_do_not_depend_on_batches_or_order(values, cut, rnd):
     shuffled = values.copy()
     rnd.shuffle(shuffled)
@@ -34,7 +34,7 @@ def test_counts_do_not_depend_on_batches_or_order(values, cut, rnd):
 
 
 @given(arrays, arrays)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_merging_is_counting_everything_in_one_place(first, second):
     merged = filled(first)
     merged.merge(filled(second))
@@ -42,7 +42,7 @@ def test_merging_is_counting_everything_in_one_place(first, second):
 
 
 @given(arrays)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_counts_are_numpys(values):
     histogram = filled(values)
     expected, _ = np.histogram(np.abs(values).astype(np.float64), histogram.edges)
@@ -134,7 +134,7 @@ def test_entropy_ignores_a_crowd_of_zeros():
 
 
 @given(st.integers(0, 1000), st.integers(-20, 20), st.sampled_from(sorted(CALIBRATORS)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ranges_lie_within_the_data_and_scale_with_it(seed, exponent, calibrator):
     values = heavy_tail(seed, 2000)
     found, scaled = (find_range(filled(values * 2.0**e), calibrator) for e in (0, exponent))

@@ -109,7 +109,7 @@ def test_compressed_and_truncated_shards_say_so(tmp_path):
 WHOLE = tar_bytes([("a.jpg", b"x" * 700), ("a.cls", b"3")])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 2047), st.integers(0, 255)), min_size=1, max_size=6), cut=st.integers(0, 10240)
 )

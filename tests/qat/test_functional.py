@@ -14,7 +14,7 @@ scales = st.floats(2**-10, 2.0, width=32)
 
 
 @given(values, scales, st.integers(2, 8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_values_are_numpys_in_float64(x, scale, bits):
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     got = fake_quantize(torch.from_numpy(x), torch.tensor(scale), qmin, qmax).numpy()
@@ -27,7 +27,7 @@ def test_values_are_numpys_in_float64(x, scale, bits):
 
 @given(hnp.arrays(np.float32, (3, 20), elements=st.floats(-9, 9, width=32, allow_subnormal=False)), st.integers(2, 8))
 @example(np.full((3, 20), 1e-30, np.float32), 2)  # the squares are below float32's smallest number
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_least_squares_ranges_are_no_worse_than_any_candidate(x, bits):
     """Errors counted in float64, for each channel on its own; the largest range is among the candidates."""
     qmax = 2 ** (bits - 1) - 1
@@ -47,7 +47,7 @@ def test_least_squares_ranges_are_no_worse_than_any_candidate(x, bits):
 
 
 @given(values, scales)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_quantizing_twice_changes_nothing(x, scale):
     once = fake_quantize(torch.from_numpy(x), torch.tensor(scale), -128, 127)
     assert torch.equal(fake_quantize(once, torch.tensor(scale), -128, 127), once)

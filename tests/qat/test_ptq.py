@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 
+from calib.calibrators import find_range
+from calib.histograms import HISTOGRAMS, load_histograms
 from qat.checkpoint import load_checkpoint
 from qat.config import load_config
 from qat.distributed import Ranks, process_group
-from qat.ptq import calibrate, run_calibration, set_ranges
+from qat.ptq import activation_quantizers, calibrate, run_calibration, set_ranges
 from qat.quantizers import quantizers
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
@@ -89,6 +91,21 @@ def test_the_command_writes_a_checkpoint_that_loads(config_file, data):
     assert description.classes == ("class0", "class1", "class2", "class3", "class4")
     assert description.metrics == {"calibration_images": 8, "unreadable_images": 0}
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_the_command_leaves_its_histograms(config_file):
+    """Every calibrated range is the one that its calibrator takes from the histogram beside the checkpoint."""
+    with process_group("cpu") as ranks:
+        path = run_calibration(load_config(config_file, []), ranks)
+    model, _ = load_checkpoint(path)
+    found = load_histograms(path.with_name(HISTOGRAMS))
+    observed = {name: module for name, module in model.named_modules() if module in set(activation_quantizers(model))}
+    assert set(found) == {name for name, module in observed.items() if module.spec.amax is None}
+    for name, observation in found.items():
+        spec = observed[name].spec
+        assert observation.bits == spec.bits
+        expected = find_range(observation.histogram, spec.calibrator, spec.bits)
+        assert observed[name].amax.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_command_corrects_biases_and_reconstructs(config_file):

@@ -31,7 +31,7 @@ DESCRIPTION = Description({"name": V1, "num_classes": 5, **SMALL}, "float", Prep
 
 
 @given(st.integers(1, 20), st.integers(1, 12), st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_counts_are_torchs_topk(images, classes, seed):
     rng = np.random.default_rng(seed)
     logits = rng.permuted(np.arange(images * classes, dtype=np.float32)).reshape(images, classes)

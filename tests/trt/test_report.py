@@ -11,7 +11,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from trt.report import main, report
+from calib.calibrators import CALIBRATORS, Histogram, find_range
+from calib.histograms import HISTOGRAMS, Observation, save_histograms
+from trt import plots
+from trt.report import main, panel, report
+from trt.webpage import page
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 SITE = "layers.0.blocks.0.attn.qkv._input_quantizer"
@@ -71,38 +75,64 @@ def run(tmp_path):
     for stage, amax in (("ptq", 2.0), ("qat", 3.0)):
         save_file({f"{SITE}._amax": np.array(amax, np.float32), "head.weight": np.zeros(3)}, folder / f"{stage}.safetensors")
     Image.new("RGB", (4, 4)).save(folder / "overlays" / "worst.png")
+    save_histograms(folder / HISTOGRAMS, {f"{SITE[:-10]}{i}_quantizer": observation() for i in range(13)})
     return folder
 
 
+def observation():
+    histogram = Histogram()
+    histogram.add(np.random.default_rng(0).standard_normal(1000).astype(np.float32))
+    return Observation(histogram, 4)
+
+
+def html(run):
+    return page(f"qswin: {run.name}", report(run))
+
+
 def test_everything_is_shown(run):
-    page = Page(report(run))
-    assert page.headings == ["Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Layers", "Worst images"]
-    accuracy, speed, epochs, sensitivity, ranges, layers = page.tables
+    shown = Page(html(run))
+    assert shown.headings == [
+        *("Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images")
+    ]
+    accuracy, speed, epochs, sensitivity, ranges, layers = shown.tables
     assert accuracy[1] == ["a.json", "onnxruntime 1", "int8", "47.5", "5000", "99"]
     assert accuracy[2] == ["b.json", "<script>alert(1)</script>", "int8", "48.25", "5000", "99"]
     assert [line[3] for line in speed[1:]] == ["1", "8"]
     assert epochs == [["step", "epoch", "acc1"], ["1", "1", "48.5"]]
     assert [line[0] for line in sensitivity[1:]] == ["fc2", "fc1"]
     assert ranges[1:] == [[SITE, "2", "3", "1.5"]]
-    assert layers[1:] == [["conv", "Conv", "INT8", "INT8", "0.25"]] and page.classes[-1] == "int8"
+    assert layers[1:] == [["conv", "Conv", "INT8", "INT8", "0.25"]] and shown.classes[-1] == "int8"
 
 
 def test_it_is_one_file_that_loads_nothing(run):
-    text = report(run)
-    page = Page(text)
-    assert len(page.pictures) == 5 and page.links == page.pictures
-    for source in page.pictures:
+    text = html(run)
+    shown = Page(text)
+    assert len(shown.pictures) == 7 and shown.links == shown.pictures
+    for source in shown.pictures:
         with Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))) as image:
             image.load()
     assert "<script>alert" not in text and "http" not in text
 
 
-def test_the_command_writes_it_beside_the_files(run):
+def test_the_command_writes_it_and_its_pictures_beside_the_files(run):
     made = run.parent / "made.json"
     main(argparse.Namespace(run=run, out=None, json=made))
-    page = run / "report.html"
-    assert page.read_text() == report(run)
-    assert json.loads(made.read_text()) == {"page": str(page), "bytes": page.stat().st_size}
+    written = run / "report.html"
+    assert written.read_text() == html(run)
+    assert json.loads(made.read_text()) == {"page": str(written), "bytes": written.stat().st_size, "pictures": 7}
+    embedded = [base64.b64decode(source.partition(",")[2]) for source in Page(written.read_text()).pictures]
+    assert [path.read_bytes() for path in sorted((run / "report").iterdir())] == embedded
+
+
+def test_a_histogram_is_drawn_with_every_range():
+    """The bars hold every value that was counted; a line stands at each calibrator's range and each checkpoint's."""
+    axes, seen = plots.pyplot().figure().subplots(), observation()
+    panel(SITE, seen, {"ptq": {SITE: 1.25}, "qat": {"other": 3.0}})(axes)
+    (bars,) = axes.patches
+    assert bars.get_data().values.sum() == pytest.approx(1000)
+    lines = {line.get_label().split()[0]: line.get_xdata()[0] for line in axes.lines}
+    assert lines == {name: find_range(seen.histogram, name, 4) for name in CALIBRATORS} | {"ptq": 1.25}
+    assert axes.get_title() == "layers.0.blocks.0.attn.qkv._input, 4 bits"
 
 
 def test_what_cannot_be_reported_says_why(tmp_path):

@@ -36,7 +36,7 @@ def batch_of(masks: np.ndarray, names: list[str] | None = None) -> Batch:
 
 
 @given(st.integers(1, 4), st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_dice_is_counted_by_hand(images, seed):
     """Over pixels of several batches, those of 255 left out."""
     rng = np.random.default_rng(seed)
