@@ -141,7 +141,7 @@ def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationCon
 
 
 def run_calibration(config: Config, ranks: Ranks) -> Path:
-    """Builds, quantizes, calibrates; writes the histograms, then <run>/ptq.safetensors, and returns the latter's path."""
+    """Builds, quantizes, calibrates; writes <run>/ptq.safetensors, which it returns, and the histograms beside it."""
     recipe = recipe_of(config)
     if not recipe.rules:
         raise ValueError("recipe 'none' quantizes nothing; choose gemm or full")
@@ -174,8 +174,8 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     )
     path = run / "ptq.safetensors"
     if ranks.main:
-        save_histograms(run / HISTOGRAMS, observations(twin))
         save_checkpoint(path, twin, description)
+        save_histograms(run / HISTOGRAMS, observations(twin))
         sites = len(list(quantizers(twin)))
         logging.info("%s: %d quantizers from %d images in %.1f s", path, sites, total, seconds)
     return path
