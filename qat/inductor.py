@@ -19,9 +19,8 @@ from absl import logging
 
 from calib.batches import fill_up
 from calib.files import sha256, write_json
-from calib.images import Preprocessing
 from trt import build as engines
-from trt.engine import read_sidecar
+from trt.engine import BuiltModel
 from trt.version import TARGETS
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def check_gpu() -> str:
     return "{}.{}".format(*capability)
 
 
-class Package:
+class Package(BuiltModel):
     """A package on the GPU; a trt.evaluate.Predictor.
 
     Raises:
@@ -125,26 +124,17 @@ class Package:
     """
 
     def __init__(self, path: Path) -> None:
-        self.sidecar = sidecar = read_sidecar(path)
+        super().__init__(path)
         import torch
         from torch._inductor import aoti_load_package
 
-        if (found := check_gpu()) != sidecar["capability"]:
-            raise ValueError(
-                f"{path}: built for compute capability {sidecar['capability']}, here is {found}; build it again"
-            )
-        if torch.__version__ != sidecar["version"]:
-            raise ValueError(
-                f"{path}: built by torch {sidecar['version']}, here is {torch.__version__}; build it again here"
-            )
+        capability, version = self.sidecar["capability"], self.sidecar["version"]
+        if (found := check_gpu()) != capability:
+            raise ValueError(f"{path}: built for compute capability {capability}, here is {found}; build it again")
+        if torch.__version__ != version:
+            raise ValueError(f"{path}: built by torch {version}, here is {torch.__version__}; build it again here")
         # Without locks between threads, which cannot become part of a CUDA graph.
         self.run: Any = aoti_load_package(str(path), run_single_threaded=True)
-        self.backend, self.precision = f"inductor {sidecar['version']}", sidecar["engine_precision"]
-        self.smallest, _, self.largest = sidecar["profile"]
-        self.preprocessing = Preprocessing(**sidecar["preprocessing"])
-        self.task: str = sidecar["task"]
-        self.classes: list[str] | None = sidecar["classes"]
-        self.batch_size: int | None = self.largest
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""

@@ -16,6 +16,10 @@ from trt.gpu import Gpu, find_gpu
 from trt.version import Backend, find_backend
 
 SUFFIXES = (".engine", ".plan")
+KEYS = (  # that every sidecar of a built model has
+    *("target", "version", "capability", "profile"),
+    *("engine_precision", "preprocessing", "task", "classes"),
+)
 NO_RTX = ("9.0", "10.0", "10.3")  # compute capabilities of data-centre GPUs that TensorRT-RTX does not run on
 
 
@@ -32,7 +36,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{file}: no such file; an engine and its sidecar are built with qswin build")
     try:
         values = json.loads(sidecar.read_text())
-        checksum, _ = values["sha256"], (values["target"], values["version"], values["profile"])
+        checksum, _ = values["sha256"], [values[key] for key in KEYS]
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{sidecar}: not an engine's sidecar ({error}); build the engine again") from error
     if sha256(path) != checksum:
@@ -56,11 +60,33 @@ def check_fits(path: Path, sidecar: dict[str, Any], backend: Backend, gpu: Gpu |
         )
 
 
-class Engine:
+class BuiltModel:
+    """What `qswin build` wrote beside a built model, as a trt.evaluate.Predictor shows it.
+
+    Attributes:
+        sidecar: all of it: precision, preprocessing, classes, the source's checksum, ...
+        smallest, largest: the batches that it takes.
+
+    Raises:
+        FileNotFoundError: the model or its sidecar is missing.
+        ValueError: the sidecar is malformed, or it is another file's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.sidecar = sidecar = read_sidecar(path)
+        self.smallest, _, self.largest = sidecar["profile"]
+        self.backend = f"{sidecar['target']} {sidecar['version']}"
+        self.precision: str = sidecar["engine_precision"]
+        self.preprocessing = Preprocessing(**sidecar["preprocessing"])
+        self.task: str = sidecar["task"]
+        self.classes: list[str] | None = sidecar["classes"]
+        self.batch_size: int | None = self.largest
+
+
+class Engine(BuiltModel):
     """A deserialized engine with buffers on the GPU for one batch size at a time; a trt.evaluate.Predictor.
 
     Attributes:
-        sidecar: what `qswin build` wrote: precision, preprocessing, classes, the ONNX file's checksum, ...
         engine: TensorRT's ICudaEngine.
         context: its IExecutionContext.
         stream: the CUDA stream's address.
@@ -72,7 +98,7 @@ class Engine:
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        self.sidecar = read_sidecar(path)
+        super().__init__(path)
         check_fits(path, self.sidecar, find_backend(self.sidecar["target"]), find_gpu())
         from polygraphy.backend.trt import engine_from_bytes
         from polygraphy.cuda import DeviceArray, Stream
@@ -82,14 +108,7 @@ class Engine:
         self._stream = Stream()
         self.stream: int = self._stream.ptr
         self._buffers = {name: DeviceArray() for name in ("input", "logits")}
-        self.smallest, _, self.largest = self.sidecar["profile"]
         self._batch = 0
-        self.backend = f"{self.sidecar['target']} {self.sidecar['version']}"
-        self.precision: str = self.sidecar["engine_precision"]
-        self.preprocessing = Preprocessing(**self.sidecar["preprocessing"])
-        self.task: str = self.sidecar["task"]
-        self.classes: list[str] | None = self.sidecar["classes"]
-        self.batch_size: int | None = self.largest
 
     def bind(self, batch: int) -> None:
         """Sets the batch size of what follows, and makes room for it. Raises ValueError outside the engine's profile."""

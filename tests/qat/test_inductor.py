@@ -21,6 +21,7 @@ from qat.recipe import named_recipe
 from qat.rewrite import quantize
 from tests.conftest import DESCRIPTION, SMALL, V1, small_swin
 from tests.test_cli import fails, invoke
+from tests.trt.test_engine import SIDECAR
 
 HEADS_OF_32 = {**SMALL, "embed_dim": 64}  # the kernels' products are 32 deep
 
@@ -68,8 +69,8 @@ def test_a_checkpoint_is_for_this_target_only(capsys):
 def test_packages_of_other_machines_are_refused(tmp_path, monkeypatch, key, value):
     path = tmp_path / "x.pt2"
     path.write_bytes(b"package")
-    sidecar = {"target": "inductor", "version": torch.__version__, "capability": "9.0", "profile": [1, 1, 1]}
-    path.with_suffix(".json").write_text(json.dumps({**sidecar, key: value, "sha256": sha256(path)}))
+    built = {"target": "inductor", "version": torch.__version__, "capability": "9.0", "profile": [1, 1, 1]}
+    path.with_suffix(".json").write_text(json.dumps({**SIDECAR, **built, key: value, "sha256": sha256(path)}))
     monkeypatch.setattr(inductor, "check_gpu", lambda: "9.0")
     with pytest.raises(ValueError, match=f"built .* {value}, here is"):
         inductor.Package(path)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calib.files import sha256
-from trt.engine import check_fits, read_sidecar
+from trt.engine import KEYS, check_fits, read_sidecar
 from trt.gpu import Gpu
 from trt.version import Backend, capabilities
 
@@ -13,13 +13,15 @@ H200, L40 = Gpu("NVIDIA H200", "9.0"), Gpu("NVIDIA L40", "8.9")
 TENSORRT = Backend("tensorrt", "8.6.0", capabilities("tensorrt", "8.6.0"))
 RTX = Backend("tensorrt-rtx", "1.7.1", capabilities("tensorrt-rtx", "1.7.1"))
 
+SIDECAR = {"engine_precision": "int8", "preprocessing": {}, "task": "classification", "classes": None}
+
 
 @pytest.fixture
 def engine(tmp_path):
     path = tmp_path / "a.engine"
     path.write_bytes(b"plan")
-    values = {"target": "tensorrt", "version": "8.6.0", "profile": [1, 8, 64], "capability": "9.0", "sha256": sha256(path)}
-    path.with_suffix(".json").write_text(json.dumps(values))
+    built = {"target": "tensorrt", "version": "8.6.0", "profile": [1, 8, 64], "capability": "9.0"}
+    path.with_suffix(".json").write_text(json.dumps(SIDECAR | built | {"sha256": sha256(path)}))
     return path
 
 
@@ -38,6 +40,14 @@ def test_what_does_not_fit_says_why(engine):
         check_fits(engine, sidecar, TENSORRT, L40)
     with pytest.raises(ValueError, match="TensorRT-RTX 1.7.1 does not run on compute capability 9.0"):
         check_fits(engine, {**sidecar, "version": "1.7.1"}, RTX, H200)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_sidecar_without_a_key_is_refused(engine, key):
+    sidecar = engine.with_suffix(".json")
+    sidecar.write_text(json.dumps({name: value for name, value in json.loads(sidecar.read_text()).items() if name != key}))
+    with pytest.raises(ValueError, match=f"not an engine's sidecar \\('{key}'\\)"):
+        read_sidecar(engine)
 
 
 def test_sidecars_are_checked(engine):
