@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from calib.files import write_atomic
 
 HISTOGRAMS = "histograms.npz"
 LARGEST_EXPONENT = 128  # of float32
+BROKEN = (  # what NumPy raises over a damaged .npz
+    *(ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +55,11 @@ def load_histograms(path: Path) -> dict[str, Observation]:
         FileNotFoundError: there is no such file.
         ValueError: it is cut off, or no such file.
     """
+    data = io.BytesIO(path.read_bytes())
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(data, allow_pickle=False) as file:
             columns = [file[name] for name in ("names", "bits", "amax", "exponent", "counts")]
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: truncated, or no histograms; calibrate again") from error
     if not _valid(*columns):
         raise ValueError(f"{path}: holds no histograms; calibrate again")

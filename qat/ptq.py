@@ -192,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Quantizes and calibrates a trained model; writes <run>/ptq.safetensors and its sidecar."
     parser.epilog = (
         "example:\n  qswin calibrate --config configs/swin_tiny_tinyimagenet.yaml"
-        " data.root=DIR model.checkpoint=HISTOGRAMS run=runs/x"
+        " data.root=DIR model.checkpoint=FILE run=runs/x"
     )
     add_config_arguments(parser)
 

@@ -87,6 +87,24 @@ def test_broken_files_are_refused(data):
             load_histograms(path)
 
 
+@settings(max_examples=300)
+@given(st.randoms(use_true_random=False))
+def test_damaged_files_are_read_or_refused(random):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.npz"
+        save_histograms(path, {"fc1": observed(np.float32([1, 2]))})
+        content = bytearray(path.read_bytes())
+        for _ in range(random.choice([1, 1, 2, 5])):
+            content[random.randrange(len(content))] = random.randrange(256)
+        path.write_bytes(content)
+        try:
+            (observation,) = load_histograms(path).values()
+        except ValueError as error:
+            assert "calibrate again" in str(error)
+        else:
+            assert observation.histogram.counts.sum() == 2
+
+
 def test_a_missing_column_and_a_missing_file(tmp_path):
     np.savez(tmp_path / "a.npz", names=np.array(["fc1"]))
     with pytest.raises(ValueError, match=r"a\.npz: truncated, or no histograms"):
