@@ -87,7 +87,7 @@ def test_broken_files_are_refused(data):
             load_histograms(path)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.randoms(use_true_random=False))
 def test_damaged_files_are_read_or_refused(random):
     with tempfile.TemporaryDirectory() as folder:

@@ -58,7 +58,11 @@ def sensitive(name, kl):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "x"
+    return make_run(tmp_path / "x")
+
+
+def make_run(folder):
+    """A folder with a file of every kind that a report shows."""
     (folder / "overlays").mkdir(parents=True)
     row = {"model": "a.onnx", "backend": "onnxruntime", "precision": "int8", "ms": 100.0, "images_per_second": 10.0}
     layer = {"name": "conv", "kind": "Conv", "nodes": [], "inputs": ["INT8"], "outputs": ["INT8"], "ms": 0.25}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trt.test_report import html, run  # noqa: F401  (a fixture)
+from tests.trt.test_report import html, make_run
 
 browsing = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -33,11 +33,18 @@ def browser():
         started.close()
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """The page of a run."""
+    run = make_run(tmp_path_factory.mktemp("report") / "x")
+    path = run / "report.html"
+    path.write_text(html(run))
+    return path
+
+
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
-def page(browser, request, run):  # noqa: F811
-    """The page of a run, opened as a file; `problems` are errors of the console and whatever it asked the network for."""
-    file = run / "report.html"
-    file.write_text(html(run))
+def page(browser, request, file):
+    """The page opened; `problems` are errors of the console and whatever it asked the network for."""
     opened = browser.new_page(viewport=request.param)
     opened.problems = []
     opened.on("console", lambda message: opened.problems.append(message.text))
