@@ -129,8 +129,12 @@ def test_a_full_disk_leaves_no_half_checkpoint(config_file, tmp_path):
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import qat.ptq, qswin
-resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))
-qswin.run(qat.ptq.add_arguments, qat.ptq.main, "qswin calibrate", ["qswin", "--config", sys.argv[1]])
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40000, hard))
+try:
+    qswin.run(qat.ptq.add_arguments, qat.ptq.main, "qswin calibrate", ["qswin", "--config", sys.argv[1]])
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # for what coverage writes at the end
 """
     done = subprocess.run([sys.executable, "-c", script, str(config_file)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "ptq.safetensors: not saved" in done.stderr.splitlines()[-1]
