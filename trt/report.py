@@ -140,7 +140,7 @@ def panel(name: str, observation: Observation, stages: Stages) -> Callable[[Any]
     """Draws one quantizer's histogram."""
     bits = observation.bits
     candidates = {calibrator: find_range(observation.histogram, calibrator, bits) for calibrator in CALIBRATORS}
-    taken = {stage: ranges[name] for stage, ranges in stages.items() if name in ranges}
+    taken = {stage: found[name] for stage, found in stages.items() if name in found}
 
     def plot(axes: Any) -> None:
         plots.histogram(axes, observation, candidates, taken)
@@ -218,7 +218,7 @@ def save_pictures(sections: dict[str, list[Part]], folder: Path) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "One self-contained HTML page of what a run's folder holds: accuracy, speed, training, sensitivity, ranges,"
-        " histograms. Its pictures are written beside it too, as PNGs in a folder of the page's name."
+        " histograms. Its pictures are written beside it too, as PNGs, in a folder named by the page."
     )
     parser.epilog = "example:\n  qswin report runs/x"
     parser.add_argument("run", type=Path, help="the folder")
@@ -231,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
     sections = report(args.run)
     content = page(f"qswin: {args.run.name}", sections).encode()
     write_atomic(out, content)
-    count = save_pictures(sections, out.with_suffix(""))
+    count = save_pictures(sections, out.with_name(f"{out.stem}-pictures"))
     if args.json:
         write_json(args.json, {"page": str(out), "bytes": len(content), "pictures": count})
     logging.info("%s: %.1f MB, %d pictures", out, len(content) / 1e6, count)

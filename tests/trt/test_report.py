@@ -125,7 +125,7 @@ def test_the_command_writes_it_and_its_pictures_beside_the_files(run):
     assert written.read_text() == html(run)
     assert json.loads(made.read_text()) == {"page": str(written), "bytes": written.stat().st_size, "pictures": 7}
     embedded = [base64.b64decode(source.partition(",")[2]) for source in Page(written.read_text()).pictures]
-    assert [path.read_bytes() for path in sorted((run / "report").iterdir())] == embedded
+    assert [path.read_bytes() for path in sorted((run / "report-pictures").iterdir())] == embedded
 
 
 def test_a_histogram_is_drawn_with_every_range():
