@@ -9,16 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from calib.calibrators import BINS, Histogram
+from calib.calibrators import BINS
 from calib.histograms import Observation, load_histograms, save_histograms
+from tests.calib.test_calibrators import filled
 
 VALUES = npst.arrays(np.float32, st.integers(1, 50), elements=st.floats(-(2.0**127), 2.0**127, width=32))
 
 
 def observed(values, bits=8):
-    histogram = Histogram()
-    histogram.add(values)
-    return Observation(histogram, bits)
+    return Observation(filled(values), bits)
 
 
 @settings(max_examples=30)
@@ -38,7 +37,7 @@ def test_histograms_come_back(drawn):
 
 
 def columns():
-    histogram = observed(np.float32([1.5, -3.0])).histogram
+    histogram = filled(np.float32([1.5, -3.0]))
     return {
         "names": np.array(["fc1"]),
         "bits": np.array([8]),

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from calib.calibrators import CALIBRATORS, Histogram, find_range
+from calib.calibrators import CALIBRATORS, find_range
 from calib.histograms import HISTOGRAMS, Observation, save_histograms
+from tests.calib.test_calibrators import filled
 from trt import plots
 from trt.report import main, panel, report
 from trt.webpage import page
@@ -84,9 +85,7 @@ def make_run(folder):
 
 
 def observation():
-    histogram = Histogram()
-    histogram.add(np.random.default_rng(0).standard_normal(1000).astype(np.float32))
-    return Observation(histogram, 4)
+    return Observation(filled(np.random.default_rng(0).standard_normal(1000).astype(np.float32)), 4)
 
 
 def html(run):
