@@ -72,7 +72,8 @@ def main_metric(task: str, classes: Sequence[str]) -> CountingMetric:
 def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
     """How many labels are the highest logit, and how many are among the five highest.
 
-    A label's rank is the number of logits above its own, so that equal logits all count as right; NaN never does.
+    Of equal logits the class of the lowest index is the higher one, as in argmax: they are common where logits are INT8 or
+    FP16, and were they all right, a model would score the more, the coarser its output is. NaN is never right.
 
     Args:
         logits: (N, classes).
@@ -83,8 +84,9 @@ def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
     """
     if labels.max(initial=0) >= logits.shape[1]:
         raise ValueError(f"the images have a label {labels.max()}, but the model has {logits.shape[1]} classes")
-    own = logits[np.arange(len(labels)), labels]
-    rank = (~(logits <= own[:, None])).sum(axis=1)
+    own = logits[np.arange(len(labels)), labels][:, None]
+    equal_and_before = (logits == own) & (np.arange(logits.shape[1]) < labels[:, None])
+    rank = (~(logits <= own) | equal_and_before).sum(axis=1)
     return int((rank < 1).sum()), int((rank < 5).sum())
 
 

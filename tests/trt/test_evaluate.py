@@ -41,6 +41,21 @@ def test_counts_are_torchs_topk(images, classes, seed):
     assert count_correct(logits, labels) == expected
 
 
+@given(st.integers(1, 20), st.integers(1, 12), st.integers(0, 10**6))
+@settings(max_examples=50)
+def test_of_equal_logits_the_first_class_is_the_higher(images, classes, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(-2, 3, (images, classes)).astype(np.float32)  # as of an INT8 output: most are equal to others
+    labels = rng.integers(0, classes, images)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    expected = (logits.argmax(axis=1) == labels).sum(), (order[:, :5] == labels[:, None]).any(axis=1).sum()
+    assert count_correct(logits, labels) == expected
+
+
+def test_a_model_that_says_nothing_is_right_by_chance():
+    assert count_correct(np.zeros((200, 200)), np.arange(200)) == (1, 5)
+
+
 def test_nan_is_never_right():
     assert count_correct(np.full((3, 10), np.nan), np.zeros(3, dtype=int)) == (0, 0)
 
