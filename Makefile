@@ -10,6 +10,8 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[rtx]' \
 	  || echo 'TensorRT-RTX has no wheel for this Python or platform: its tests will be skipped'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dali]' \
+	  || echo 'DALI has no wheel for this Python or platform: its tests will be skipped'
 	touch $@
 
 check: setup

@@ -31,6 +31,7 @@ class ModelConfig:
 class DataConfig:
     root: str = MISSING  # holds train/ and val/, laid out as calib.folders.scan_folder says
     workers: int = 4
+    decoder: str = "pillow"  # of training images; or dali, NVIDIA's, which decodes on the GPU
     skip_unreadable: bool = False
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)  # over the model's own
 

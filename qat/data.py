@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from calib.folders import ImageFolder
 from calib.images import Preprocessing, open_image
+from calib.shards import ImageFile
 from qat.config import AugmentConfig
 
 
@@ -89,7 +90,7 @@ class SegmentationTransform:
         return changed[0].as_subclass(Tensor), changed[1].as_subclass(Tensor)
 
 
-Transform = Callable[[Image.Image, Any], tuple[Tensor, Tensor]]
+Transform = Callable[[Any, Any], tuple[Any, ...]]  # (what TrainImages reads, its target)
 TRANSFORMS: dict[str, Callable[[Preprocessing, AugmentConfig], Transform]] = {
     "classification": ClassificationTransform,
     "segmentation": SegmentationTransform,
@@ -105,7 +106,7 @@ def train_transform(task: str, preprocessing: Preprocessing, augment: AugmentCon
     return TRANSFORMS[task](preprocessing, augment)
 
 
-class TrainImages(Dataset[tuple[Tensor, Tensor, int]]):
+class TrainImages(Dataset[tuple[Any, ...]]):
     """One epoch's images, augmented: (image, label, index). An unreadable one, if skipped, gives its place to the next."""
 
     def __init__(self, folder: ImageFolder, transform: Transform, seed: int, epoch: int, skip_unreadable: bool) -> None:
@@ -115,17 +116,21 @@ class TrainImages(Dataset[tuple[Tensor, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.folder.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+    def read(self, path: ImageFile) -> Any:
+        """What the transform takes. Raises ValueError for an unreadable file."""
+        return open_image(path, "RGB")
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         path, target = self.folder.samples[index]
         try:
-            pixels = open_image(path, "RGB")
+            image = self.read(path)
         except ValueError:
             if not self.skip_unreadable:
                 raise
             logging.warning("%s: unreadable, skipped", path)
             return self[(index + 1) % len(self)]
         seed_everything(self.seed, 1, self.epoch, index)
-        return *self.transform(pixels, target), index
+        return *self.transform(image, target), index
 
 
 def epoch_batches(images: int, batch_size: int, rank: int, world: int, seed: int, epoch: int) -> list[list[int]]:
@@ -138,13 +143,14 @@ def epoch_batches(images: int, batch_size: int, rank: int, world: int, seed: int
 
 def load_batches(dataset: TrainImages, batches: Sequence[list[int]], workers: int) -> Iterator[TrainBatch]:
     """Yields the given batches, in order. Raises ValueError, in one line, for an image that cannot be read."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=list(batches),
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return load_in_order(dataset, batches, workers, _collate, pin_memory=torch.cuda.is_available())
+
+
+def load_in_order(
+    dataset: TrainImages, batches: Sequence[list[int]], workers: int, collate: Callable[[list[Any]], Any], **options: Any
+) -> Iterator[Any]:
+    """What `collate` makes of each batch's samples. Raises ValueError, in one line, for an image that cannot be read."""
+    loader = DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate, **options)
     try:
         yield from loader
     except ValueError as error:  # a worker process wraps its error in a traceback

@@ -36,10 +36,11 @@ from calib.files import sha256, write_atomic
 from calib.folders import ImageFolder, check_class_count, scan_folder
 from calib.shards import ImageFile
 from models.registry import family_of
+from qat import dali
 from qat.blocks import BlockOutputs
 from qat.checkpoint import Description, load_checkpoint, save_checkpoint, write_report
 from qat.config import Config, build_float_model, claim_run, load_config, model_arguments, recipe_of
-from qat.data import TrainBatch, TrainImages, epoch_batches, load_batches, seed_everything, train_transform
+from qat.data import TrainBatch, TrainImages, Transform, epoch_batches, load_batches, seed_everything, train_transform
 from qat.distributed import Ranks, process_group
 from qat.evaluate import TorchPredictor
 from qat.losses import block_loss, distillation_loss, task_loss
@@ -51,6 +52,7 @@ from qat.rewrite import quantize
 from trt.evaluate import evaluate, main_metric
 
 Log = Callable[[dict[str, float]], None]
+DECODERS = ("pillow", "dali")
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,7 +80,7 @@ class Trainer:
         threshold = self.options.freeze_oscillating
         self.oscillations = None if threshold is None else Oscillations(self.model, threshold)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.options.amp == "fp16")
-        self.transform = train_transform(self.task, self.description.preprocessing, self.options.augment)
+        self.transform = self._build_transform()
         self.mixup = make_mixup(config, len(self.folder.classes))
         self.steps_per_epoch = len(self._epoch(0)) // self.options.accumulate
         self.total_steps = self.options.epochs * self.steps_per_epoch
@@ -96,6 +98,11 @@ class Trainer:
             return None
         model = build_float_model(self.config)[0].to(self.ranks.device)
         return quantize(model, RECIPES["none"]) if self.options.distill_blocks else model
+
+    def _build_transform(self) -> Transform:
+        if self.config.data.decoder == "dali":
+            return dali.DrawPiece(self.options.augment)
+        return train_transform(self.task, self.description.preprocessing, self.options.augment)
 
     def _wrap(self) -> nn.Module:
         network: nn.Module = self.model
@@ -128,8 +135,7 @@ class Trainer:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         accumulate = self.options.accumulate
         batches = self._epoch(epoch)[done * accumulate : self.steps_per_epoch * accumulate]
-        images = TrainImages(self.folder, self.transform, self.config.seed, epoch, self.config.data.skip_unreadable)
-        loaded = load_batches(images, batches, self.config.data.workers)
+        loaded = self._load(epoch, batches)
         quiet = not (self.ranks.main and sys.stderr.isatty())
         for _ in tqdm(range(done, self.steps_per_epoch), f"epoch {epoch}", disable=quiet):
             start = time.perf_counter()
@@ -149,6 +155,14 @@ class Trainer:
             self.step += 1
             if time.monotonic() - self.last_save > 60 * self.options.save_minutes:
                 self.save()
+
+    def _load(self, epoch: int, batches: list[list[int]]) -> Iterator[TrainBatch]:
+        data = self.config.data
+        images = (self.folder, self.transform, self.config.seed, epoch, data.skip_unreadable)
+        if data.decoder == "dali":
+            preprocessing, device = self.description.preprocessing, self.ranks.device
+            return dali.load_batches(dali.EncodedImages(*images), batches, preprocessing, data.workers, device)
+        return load_batches(TrainImages(*images), batches, data.workers)
 
     def train_step(self, loaded: Iterator[TrainBatch]) -> float:
         """One optimizer step over `accumulate` batches; returns this rank's mean loss."""
@@ -317,6 +331,10 @@ def check(config: Config) -> None:
         raise ValueError(f"train.amp={config.train.amp} is not known; choose {', '.join(AMP)}")
     if config.resume not in ("auto", "never"):
         raise ValueError(f"resume={config.resume} is not known; choose auto or never")
+    if config.data.decoder not in DECODERS:
+        raise ValueError(f"data.decoder={config.data.decoder} is not known; choose {', '.join(DECODERS)}")
+    if config.data.decoder == "dali" and family_of(config.model.name).TASK != "classification":
+        raise ValueError("data.decoder=dali is for classification; set data.decoder=pillow")
     if not 0 <= config.train.distill <= 1:
         raise ValueError(f"train.distill={config.train.distill} is not a weight; give 0 to 1")
     if not 0 <= config.train.freeze_ranges_at <= 1:

@@ -90,6 +90,7 @@ OPTIONAL: tuple[Callable[[], Finding], ...] = (
     lambda: library("medpy", "HD95 of masks", "'qswin[segmentation]'"),
     lambda: library("matplotlib", "--plot", "'qswin[plot]'"),
     lambda: library("onnx-graphsurgeon", "build --fold"),
+    lambda: library("nvidia-dali-cuda130", "data.decoder=dali", "'qswin[dali]'"),
 )
 
 

@@ -349,3 +349,19 @@ def test_a_broken_last_pt_says_what_to_do(config_file, ptq):
     (path.parent / "last.pt").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match=r"last\.pt: cannot be read; delete it"):
         run(config_file, f"init={ptq}")
+
+
+def test_training_with_dali_follows_training_with_pillow(config_file, ptq, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install 'qswin[dali]'")
+    pillow, dali = (
+        losses(run(config_file, f"init={ptq}", f"data.decoder={decoder}", f"run={tmp_path / decoder}")[1])
+        for decoder in ("pillow", "dali")
+    )
+    assert pillow.keys() == dali.keys() and pillow != dali
+    assert dali == pytest.approx(pillow, rel=0.02)
+
+
+@pytest.mark.parametrize("decoder, message", [("jpeg", "not known; choose pillow, dali"), ("dali", "is for classification")])
+def test_a_decoder_that_a_task_has_not_is_an_error(masks_config, decoder, message):
+    with pytest.raises(ValueError, match=message):
+        run(masks_config, f"data.decoder={decoder}")
