@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calib.calibrators import BINS, SMALLEST_EXPONENT, Histogram
+from calib.calibrators import BINS, Histogram
 from calib.files import write_atomic
 
 HISTOGRAMS = "histograms.npz"
-LARGEST_EXPONENT = 128  # of float32
 BROKEN = (  # what NumPy raises over a damaged .npz
     *(ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
@@ -42,7 +41,6 @@ def save_histograms(path: Path, observations: Mapping[str, Observation]) -> None
         names=np.array(list(observations), dtype=np.str_),
         bits=np.array([observation.bits for observation in observations.values()], dtype=np.int64),
         amax=np.array([histogram.amax for histogram in histograms], dtype=np.float64),
-        exponent=np.array([histogram.exponent for histogram in histograms], dtype=np.int64),
         counts=np.array([histogram.counts for histogram in histograms], dtype=np.int64).reshape(-1, BINS),
     )
     write_atomic(path, data.getvalue())
@@ -58,28 +56,29 @@ def load_histograms(path: Path) -> dict[str, Observation]:
     data = io.BytesIO(path.read_bytes())
     try:
         with np.load(data, allow_pickle=False) as file:
-            columns = [file[name] for name in ("names", "bits", "amax", "exponent", "counts")]
+            columns = [file[name] for name in ("names", "bits", "amax", "counts")]
     except BROKEN as error:
         raise ValueError(f"{path}: truncated, or no histograms; calibrate again") from error
     if not _valid(*columns):
         raise ValueError(f"{path}: holds no histograms; calibrate again")
     observations = {}
-    for name, bits, amax, exponent, counts in zip(*columns, strict=True):
+    for name, bits, amax, counts in zip(*columns, strict=True):
         histogram = Histogram()
-        histogram.amax, histogram.exponent, histogram.counts = float(amax), int(exponent), counts
+        histogram.reserve(float(amax))
+        if np.flatnonzero(counts)[-1:].tolist() != [int(amax / histogram.bin_width)]:
+            raise ValueError(f"{path}: the largest value of {name} is not in its last bin; calibrate again")
+        histogram.counts = counts
         observations[str(name)] = Observation(histogram, int(bits))
     return observations
 
 
-def _valid(names: np.ndarray, bits: np.ndarray, amax: np.ndarray, exponent: np.ndarray, counts: np.ndarray) -> bool:
+def _valid(names: np.ndarray, bits: np.ndarray, amax: np.ndarray, counts: np.ndarray) -> bool:
     """Whether the columns have the types, shapes and values of `save_histograms`'s."""
-    kinds = [column.dtype.kind for column in (names, bits, amax, exponent, counts)]
-    sizes = {column.shape for column in (names, bits, amax, exponent)}
+    kinds = [column.dtype.kind for column in (names, bits, amax, counts)]
     return (
-        kinds == ["U", "i", "f", "i", "i"]
-        and sizes == {(len(counts),)}
+        kinds == ["U", "i", "f", "i"]
+        and {column.shape for column in (names, bits, amax)} == {(len(counts),)}
         and counts.shape == (len(counts), BINS)
         and bool(((bits >= 2) & (bits <= 8)).all() and (counts >= 0).all())
-        and bool(((exponent >= SMALLEST_EXPONENT) & (exponent <= LARGEST_EXPONENT)).all())
-        and bool(((amax > 0) & (amax < 2.0**exponent)).all())
+        and bool(((amax > 0) & np.isfinite(amax)).all())
     )

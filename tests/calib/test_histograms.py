@@ -42,7 +42,6 @@ def columns():
         "names": np.array(["fc1"]),
         "bits": np.array([8]),
         "amax": np.array([histogram.amax]),
-        "exponent": np.array([histogram.exponent]),
         "counts": histogram.counts[None],
     }
 
@@ -62,10 +61,12 @@ def test_these_columns_are_taken(tmp_path):
         ("amax", np.array([np.nan])),
         ("amax", np.array([0.0])),
         ("amax", np.array([4.0])),
-        ("exponent", np.array([10**6])),
+        ("amax", np.array([np.inf])),
+        ("amax", np.array([2.9])),
         ("counts", np.zeros((1, BINS - 1), dtype=np.int64)),
         ("counts", np.full((1, BINS), -1)),
         ("counts", np.zeros((1, BINS))),
+        ("counts", np.zeros((1, BINS), dtype=np.int64)),
     ],
 )
 def test_other_columns_are_refused(tmp_path, column, value):
