@@ -114,6 +114,14 @@ def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]
             raise ValueError(f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; order is by name")
 
 
+def spread_samples(folder: ImageFolder, images: int) -> Sequence[Sample]:
+    """`images` of a folder's samples at even distances, all of them for 0 or when there are no more."""
+    count = len(folder.samples)
+    if not 0 < images < count:
+        return folder.samples
+    return [folder.samples[index * count // images] for index in range(images)]
+
+
 def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[Sample]:
     """`images` of a folder's samples, drawn without replacement; the same for the same seed. Raises ValueError for 0."""
     if images < 1:

@@ -14,7 +14,7 @@ import onnx
 from calib.batches import image_batches
 from calib.build_cache import activations, value_sources
 from calib.files import sha256, write_json
-from calib.folders import scan_folder
+from calib.folders import scan_folder, spread_samples
 from calib.images import Preprocessing
 from trt.build import BuildOptions, build_network, prepare_graph
 from trt.engine import SUFFIXES, read_sidecar
@@ -151,9 +151,8 @@ def read_images(args: argparse.Namespace, task: str, preprocessing: Preprocessin
     if args.data is None:
         shape = (args.images, 3, *preprocessing.size)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    samples = scan_folder(task, args.data).samples
-    spread = samples[:: max(1, len(samples) // args.images)][: args.images]
-    return np.concatenate([batch.images for batch in image_batches(spread, preprocessing, 16)])
+    samples = spread_samples(scan_folder(task, args.data), args.images)
+    return np.concatenate([batch.images for batch in image_batches(samples, preprocessing, 16)])
 
 
 def main(args: argparse.Namespace, open_model: Callable[[Path], Predictor] = open_predictor) -> None:

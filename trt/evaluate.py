@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from calib.batches import Batch, ahead, image_batches
 from calib.files import write_json
-from calib.folders import scan_folder
+from calib.folders import scan_folder, spread_samples
 from calib.images import Preprocessing
 from calib.shards import ImageFile
 from trt.segmentation import Dice, Overlays, Volumes
@@ -117,7 +117,7 @@ def evaluate(
 def evaluate_folder(predictor: Predictor, args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates over the folder `args.data` with the model's own preprocessing, shows progress and a table, writes JSON."""
     folder = scan_folder(predictor.task, args.data, predictor.classes)
-    samples = folder.samples[:: max(1, len(folder.samples) // args.images)] if args.images else folder.samples
+    samples = spread_samples(folder, args.images)
     size = predictor.batch_size or args.batch_size
     skipped: list[ImageFile] | None = [] if args.skip_unreadable else None
     batches = image_batches(samples, predictor.preprocessing, size, args.workers, skipped)
@@ -187,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help="a checkpoint (.safetensors), an .onnx file or an engine")
     parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/val")
     parser.add_argument("--json", type=Path, help="write the result here too")
-    parser.add_argument("--images", type=int, default=0, help="evaluate about this many, evenly spread; 0: all")
+    parser.add_argument("--images", type=int, default=0, help="evaluate this many, evenly spread; 0: all")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--threads", type=int, default=0, help="compute threads of ONNX Runtime; 0: all cores")

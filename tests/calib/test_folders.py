@@ -1,13 +1,15 @@
-"""Mask folders as they are laid out, and what is said of those that are not."""
+"""Folders as they are laid out, what is said of those that are not, and what is taken of them."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from calib.batches import image_batches
-from calib.folders import scan_folder
+from calib.folders import ImageFolder, scan_folder, spread_samples
 from calib.images import Preprocessing, load_mask
 from tests.conftest import write_masks
 
@@ -58,3 +60,12 @@ def test_a_mask_in_colour_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="8-bit class indices.*RGB"):
         load_mask(tmp_path / "a.png", Preprocessing(size=(8, 8)))
+
+
+@given(st.integers(1, 60), st.integers(0, 70))
+def test_spread_samples_lie_at_even_distances(count, images):
+    folder = ImageFolder(Path("a"), ("a",), tuple((Path(f"{i}.png"), i) for i in range(count)))
+    chosen = [label for _, label in spread_samples(folder, images)]
+    assert len(chosen) == (min(images, count) or count) and chosen[0] == 0
+    distances = set(np.diff(chosen).tolist())
+    assert distances <= {count // len(chosen), -(-count // len(chosen))}
