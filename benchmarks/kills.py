@@ -54,9 +54,24 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-def start(command: list[str]) -> subprocess.Popen[bytes]:
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=quiet, stderr=quiet, start_new_session=True)
+class Job:
+    """A command that runs; `log` is what it says."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Raises TimeoutExpired when it still runs after `seconds`, SystemExit when it failed."""
+        if self.process.wait(seconds):
+            raise SystemExit(f"{self.log}: failed\n{self.log.read_text()}")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 READERS: dict[str, Check] = {
@@ -93,25 +108,24 @@ def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     for run in (whole, folder):
         run.mkdir(parents=True)
-    begun = time.perf_counter()
+    log, begun = work / "log", time.perf_counter()
     command, product = commands(whole)[job]
-    assert start(command).wait() == 0
+    Job(command, log).wait()
     seconds, killed, finished = time.perf_counter() - begun, 0, 0
     command, _ = commands(folder)[job]
     while killed < kills:
-        process = start(command)
+        running = Job(command, log)
         try:
-            assert process.wait(rng.uniform(0.2, 1.0) * seconds) == 0
+            running.wait(rng.uniform(0.2, 1.0) * seconds)
             finished += 1
             assert same(whole / product, folder / product)
             shutil.rmtree(folder)
             folder.mkdir()
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            running.kill()
             killed += 1
             read_all(folder)
-    assert start(command).wait() == 0
+    Job(command, log).wait()
     left = sum(path.name.startswith(".") for path in folder.iterdir())
     return {
         "job": job,
