@@ -18,7 +18,8 @@ from calib.shards import ImageFile
 from qat.config import AugmentConfig
 from qat.data import TrainBatch, TrainImages, load_in_order
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # that DALI reads too, by Pillow's names
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # that DALI reads as Pillow does, by Pillow's names
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B")
 DECODED_AHEAD = 4  # batches at most, of what may have failed when DALI stops
 NOT_HERE = ("rotate", "color_jitter", "auto_augment", "erase")  # augmentations that Pillow's images have
 
@@ -52,8 +53,9 @@ class EncodedImages(TrainImages):
             header = Image.open(io.BytesIO(data))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
             raise ValueError(f"{path}: {UNREADABLE}") from error
-        if header.format not in FORMATS:
-            raise ValueError(f"{path}: DALI does not read {header.format}; convert it, or set data.decoder=pillow")
+        if header.format not in FORMATS or header.mode not in MODES:
+            what = f"{header.format} of mode {header.mode}"
+            raise ValueError(f"{path}: DALI does not read {what} as Pillow does; convert it, or set data.decoder=pillow")
         return Encoded(np.frombuffer(data, np.uint8), header)
 
 

@@ -43,12 +43,17 @@ def by_pillow(folder, batches):
     return list(load_batches(dataset, batches, 0))
 
 
+def levels(ours, reference):
+    """How far pixels are apart, of 255."""
+    return (ours.images - reference.images).abs() * torch.tensor(PREPROCESSING.std).view(3, 1, 1) * 255
+
+
 def test_dali_sees_what_pillow_sees(folder):
     batches = [[3, 0, 5, 4], [1, 2, 9, 11], [10, 8, 7, 6]]
     for ours, reference in zip(by_dali(folder, batches), by_pillow(folder, batches), strict=True):
         assert ours.indices.tolist() == reference.indices.tolist() and ours.labels.tolist() == reference.labels.tolist()
-        levels = (ours.images - reference.images).abs() * torch.tensor(PREPROCESSING.std).view(3, 1, 1) * 255
-        assert levels.mean() < 1 and levels.max() < 20  # Pillow rounds between its two passes
+        apart = levels(ours, reference)
+        assert apart.mean() < 1 and apart.max() < 20  # Pillow rounds between its two passes
         other = (ours.images - reference.images.flip(-1)).abs() * 255
         assert other.mean() > 5  # another flip is another image
 
@@ -73,10 +78,42 @@ def test_what_dali_cannot_read_is_an_error_of_one_line(folder, tmp_path):
         with pytest.raises(ValueError, match=message) as raised:
             by_dali(scan_folder("classification", tmp_path), [[0]])
         assert "\n" not in str(raised.value)
-    Image.new("RGB", (8, 8)).save(tmp_path / "class0" / "0.gif")
-    broken.unlink()
-    with pytest.raises(ValueError, match="does not read GIF; convert it"):
+
+
+@pytest.mark.parametrize("name, mode", [("0.gif", "P"), ("0.tif", "F"), ("0.tif", "LAB")])
+def test_what_dali_reads_otherwise_is_refused(tmp_path, name, mode):
+    (tmp_path / "class0").mkdir()
+    Image.new("RGB", (8, 8)).convert("L" if mode == "F" else "RGB").convert(mode).save(tmp_path / "class0" / name)
+    with pytest.raises(ValueError, match=f"does not read .* of mode {mode} as Pillow does; convert it"):
         by_dali(scan_folder("classification", tmp_path), [[0]])
+
+
+def in_mode(image, mode):
+    """Pillow converts to 16 bits by cutting them off."""
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # orientation: a quarter
+
+
+@pytest.mark.parametrize(
+    "name, mode, options",
+    [
+        ("0.jpg", "CMYK", {}),
+        ("0.jpg", "RGB", {"exif": TURNED}),
+        ("0.png", "P", {"transparency": 3}),
+        ("0.png", "I;16", {}),
+        ("0.webp", "RGBA", {"lossless": True}),
+        ("0.tif", "CMYK", {}),
+    ],
+)
+def test_other_modes_are_read_as_pillow_reads_them(folder, tmp_path, name, mode, options):
+    (tmp_path / "class0").mkdir()
+    in_mode(Image.open(folder.samples[0][0]), mode).save(tmp_path / "class0" / name, **options)
+    other = scan_folder("classification", tmp_path)
+    (ours,), (reference,) = by_dali(other, [[0]]), by_pillow(other, [[0]])
+    assert levels(ours, reference).mean() < 1
 
 
 def test_an_unreadable_image_gives_its_place_to_the_next(folder, tmp_path):
