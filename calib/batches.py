@@ -154,7 +154,7 @@ def _load(sample: Sample, preprocessing: Preprocessing, out: np.ndarray) -> Targ
     path, target = sample
     try:
         load_image(path, preprocessing, out)
-        return load_mask(target, preprocessing) if isinstance(target, Path) else target
+        return load_mask(target, path, preprocessing) if isinstance(target, Path) else target
     except ValueError as error:
         return error
 

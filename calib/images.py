@@ -61,12 +61,24 @@ def load_pixels(path: str | Source, preprocessing: Preprocessing) -> np.ndarray:
     return np.asarray(_resize_and_crop(open_image(path, "RGB"), preprocessing, resampling))
 
 
-def load_mask(path: str | Source, preprocessing: Preprocessing) -> np.ndarray:
-    """Decodes one mask to (H, W) uint8 class indices, cut as its image is. Raises ValueError, naming an unreadable file."""
-    image = open_image(path)
-    if image.mode not in ("L", "P"):
-        raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {image.mode!r}")
-    return np.asarray(_resize_and_crop(image, preprocessing, Image.Resampling.NEAREST))
+def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes the mask of an image to (H, W) uint8 class indices, cut as the image is.
+
+    Raises:
+        ValueError: a file cannot be read, the mask is in colour, or its size is another; the file is named.
+    """
+    mask = open_image(path)
+    if mask.mode not in ("L", "P"):
+        raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {mask.mode!r}")
+    with image.open("rb") as file, Image.open(file) as header:
+        check_size(path, mask, header)
+    return np.asarray(_resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST))
+
+
+def check_size(path: str | Source, mask: Image.Image, image: Image.Image) -> None:
+    """Raises ValueError, naming the mask's file, when a mask is not of its image's size."""
+    if mask.size != image.size:
+        raise ValueError(f"{path}: is {mask.size} pixels, its image {image.size}; they must be the same")
 
 
 def open_image(path: str | Source, mode: str | None = None) -> Image.Image:

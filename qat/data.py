@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from calib.folders import ImageFolder
-from calib.images import Preprocessing, open_image
+from calib.images import Preprocessing, check_size, open_image
 from calib.shards import ImageFile
 from qat.config import AugmentConfig
 
@@ -84,8 +84,7 @@ class SegmentationTransform:
     def __call__(self, image: Image.Image, target: Path) -> tuple[Tensor, Tensor]:
         """(3, H, W) float32, and the mask (H, W) uint8. Raises ValueError when the two files differ in size."""
         mask = open_image(target)
-        if mask.size != image.size:
-            raise ValueError(f"{target}: is {mask.size} pixels, its image {image.size}; they must be the same")
+        check_size(target, mask, image)
         changed = self._change(v2.functional.to_image(image), tv_tensors.Mask(np.array(mask)))
         return changed[0].as_subclass(Tensor), changed[1].as_subclass(Tensor)
 

@@ -10,7 +10,9 @@ from PIL import Image
 
 from calib.batches import image_batches
 from calib.folders import ImageFolder, scan_folder, spread_samples
-from calib.images import Preprocessing, load_mask
+from calib.images import Preprocessing, load_mask, open_image
+from qat.config import AugmentConfig
+from qat.data import train_transform
 from tests.conftest import write_masks
 
 
@@ -34,7 +36,7 @@ def test_a_mask_is_cut_as_its_image_is_and_keeps_its_values(tmp_path):
     mask = np.kron(rng.integers(0, 5, (10, 14)), np.ones((4, 4))).astype(np.uint8)
     Image.fromarray(mask).save(tmp_path / "a.png")
     np.testing.assert_array_equal(
-        load_mask(tmp_path / "a.png", Preprocessing(size=(10, 10), crop_pct=1.0)), mask[1::4, 9:49:4]
+        load_mask(tmp_path / "a.png", tmp_path / "a.png", Preprocessing(size=(10, 10), crop_pct=1.0)), mask[1::4, 9:49:4]
     )
 
 
@@ -59,7 +61,19 @@ def test_folders_that_cannot_be_used_say_why(masks):
 def test_a_mask_in_colour_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="8-bit class indices.*RGB"):
-        load_mask(tmp_path / "a.png", Preprocessing(size=(8, 8)))
+        load_mask(tmp_path / "a.png", tmp_path / "a.png", Preprocessing(size=(8, 8)))
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(masks):
+    """Both would be cut to the model's size, and the pixels would not be the image's."""
+    folder = scan_folder("segmentation", masks / "val")
+    image, mask = folder.samples[0]
+    Image.open(mask).resize((9, 7)).save(mask)
+    message = r"case0_slice_0\.png: is \(9, 7\) pixels, its image .*; they must be the same"
+    with pytest.raises(ValueError, match=message):
+        list(image_batches(folder.samples, Preprocessing(size=(8, 8)), 2))
+    with pytest.raises(ValueError, match=message):
+        train_transform("segmentation", Preprocessing(size=(8, 8)), AugmentConfig())(open_image(image, "RGB"), mask)
 
 
 @given(st.integers(1, 60), st.integers(0, 70))
