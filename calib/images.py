@@ -55,6 +55,11 @@ def load_image(path: str | Source, preprocessing: Preprocessing, out: np.ndarray
     return _normalize(pixels, preprocessing, out)
 
 
+def noise_images(count: int, preprocessing: Preprocessing) -> np.ndarray:
+    """(count, 3, H, W) float32, standard normal, seed 0: of normalised images' mean and variance."""
+    return np.random.default_rng(0).standard_normal((count, 3, *preprocessing.size), dtype=np.float32)
+
+
 def load_pixels(path: str | Source, preprocessing: Preprocessing) -> np.ndarray:
     """Decodes one file to (H, W, 3) uint8, cut as the model sees it. Raises ValueError, naming an unreadable file."""
     resampling = RESAMPLING[preprocessing.interpolation]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from calib.images import noise_images
 from qat.inductor import SUFFIX, Package
 from trt import bench as engines
 from trt.bench import Row, Timer, measure, rates, wall_clock
@@ -35,7 +36,7 @@ def bench_checkpoint(path: Path, batches: list[int], args: argparse.Namespace) -
                 if backend == "torch.compile":
                     model.compile(mode="max-autotune-no-cudagraphs")
                 for batch in batches:
-                    images = torch.zeros(batch, 3, *description.preprocessing.size, device=device, dtype=dtype)
+                    images = torch.from_numpy(noise_images(batch, description.preprocessing)).to(device, dtype)
                     timer = _timer(model, images)
                     repeats = args.repeats if device.type == "cuda" else min(args.repeats, args.cpu_repeats)
                     row = {"model": path.name, "backend": backend, "precision": precision, "device": name}
@@ -52,7 +53,7 @@ def bench_package(path: Path, batches: list[int], args: argparse.Namespace) -> I
         if not package.smallest <= batch <= package.largest:
             logging.warning("%s: skips batch %d, outside its %d to %d", path, batch, package.smallest, package.largest)
             continue
-        images = torch.zeros(batch, 3, *package.preprocessing.size, device="cuda")
+        images = torch.from_numpy(noise_images(batch, package.preprocessing)).cuda()
         yield row | rates(measure(_timer(package.run, images), args.warmup, args.repeats), batch)
         if args.cuda_graph:
             timer = _timer(captured(package.run, images), images)

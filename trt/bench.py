@@ -1,4 +1,7 @@
-"""Latency and throughput side by side: engines by CUDA events, ONNX files in ONNX Runtime. The library of `qswin bench`."""
+"""Latency and throughput side by side: engines by CUDA events, ONNX files in ONNX Runtime. The library of `qswin bench`.
+
+Images are noise: blank ones would let a GPU that is held to a power limit run faster than it does with photographs.
+"""
 
 import argparse
 import statistics
@@ -13,6 +16,7 @@ from absl import logging
 from tqdm import tqdm
 
 from calib.files import write_json
+from calib.images import noise_images
 from trt import plots
 from trt.engine import SUFFIXES, Engine
 from trt.gpu import Stopwatch, captured, find_gpu
@@ -65,7 +69,7 @@ def bench_engine(path: Path, batches: list[int], args: argparse.Namespace) -> It
         if not engine.smallest <= batch <= engine.largest:
             logging.warning("%s: skips batch %d, outside its %d to %d", path, batch, engine.smallest, engine.largest)
             continue
-        engine.bind(batch)
+        engine.load(noise_images(batch, engine.preprocessing))
         yield row | rates(measure(lambda: watch.time(engine.enqueue), args.warmup, args.repeats), batch)
         if args.cuda_graph:
             with captured(engine.enqueue, engine.stream) as launch:
@@ -86,7 +90,7 @@ def bench_onnx(path: Path, batches: list[int], args: argparse.Namespace) -> Iter
         if predictor.batch_size not in (None, batch):
             logging.warning("%s: skips batch %d, its batch is fixed to %d", path, batch, predictor.batch_size)
             continue
-        images = np.zeros((batch, 3, *predictor.preprocessing.size), dtype=np.float32)
+        images = noise_images(batch, predictor.preprocessing)
         timer = wall_clock(lambda: predictor(images))  # noqa: B023
         yield row | rates(measure(timer, min(args.warmup, 2), min(args.repeats, args.cpu_repeats)), batch)
 

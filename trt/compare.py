@@ -15,7 +15,7 @@ from calib.batches import image_batches
 from calib.build_cache import activations, value_sources
 from calib.files import sha256, write_json
 from calib.folders import scan_folder, spread_samples
-from calib.images import Preprocessing
+from calib.images import Preprocessing, noise_images
 from trt.build import BuildOptions, build_network, prepare_graph
 from trt.engine import SUFFIXES, read_sidecar
 from trt.evaluate import Predictor, open_predictor
@@ -147,10 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_images(args: argparse.Namespace, task: str, preprocessing: Preprocessing) -> np.ndarray:
-    """(N, 3, H, W): images spread evenly over the folder, or standard normal noise, seed 0."""
+    """(N, 3, H, W): images spread evenly over the folder, or noise."""
     if args.data is None:
-        shape = (args.images, 3, *preprocessing.size)
-        return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        return noise_images(args.images, preprocessing)
     samples = spread_samples(scan_folder(task, args.data), args.images)
     return np.concatenate([batch.images for batch in image_batches(samples, preprocessing, 16)])
 

@@ -110,8 +110,13 @@ class Engine(BuiltModel):
         self._buffers = {name: DeviceArray() for name in ("input", "logits")}
         self._batch = 0
 
-    def bind(self, batch: int) -> None:
-        """Sets the batch size of what follows, and makes room for it. Raises ValueError outside the engine's profile."""
+    def load(self, images: np.ndarray) -> None:
+        """Copies a batch (N, 3, H, W) float32 to the GPU: what runs from now on. Raises ValueError outside the profile."""
+        self._bind(len(images))
+        self._buffers["input"].copy_from(np.ascontiguousarray(images), self._stream)
+
+    def _bind(self, batch: int) -> None:
+        """Sets the batch size of what follows, and makes room for it."""
         if not self.smallest <= batch <= self.largest:
             raise ValueError(
                 f"batch {batch}: the engine takes {self.smallest} to {self.largest}; build it with other --shapes"
@@ -125,19 +130,17 @@ class Engine(BuiltModel):
         self._batch = batch
 
     def enqueue(self) -> None:
-        """Puts one inference of the bound batch on the stream."""
+        """Puts one inference of the loaded batch on the stream."""
         self.context.execute_async_v3(self.stream)
 
-    def run_bound(self) -> None:
-        """One inference of the bound batch, to its end."""
+    def run_loaded(self) -> None:
+        """One inference of the loaded batch, to its end."""
         self.enqueue()
         self._stream.synchronize()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""
-        padded = fill_up(images, self.smallest)
-        self.bind(len(padded))
-        self._buffers["input"].copy_from(np.ascontiguousarray(padded), self._stream)
+        self.load(fill_up(images, self.smallest))
         self.enqueue()
         logits = np.empty(self._buffers["logits"].shape, dtype=np.float32)
         self._buffers["logits"].copy_to(logits, self._stream)

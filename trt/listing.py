@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.files import write_json
+from calib.images import noise_images
 from trt.engine import SUFFIXES, Engine
 from trt.layers import Layer, engine_layers, graph_layers, layer_table
 from trt.onnx_files import read_onnx
@@ -25,12 +26,12 @@ def timed_layers(engine: Engine) -> list[Layer]:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             self.total[layer_name] = self.total.get(layer_name, 0.0) + ms
 
-    engine.bind(engine.largest)
+    engine.load(noise_images(engine.largest, engine.preprocessing))
     for _ in range(3):  # warms up unmeasured
-        engine.run_bound()
+        engine.run_loaded()
     engine.context.profiler = profiler = Profiler()
     for _ in range(RUNS):
-        engine.run_bound()
+        engine.run_loaded()
     return [
         dataclasses.replace(layer, ms=profiler.total[layer.name] / RUNS if layer.name in profiler.total else None)
         for layer in engine_layers(engine.engine)

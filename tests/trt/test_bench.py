@@ -1,5 +1,6 @@
 """Timing: medians of a clock we turn ourselves; the command over ONNX files and a checkpoint."""
 
+import argparse
 import itertools
 import json
 
@@ -9,7 +10,8 @@ from qat import bench as command
 from qat.checkpoint import save_checkpoint
 from qswin import run
 from tests.conftest import DESCRIPTION, small_swin
-from trt.bench import measure, rates, speed_up
+from trt.bench import bench_onnx, measure, rates, speed_up
+from trt.onnx_runtime import OnnxRuntimePredictor
 
 
 def test_the_first_run_and_the_warm_up_do_not_count():
@@ -22,6 +24,16 @@ def test_rates_and_speed_ups():
     row = rates({"ms": 4.0}, 8)
     assert row["images_per_second"] == 2000
     assert speed_up(row, {"ms": 6.0}) == "1.50" and speed_up(row, None) == "-"
+
+
+def test_what_is_timed_is_no_blank_image(graphs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(OnnxRuntimePredictor, "__call__", lambda self, images: seen.append(images))
+    args = argparse.Namespace(threads=1, warmup=1, repeats=2, cpu_repeats=2)
+    (row,) = bench_onnx(graphs["fp32"], [4], args)
+    assert row["batch"] == 4 and len(seen) == 4
+    for images in seen:
+        assert images.shape == (4, 3, 32, 32) and abs(images.mean()) < 0.05 and abs(images.std() - 1) < 0.05
 
 
 def test_side_by_side(graphs, tmp_path, capsys):
