@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     findings = examine()
     for finding in findings:
-        print(f"{finding.name:<18} {finding.found or 'missing':<40} {finding.note}")
+        print(f"{finding.name:<20} {finding.found or 'missing':<40} {finding.note}")
     if args.json:
         report: dict[str, Any] = {finding.name: {"found": finding.found, "note": finding.note} for finding in findings}
         write_json(args.json, report)
