@@ -1,7 +1,9 @@
 """Images and masks from files as a model sees them, without torch."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -75,7 +77,7 @@ def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -
     mask = open_image(path)
     if mask.mode not in ("L", "P"):
         raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {mask.mode!r}")
-    with image.open("rb") as file, Image.open(file) as header:
+    with naming_unreadable(image), image.open("rb") as file, Image.open(file) as header:
         check_size(path, mask, header)
     return np.asarray(_resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST))
 
@@ -92,11 +94,17 @@ def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
     Raises:
         ValueError: the file cannot be read, or its pixels have no known range; it is named.
     """
+    source = Path(path) if isinstance(path, str) else path
+    with naming_unreadable(path), source.open("rb") as file, Image.open(file) as image:
+        image.load()
+        return image if mode is None else _to_8_bits(image, path).convert(mode)
+
+
+@contextlib.contextmanager
+def naming_unreadable(path: str | Source) -> Iterator[None]:
+    """Makes a ValueError that names the file of whatever Pillow raises over one that it cannot read."""
     try:
-        source = Path(path) if isinstance(path, str) else path
-        with source.open("rb") as file, Image.open(file) as image:
-            image.load()
-            return image if mode is None else _to_8_bits(image, path).convert(mode)
+        yield
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
 

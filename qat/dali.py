@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from calib.images import UNREADABLE, Preprocessing, open_image
+from calib.images import Preprocessing, naming_unreadable, open_image
 from calib.shards import ImageFile
 from qat.config import AugmentConfig
 from qat.data import TrainBatch, TrainImages, load_in_order
@@ -47,12 +47,9 @@ class EncodedImages(TrainImages):
 
     def read(self, path: ImageFile) -> Encoded:
         """Raises ValueError for what is no image, or of a format that DALI does not read."""
-        try:
-            with path.open("rb") as file:
-                data = file.read()
+        with naming_unreadable(path), path.open("rb") as file:
+            data = file.read()
             header = Image.open(io.BytesIO(data))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-            raise ValueError(f"{path}: {UNREADABLE}") from error
         if header.format not in FORMATS or header.mode not in MODES:
             what = f"{header.format} of mode {header.mode}"
             raise ValueError(f"{path}: DALI does not read {what} as Pillow does; convert it, or set data.decoder=pillow")

@@ -32,9 +32,9 @@ def folder(tmp_path_factory):
     return scan_folder("classification", root)
 
 
-def by_dali(folder, batches, workers=0, augment=AUGMENT, skip=False):
+def by_dali(folder, batches, workers=0, skip=False):
     pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install 'qswin[dali]'")
-    dataset = EncodedImages(folder, DrawPiece(augment), 3, 1, skip)
+    dataset = EncodedImages(folder, DrawPiece(AUGMENT), 3, 1, skip)
     return list(load_with_dali(dataset, batches, PREPROCESSING, workers, CPU))
 
 
