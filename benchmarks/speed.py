@@ -30,6 +30,7 @@ from qat.ptq import calibrate
 from qat.recipe import named_recipe
 from qat.rewrite import quantize
 
+Run = Callable[[Tensor], Any]
 ROTATED = 4  # inputs that take turns
 
 
@@ -62,7 +63,7 @@ def reference(lowered: nn.Module, images: Tensor) -> Tensor:
     return model(images)
 
 
-def time_calls(run: Callable[[Tensor], Any], inputs: list[Tensor], warmup: int, repeats: int) -> float:
+def time_calls(run: Run, inputs: list[Tensor], warmup: int, repeats: int) -> float:
     """Median milliseconds of a call, inputs taking turns."""
     turns = itertools.cycle(inputs)
     for _ in range(warmup):
@@ -80,17 +81,17 @@ def time_calls(run: Callable[[Tensor], Any], inputs: list[Tensor], warmup: int, 
 
 def backends(
     model: nn.Module, lowered: nn.Module, images: Tensor, modes: list[str]
-) -> Iterator[tuple[str, str, Callable[[Tensor], Any]]]:
-    """(backend, precision, what runs a batch)."""
+) -> Iterator[tuple[str, str, Callable[[], Run]]]:
+    """(backend, precision, what makes the function that runs a batch)."""
     for mode in modes:
-        yield f"torch.compile {mode}, CUDA graph", "fp16", captured(compiled(model, images, mode), images)
-    yield "torch eager", "fp16", model
-    yield "torch eager, CUDA graph", "fp16", captured(model, images)
-    yield "qswin kernels", "int8", lowered
-    yield "qswin kernels, CUDA graph", "int8", captured(lowered, images)
+        yield f"torch.compile {mode}, CUDA graph", "fp16", lambda: captured(compiled(model, images, mode), images)  # noqa: B023
+    yield "torch eager", "fp16", lambda: model
+    yield "torch eager, CUDA graph", "fp16", lambda: captured(model, images)
+    yield "qswin kernels", "int8", lambda: lowered
+    yield "qswin kernels, CUDA graph", "int8", lambda: captured(lowered, images)
     if importlib.util.find_spec("torchao"):
         name = f"torch.compile {modes[0]} + torchao, CUDA graph"
-        yield name, "int8", captured(torchao(model, images, modes[0]), images)
+        yield name, "int8", lambda: captured(torchao(model, images, modes[0]), images)
 
 
 def compiled(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["swin_tiny_patch4_window7_224"])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 64, 256])
     parser.add_argument("--modes", nargs="+", default=["max-autotune-no-cudagraphs", "default"], help="of torch.compile")
+    parser.add_argument("--only", default="", help="backends whose names hold this")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--commit", default=commit())
@@ -171,8 +173,10 @@ def main() -> None:
         for batch in args.batch:
             inputs = [torch.randn(batch, 3, *size, device="cuda", dtype=torch.float16) for _ in range(ROTATED)]
             with torch.inference_mode():
-                for backend, precision, run in backends(model, lowered, inputs[0], args.modes):
-                    ms = time_calls(run, inputs, args.warmup, args.repeats)
+                for backend, precision, make in backends(model, lowered, inputs[0], args.modes):
+                    if args.only not in backend:
+                        continue
+                    ms = time_calls(make(), inputs, args.warmup, args.repeats)
                     what = {"model": name, "backend": backend, "precision": precision, "batch": batch}
                     rates = {"ms": round(ms, 4), "images_per_second": round(1000 * batch / ms, 1)}
                     rows.append({**what, **rates, "device": device_name("cuda"), "commit": args.commit})

@@ -20,12 +20,15 @@ RUNTIMES = ("onnxruntime", "tensorrt")
 TIMING = argparse.Namespace(threads=0, warmup=10, repeats=50, cpu_repeats=9, cuda_graph=False)
 
 
-def measure_latency(model: nn.Module, description: Description, floats: Collection[str], runtime: str, batch: int) -> float:
+def measure_latency(
+    model: nn.Module, description: Description, floats: Collection[str], runtime: str, batch: int, timing_cache: Path
+) -> float:
     """Median milliseconds of a batch: ONNX Runtime's on the CPU, or that of a TensorRT engine, the rest of it in FP16.
 
     Args:
         model: calibrated; it is left as it is.
         floats: the sites that stay in float.
+        timing_cache: TensorRT's measured tactics, read and added to: the engines have most layers in common.
 
     Raises:
         ValueError: TensorRT is asked for and is not there.
@@ -39,7 +42,9 @@ def measure_latency(model: nn.Module, description: Description, floats: Collecti
         if runtime == "onnxruntime":
             return next(bench_onnx(path, [batch], TIMING))["ms"]
         engine = path.with_suffix(".engine")
-        options = BuildOptions("int8" if precision == "int8" else "fp16", profile=(batch, batch, batch))
+        options = BuildOptions(
+            "int8" if precision == "int8" else "fp16", profile=(batch, batch, batch), timing_cache=timing_cache
+        )
         save_engine(engine, *build_engine(path, options))
         return next(bench_engine(engine, [batch], TIMING))["ms"]
 
@@ -55,14 +60,14 @@ def without_quantizers(model: nn.Module, sites: Collection[str]) -> nn.Module:
 
 
 def latencies(
-    model: nn.Module, description: Description, groups: list[list[str]], runtime: str, batch: int
+    model: nn.Module, description: Description, groups: list[list[str]], runtime: str, batch: int, timing_cache: Path
 ) -> Callable[[int], float]:
     """Milliseconds with the first n groups of sites in float, each n measured once."""
 
     @functools.cache
     def latency(count: int) -> float:
         floats = {site for group in groups[:count] for site in group}
-        ms = measure_latency(model, description, floats, runtime, batch)
+        ms = measure_latency(model, description, floats, runtime, batch, timing_cache)
         logging.info("%d of %d groups in float: %.3f ms", count, len(groups), ms)
         return ms
 

@@ -139,12 +139,13 @@ def most_in_float(cost: Callable[[int], float], budget: Budget, count: int) -> i
         cost: of a number of groups in float.
 
     Raises:
-        ValueError: the cost is above the limit even with none.
+        ValueError: the cost is above the limit with all of them and with none.
     """
     if cost(count) <= budget.limit:  # also where INT8 is the slower one
         return count
     if cost(0) > budget.limit:
-        raise ValueError(f"the budget cannot be met: with every site quantized {budget.name} is {cost(0):.3f}")
+        found = f"{cost(0):.3f} with every site quantized, {cost(count):.3f} with none"
+        raise ValueError(f"the budget cannot be met: {budget.name} is {found}")
     return fewest(lambda n: n == count or cost(n) > budget.limit, count) - 1
 
 
@@ -155,7 +156,7 @@ def cost_of(
     if budget.name == "bops":
         return functools.partial(share_of_operations, groups)
     sites = [group.sites for group in groups]
-    return latencies(model, description, sites, args.runtime, args.batch)
+    return latencies(model, description, sites, args.runtime, args.batch, args.recipe.with_name("timing.cache"))
 
 
 def least_in_float(probe: Probe, groups: list[Candidate], budget: Budget, reference: dict[str, float]) -> int:

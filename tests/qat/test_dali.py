@@ -16,7 +16,7 @@ from qat.data import ClassificationTransform, TrainImages, load_batches
 
 PREPROCESSING = Preprocessing(size=(32, 32))
 AUGMENT = AugmentConfig(scale=(0.3, 1.0), hflip=0.5, vflip=0.3)
-CPU = torch.device("cpu")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def folder(tmp_path_factory):
     return scan_folder("classification", root)
 
 
-def by_dali(folder, batches, workers=0, skip=False):
+def by_dali(folder, batches, workers=0, skip=False, device="cpu"):
     pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI: pip install 'qswin[dali]'")
     dataset = EncodedImages(folder, DrawPiece(AUGMENT), 3, 1, skip)
-    return list(load_with_dali(dataset, batches, PREPROCESSING, workers, CPU))
+    return list(load_with_dali(dataset, batches, PREPROCESSING, workers, torch.device(device)))
 
 
 def by_pillow(folder, batches):
@@ -45,16 +45,17 @@ def by_pillow(folder, batches):
 
 def levels(ours, reference):
     """How far pixels are apart, of 255."""
-    return (ours.images - reference.images).abs() * torch.tensor(PREPROCESSING.std).view(3, 1, 1) * 255
+    return (ours.images.cpu() - reference.images).abs() * torch.tensor(PREPROCESSING.std).view(3, 1, 1) * 255
 
 
-def test_dali_sees_what_pillow_sees(folder):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
+def test_dali_sees_what_pillow_sees(folder, device):
     batches = [[3, 0, 5, 4], [1, 2, 9, 11], [10, 8, 7, 6]]
-    for ours, reference in zip(by_dali(folder, batches), by_pillow(folder, batches), strict=True):
+    for ours, reference in zip(by_dali(folder, batches, device=device), by_pillow(folder, batches), strict=True):
         assert ours.indices.tolist() == reference.indices.tolist() and ours.labels.tolist() == reference.labels.tolist()
         apart = levels(ours, reference)
         assert apart.mean() < 1 and apart.max() < 20  # Pillow rounds between its two passes
-        other = (ours.images - reference.images.flip(-1)).abs() * 255
+        other = (ours.images.cpu() - reference.images.flip(-1)).abs() * 255
         assert other.mean() > 5  # another flip is another image
 
 
@@ -127,7 +128,7 @@ def test_an_unreadable_image_gives_its_place_to_the_next(folder, tmp_path):
 def test_without_dali_its_install_command_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali.plugin.pytorch", None)
     with pytest.raises(ValueError, match=r"needs NVIDIA DALI: pip install 'qswin\[dali\]'"):
-        next(load_with_dali(EncodedImages(folder, DrawPiece(AUGMENT), 3, 1, False), [[0]], PREPROCESSING, 0, CPU))
+        by_dali(folder, [[0]])
 
 
 @pytest.mark.parametrize(

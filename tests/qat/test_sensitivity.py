@@ -26,6 +26,7 @@ from qswin import run
 from tests.conftest import small_swin
 from tests.test_cli import fails
 from trt.bench import bench_onnx
+from trt.gpu import find_gpu
 
 BAD = "layers.0.blocks.1.mlp.fc2"
 
@@ -91,7 +92,8 @@ def test_a_row_is_what_switching_by_hand_gives(probe, tmp_path):
             if quantizer.site in (name, f"{name}.weight"):
                 quantizer.quantize()
         alone = probe.model(images)
-    expected = F.kl_div(alone.log_softmax(1), floating.log_softmax(1), log_target=True, reduction="batchmean").item()
+    ours, reference = (logits.double().log_softmax(1) for logits in (alone, floating))  # a small KL is rounding in float32
+    expected = F.kl_div(ours, reference, log_target=True, reduction="batchmean").item()
     assert row["alone"]["kl"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -190,7 +192,7 @@ def test_a_budget_of_operations_takes_all_that_fit():
     floats = most_in_float(cost, parse_budget("bops<=0.76", "acc1"), 3)
     assert share_of_operations(groups, floats) == 0.75 and floats == 2
     assert most_in_float(cost, parse_budget("bops<=1", "acc1"), 3) == 3
-    with pytest.raises(ValueError, match="every site quantized bops is 0.250"):
+    with pytest.raises(ValueError, match="bops is 0.250 with every site quantized, 1.000 with none"):
         most_in_float(cost, parse_budget("bops<=0.1", "acc1"), 3)
 
 
@@ -199,7 +201,7 @@ def test_where_float_is_the_fastest_all_stays_in_float():
     assert most_in_float(lambda n: [5.0, 6.0, 7.0, 8.0][n], parse_budget("latency<=6", "acc1"), 3) == 1
 
 
-def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch):
+def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch, tmp_path):
     """The graph that is timed holds as many pairs of Q and DQ as sites are quantized."""
     seen = []
 
@@ -213,13 +215,25 @@ def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch):
     groups = [quantizer.site.removesuffix(".weight") for quantizer in quantizers(probe.model)]
     activations = {quantizer.site for quantizer in quantizers(probe.model) if not quantizer.site.endswith(".weight")}
     first = next(site for site in groups if site.endswith("qkv"))
-    measured = latency.latencies(probe.model, description, [[first], groups], "onnxruntime", 2)
+    measured = latency.latencies(probe.model, description, [[first], groups], "onnxruntime", 2, tmp_path / "timing.cache")
     assert all(measured(count) > 0 for count in (1, 2, 1))
     assert seen == [len(activations) - 1, 0]
 
 
+@pytest.mark.gpu
+def test_engines_of_mixed_models_are_timed(probe, checkpoint, tmp_path):
+    pytest.importorskip("tensorrt", reason="TensorRT is not installed")
+    if find_gpu() is None:
+        pytest.skip("there is no GPU")
+    groups = [[quantizer.site.removesuffix(".weight")] for quantizer in quantizers(probe.model)]
+    cache = tmp_path / "timing.cache"
+    measured = latency.latencies(probe.model, read_description(checkpoint), groups, "tensorrt", 2, cache)
+    assert all(0 < measured(count) < 100 for count in (0, 1, len(groups)))
+    assert cache.is_file()
+
+
 def test_the_command_keeps_to_a_latency(checkpoint, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(latency, "measure_latency", lambda model, description, floats, runtime, batch: 1 + len(floats))
+    monkeypatch.setattr(latency, "measure_latency", lambda *given: 1 + len(given[2]))
     common = ["--checkpoint", checkpoint, "--data", data / "train", "--images", 4, "--device", "cpu"]
     call(sensitivity, *common, "--by", "layer", "--out", tmp_path / "s.json")
     search_for = [*common, "--sensitivity", tmp_path / "s.json", "--recipe", tmp_path / "mixed.yaml", "--budget"]
@@ -228,7 +242,7 @@ def test_the_command_keeps_to_a_latency(checkpoint, data, tmp_path, capsys, monk
     assert 2 <= len(floats) <= 3  # a layer has one site or two
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["in_float"]) < len(floats) + 1 and len(found["in_float"] + found["quantized"]) == 35
-    assert "with every site quantized latency is 1.000" in fails(capsys, "search", *search_for, "latency<=0.5")
+    assert "latency is 1.000 with every site quantized, " in fails(capsys, "search", *search_for, "latency<=0.5")
 
 
 @pytest.mark.parametrize("text", ["acc1_drop<0.1", "speed<=3", "kl<=", "acc1_drop<=-1", ""])
