@@ -129,15 +129,13 @@ def _pipeline(
     gpu = device.type == "cuda"
     with Pipeline(batch_size, threads, torch.cuda.current_device() if gpu else None) as pipeline:
         data, start, shape, mirror, flip, labels, indices = fn.external_source(pieces, len(inputs), dtype=inputs)
-        images = fn.decoders.image_slice(
+        images = fn.decoders.image(
             data,
-            start=start,
-            shape=shape,
-            axes=(0, 1),
             device="mixed" if gpu else "cpu",
             adjust_orientation=False,  # nor does Pillow turn an image as its EXIF data says
-            jpeg_fancy_upsampling=True,  # colours as libjpeg's
+            jpeg_fancy_upsampling=True,  # colours as libjpeg's; on a GPU not for a part of an image, so it is cut afterwards
         )
+        images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
         images = fn.resize(images, size=preprocessing.size, interp_type=interpolation, antialias=True)
         images = fn.flip(images, horizontal=mirror, vertical=flip)
         images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std)
