@@ -17,6 +17,7 @@ from calib.folders import scan_folder, spread_samples
 from calib.images import Preprocessing
 from calib.shards import ImageFile
 from trt.segmentation import Dice, Overlays, Volumes
+from trt.worst import WorstImages
 
 
 class Predictor(Protocol):
@@ -135,14 +136,13 @@ def evaluate_folder(predictor: Predictor, args: argparse.Namespace) -> dict[str,
 
 
 def choose_metrics(predictor: Predictor, classes: Sequence[str], args: argparse.Namespace) -> list[Metric]:
-    """Everything that is measured of a model, and pictures of its worst cases on request. Raises ValueError."""
+    """Everything that is measured of a model, and pictures of its worst cases on request."""
     metrics: list[Metric] = [main_metric(predictor.task, classes)]
     if predictor.task == "segmentation":
         metrics.append(Volumes(classes))
-    if args.overlays:
-        if predictor.task != "segmentation":
-            raise ValueError(f"--overlays shows masks, and {args.model} has none: its task is {predictor.task}")
-        metrics.append(Overlays(args.overlays, args.worst, classes, predictor.preprocessing))
+    if args.pictures:
+        kind = Overlays if predictor.task == "segmentation" else WorstImages
+        metrics.append(kind(args.pictures, args.worst, classes, predictor.preprocessing))
     return metrics
 
 
@@ -192,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--threads", type=int, default=0, help="compute threads of ONNX Runtime; 0: all cores")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and skip files that cannot be read")
-    parser.add_argument("--overlays", type=Path, help="folder for pictures of the worst masks (segmentation)")
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of the worst images; of segmentation, with masks")
     parser.add_argument("--worst", type=int, default=8, help="how many pictures")
 
 

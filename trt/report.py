@@ -175,9 +175,9 @@ def layers(records: Records) -> list[Part]:
     return parts
 
 
-def overlays(run: Path) -> list[Part]:
-    """The worst pictures that `qswin evaluate --overlays` drew below the run's folder."""
-    return [Picture(path.read_bytes(), path.stem) for path in sorted(run.glob("overlays/*.png"))]
+def worst_images(run: Path) -> list[Part]:
+    """What `qswin evaluate --pictures` drew in the folder `pictures` of the run's."""
+    return [Picture(path.read_bytes(), path.stem) for path in sorted(run.glob("pictures/*.png"))]
 
 
 def report(run: Path) -> dict[str, list[Part]]:
@@ -198,7 +198,7 @@ def report(run: Path) -> dict[str, list[Part]]:
         "Ranges": ranges(stages),
         "Histograms": histograms(run, stages),
         "Layers": layers(records),
-        "Worst images": overlays(run),
+        "Worst images": worst_images(run),
     }
     found = {heading: content for heading, content in sections.items() if content}
     if not found:

@@ -5,16 +5,13 @@ Class 0 is the background and no part of any mean. Mask pixels of 255 belong to 
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from calib.batches import Batch
-from calib.images import Preprocessing, load_pixels
-from calib.shards import ImageFile
+from trt.worst import Case, WorstCases
 
 IGNORED = 255
 COLOURS = np.array([[230, 60, 60], [70, 180, 75], [70, 130, 230], [240, 200, 40], [170, 80, 200], [60, 200, 200]])
@@ -125,27 +122,15 @@ def _mean(values: np.ndarray) -> float | None:
     return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
-class Overlays:
-    """Pictures of the slices with the lowest Dice: input, mask and prediction side by side."""
+class Overlays(WorstCases):
+    """The slices with the lowest Dice: input, mask and prediction side by side."""
 
-    headline: dict[str, str] = {}
-
-    def __init__(self, folder: Path, count: int, classes: Sequence[str], preprocessing: Preprocessing) -> None:
-        self.folder, self.count, self.preprocessing, self.classes = folder, count, preprocessing, len(classes)
-        self._worst: list[tuple[float, ImageFile, np.ndarray, np.ndarray]] = []
-
-    def update(self, logits: np.ndarray, batch: Batch) -> None:
+    def cases(self, logits: np.ndarray, batch: Batch) -> Iterator[Case]:
         for file, predicted, mask in zip(batch.files, pixel_classes(logits), batch.labels, strict=True):
-            self._worst.append((mean_dice(overlaps(predicted, mask, self.classes)), file, mask, predicted))
-        self._worst = sorted(self._worst, key=lambda case: case[:2])[: self.count]
+            yield Case(mean_dice(overlaps(predicted, mask, len(self.classes))), file, mask, predicted)
 
-    def result(self) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for score, file, mask, predicted in self._worst:
-            image = load_pixels(file, self.preprocessing)
-            panels = np.concatenate([image, paint(image, mask), paint(image, predicted)], axis=1)
-            Image.fromarray(panels).save(self.folder / f"{score:.4f}_{file.stem}.png")
-        return {"overlays": str(self.folder)}
+    def picture(self, case: Case, pixels: np.ndarray) -> np.ndarray:
+        return np.concatenate([pixels, paint(pixels, case.label), paint(pixels, case.predicted)], axis=1)
 
 
 def paint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ def run(tmp_path):
 
 def make_run(folder):
     """A folder with a file of every kind that a report shows."""
-    (folder / "overlays").mkdir(parents=True)
+    (folder / "pictures").mkdir(parents=True)
     row = {"model": "a.onnx", "backend": "onnxruntime", "precision": "int8", "ms": 100.0, "images_per_second": 10.0}
     layer = {"name": "conv", "kind": "Conv", "nodes": [], "inputs": ["INT8"], "outputs": ["INT8"], "ms": 0.25}
     records = {
@@ -79,7 +79,7 @@ def make_run(folder):
     (folder / "log.jsonl").write_text(LOG)
     for stage, amax in (("ptq", 2.0), ("qat", 3.0)):
         save_file({f"{SITE}._amax": np.array(amax, np.float32), "head.weight": np.zeros(3)}, folder / f"{stage}.safetensors")
-    Image.new("RGB", (4, 4)).save(folder / "overlays" / "worst.png")
+    Image.new("RGB", (4, 4)).save(folder / "pictures" / "worst.png")
     save_histograms(folder / HISTOGRAMS, {f"{SITE[:-10]}{i}_quantizer": observation() for i in range(13)})
     return folder
 

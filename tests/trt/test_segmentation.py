@@ -154,7 +154,7 @@ def test_the_command_evaluates_masks_without_torch(tmp_path):
     description = Description({"name": NAME, "num_classes": 3, **UNET}, "float", preprocessing, CLASSES)
     save_onnx(tmp_path / "a.onnx", export_onnx(build_model(NAME, 3, **UNET), description, "fp32"), description.to_dict())
     paths = ["--model", str(tmp_path / "a.onnx"), "--data", str(data / "val"), "--json", str(tmp_path / "r.json")]
-    options = ["--overlays", str(tmp_path / "worst"), "--worst", "2"]
+    options = ["--pictures", str(tmp_path / "worst"), "--worst", "2"]
     command = [sys.executable, "-m", "tests.without_torch", "evaluate", *paths, *options]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     result = json.loads((tmp_path / "r.json").read_text())
