@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from calib.batches import image_batches
+from calib.calibrators import Histogram
 from calib.files import sha256
 from calib.folders import check_class_count, draw_samples, scan_folder
 from calib.histograms import HISTOGRAMS, Observation, save_histograms
@@ -86,12 +87,25 @@ def set_ranges(model: nn.Module, calibrator: str | None = None, dead_range: floa
 
 
 def observations(model: nn.Module) -> dict[str, Observation]:
-    """{quantizer: what the last pass left in its histogram}, of those that saw anything but zeros."""
-    return {
-        name: Observation(module.histogram, module.spec.bits)
-        for name, module in model.named_modules()
-        if isinstance(module, TensorQuantizer) and module.histogram is not None and module.histogram.amax > 0
-    }
+    """{quantizer: what it quantizes}, of those that have seen anything but zeros.
+
+    Of activations, what the last pass left in the histograms; of weights, each value as a share of its channel's largest.
+    """
+    weights = {quantizer: weight_histogram(quantizer, weight) for quantizer, weight in weight_quantizers(model)}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer):
+            histogram = weights.get(module, module.histogram)
+            if histogram is not None and histogram.amax > 0:
+                found[name] = Observation(histogram, module.spec.bits)
+    return found
+
+
+def weight_histogram(quantizer: TensorQuantizer, weight: Tensor) -> Histogram:
+    """Of |w| as a share of the largest with the same range, 0 where all of those are 0."""
+    magnitudes, histogram = weight.detach().abs(), Histogram()
+    histogram.add((magnitudes / quantizer.largest(weight)).nan_to_num().cpu().numpy())
+    return histogram
 
 
 def merge_ranks(observers: list[TensorQuantizer]) -> None:

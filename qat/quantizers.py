@@ -170,11 +170,15 @@ class TensorQuantizer(nn.Module):
         """Takes the range from a weight by the spec's calibrator, for each channel where the spec says so."""
         if self.spec.amax is not None:
             return
-        others = [d for d in range(weight.ndim) if d != self.spec.axis]
-        amax = weight.detach().abs().amax(others, keepdim=self.spec.axis is not None)
+        amax = self.largest(weight)
         if self.spec.calibrator == "mse":
             amax = least_squares_amax(weight.detach(), amax, self.spec.qmin, self.spec.qmax)
         self._amax.copy_(amax)
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """The largest |w| of each range, of `_amax`'s shape."""
+        others = [d for d in range(weight.ndim) if d != self.spec.axis]
+        return weight.detach().abs().amax(others, keepdim=self.spec.axis is not None)
 
     def learn_range(self) -> None:
         """Makes the range a trained parameter that starts where the range is now."""

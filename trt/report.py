@@ -4,7 +4,7 @@ import argparse
 import html
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ SHOWN = ("acc1", "acc5", "dice", "volume_dice", "volume_hd95")
 STAGES = ("ptq", "qat")
 SENSITIVE = 40  # groups of a sensitivity report that are drawn
 PANELS = 12  # histograms a picture
+WEIGHT = "_weight_quantizer"
 
 
 def read_records(run: Path) -> Records:
@@ -128,18 +129,43 @@ def histograms(run: Path, stages: Stages) -> list[Part]:
     if not (run / HISTOGRAMS).is_file():
         return []
     found = list(load_histograms(run / HISTOGRAMS).items())
+    weights = [item for item in found if item[0].endswith(WEIGHT)]
+    activations = [item for item in found if not item[0].endswith(WEIGHT)]
+    shares = {stage: weight_shares(run / f"{stage}.safetensors") for stage in stages}
+    return [
+        *pictures(activations, stages, list(CALIBRATORS), "|x|"),
+        *pictures(weights, shares, ["max", "mse"], "|w| as a share of its channel's largest"),
+    ]
+
+
+def weight_shares(path: Path) -> dict[str, float]:
+    """{weight quantizer: its range as a share of the largest weight}, the median over the channels."""
+    shares = {}
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118
+            if name.endswith(f"{WEIGHT}._amax"):
+                amax = file.get_tensor(name).ravel()
+                weight = np.abs(file.get_tensor(name.removesuffix(f"{WEIGHT}._amax") + "weight"))
+                largest = weight.reshape(amax.size, -1).max(axis=1)
+                if (used := largest > 0).any():
+                    shares[name.removesuffix("._amax")] = float(np.median(amax[used] / largest[used]))
+    return shares
+
+
+def pictures(found: list[tuple[str, Observation]], stages: Stages, calibrators: list[str], what: str) -> list[Part]:
+    """The histograms of some quantizers, several to a picture."""
     parts: list[Part] = []
     for start in range(0, len(found), PANELS):
         shown, data = found[start : start + PANELS], BytesIO()
-        plots.save_grid([panel(name, observation, stages) for name, observation in shown], data)
-        parts.append(Picture(data.getvalue(), f"histograms of |x|, from {shown[0][0]} on"))
+        plots.save_grid([panel(name, observation, stages, calibrators) for name, observation in shown], data)
+        parts.append(Picture(data.getvalue(), f"histograms of {what}, from {shown[0][0]} on"))
     return parts
 
 
-def panel(name: str, observation: Observation, stages: Stages) -> Callable[[Any], None]:
+def panel(name: str, observation: Observation, stages: Stages, calibrators: Iterable[str]) -> Callable[[Any], None]:
     """Draws one quantizer's histogram."""
     bits = observation.bits
-    candidates = {calibrator: find_range(observation.histogram, calibrator, bits) for calibrator in CALIBRATORS}
+    candidates = {calibrator: find_range(observation.histogram, calibrator, bits) for calibrator in calibrators}
     taken = {stage: found[name] for stage, found in stages.items() if name in found}
 
     def plot(axes: Any) -> None:

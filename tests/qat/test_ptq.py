@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from calib.calibrators import find_range
+from calib.calibrators import BINS, find_range
 from calib.histograms import HISTOGRAMS, load_histograms
 from qat.checkpoint import load_checkpoint
 from qat.config import load_config
@@ -99,8 +100,15 @@ def test_the_command_leaves_its_histograms(config_file):
         path = run_calibration(load_config(config_file, []), ranks)
     model, _ = load_checkpoint(path)
     found = load_histograms(path.with_name(HISTOGRAMS))
+    weights = {name: found.pop(name) for name in list(found) if name.endswith("_weight_quantizer")}
     observed = {name: module for name, module in model.named_modules() if module in set(activation_quantizers(model))}
     assert set(found) == {name for name, module in observed.items() if module.spec.amax is None}
+    assert {name for name, _ in model.named_modules() if name.endswith("_weight_quantizer")} == set(weights)
+    for name, observation in weights.items():
+        weight = model.get_parameter(name.replace("_weight_quantizer", "weight")).detach().numpy()
+        shares = np.abs(weight) / np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
+        assert observation.histogram.amax == 1 and observation.histogram.counts.sum() == weight.size
+        assert (observation.histogram.counts[: BINS // 4].sum()) == (shares < 0.5).sum()  # the bins reach to 2
     for name, observation in found.items():
         spec = observed[name].spec
         assert observation.bits == spec.bits

@@ -15,7 +15,7 @@ from calib.calibrators import CALIBRATORS, find_range
 from calib.histograms import HISTOGRAMS, Observation, save_histograms
 from tests.calib.test_calibrators import filled
 from trt import plots
-from trt.report import main, panel, report
+from trt.report import main, panel, report, weight_shares
 from trt.webpage import page
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -127,10 +127,24 @@ def test_the_command_writes_it_and_its_pictures_beside_the_files(run):
     assert [path.read_bytes() for path in sorted((run / "report-pictures").iterdir())] == embedded
 
 
+def test_weights_are_drawn_by_channel(tmp_path):
+    """A range is told as a share of its channel's largest weight; a channel of zeros has none."""
+    weight = np.array([[1.0, -4.0], [2.0, 0.5], [0, 0], [1, 1]], np.float32)
+    amax = np.array([[2.0], [2.0], [1.0], [0.75]], np.float32)
+    save_file({"fc.weight": weight, "fc._weight_quantizer._amax": amax}, tmp_path / "ptq.safetensors")
+    save_histograms(tmp_path / HISTOGRAMS, {"fc._weight_quantizer": observation(), "fc._input_quantizer": observation()})
+    assert weight_shares(tmp_path / "ptq.safetensors") == {"fc._weight_quantizer": 0.75}
+    captions = [part.caption for part in report(tmp_path)["Histograms"]]
+    assert captions == [
+        "histograms of |x|, from fc._input_quantizer on",
+        "histograms of |w| as a share of its channel's largest, from fc._weight_quantizer on",
+    ]
+
+
 def test_a_histogram_is_drawn_with_every_range():
     """The bars hold every value that was counted; a line stands at each calibrator's range and each checkpoint's."""
     axes, seen = plots.pyplot().figure().subplots(), observation()
-    panel(SITE, seen, {"ptq": {SITE: 1.25}, "qat": {"other": 3.0}})(axes)
+    panel(SITE, seen, {"ptq": {SITE: 1.25}, "qat": {"other": 3.0}}, CALIBRATORS)(axes)
     (bars,) = axes.patches
     assert bars.get_data().values.sum() == pytest.approx(1000)
     lines = {line.get_label().split()[0]: line.get_xdata()[0] for line in axes.lines}
