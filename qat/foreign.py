@@ -40,8 +40,10 @@ def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> di
         model: made by `quantize` with the recipe that the ranges were calibrated for.
 
     Raises:
-        ValueError: a site of the recipe has no range in the file, or the file has a range for no site of it.
+        ValueError: a site of the recipe has no range in the file, or the file has a range for no site of it; or inputs are
+            scaled before they are quantized.
     """
+    check_unscaled(state, path)
     expected = model.state_dict()
     converted: dict[str, Tensor] = {}
     left = 0
@@ -59,6 +61,14 @@ def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> di
         where = "has no range in the file" if key in ranges else "is in the file, but not in the recipe"
         raise ValueError(f"{path}: {key} {where}; give the recipe that it was calibrated for")
     return converted
+
+
+def check_unscaled(state: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError for SmoothQuant's scales: weights were divided by them, and no input is multiplied by them here."""
+    for key, value in state.items():
+        if key.endswith("._pre_quant_scale") and bool((value != 1).any()):
+            what = "scales what the layer reads (SmoothQuant), which has no place here"
+            raise ValueError(f"{path}: {key} {what}; calibrate without it, or the float model by qswin calibrate")
 
 
 def convert(config: Config) -> Path:

@@ -67,6 +67,16 @@ def test_a_modelopt_checkpoint_computes_the_same(config_file, images, tmp_path):
         torch.testing.assert_close(model(images), twin(images))
 
 
+def test_smoothquants_scales_are_refused(config_file, images, tmp_path):
+    """Without them the weights, which are divided by them, would give nonsense."""
+    twin = quantize(small_swin(), RECIPES["gemm"])
+    calibrate(twin, [images])
+    scale = "layers.0.blocks.0.attn.qkv.input_quantizer._pre_quant_scale"
+    torch.save({**twin.state_dict(), scale: torch.full((16,), 0.5)}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match=f"{scale} scales what the layer reads .SmoothQuant."):
+        convert(load_config(config_file, settings(config_file, tmp_path / "theirs.pth", "gemm")))
+
+
 @pytest.mark.parametrize(
     ("calibrated", "asked", "words"),
     [("gemm", "full", "has no range in the file"), ("full", "gemm", "is in the file, but not in the recipe")],
