@@ -20,7 +20,7 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 # Headless Chromium for the test of the report's page, which is skipped without one
 browser: .browser/chromium

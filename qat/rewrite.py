@@ -4,10 +4,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.names import rename
-from qat.layers import QuantConv2d, QuantLinear, weight_quantizers
+from qat.layers import MakeQuantizer, QuantConv2d, QuantLinear, weight_quantizers
 from qat.quantizers import quantizers
 from qat.recipe import RECIPES, Recipe
 from qat.twins import cvt, swin, swin_unet, vit
@@ -34,22 +34,27 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: a rule of the recipe matches no site of this model.
     """
-    twin = _rewrite(copy.deepcopy(model), "", recipe)
+    sites: list[str] = []
+
+    def quantizer(site: str, weight: Tensor | None = None) -> nn.Module:
+        sites.append(site)
+        return recipe.quantizer(site, weight)
+
+    twin = _rewrite(copy.deepcopy(model), "", quantizer)
     # A named recipe serves every family and may name sites that this model has not; a written one is meant for it.
-    sites = [quantizer.site.removesuffix(".weight") for quantizer in quantizers(twin)]
     for rule in recipe.rules:
         if recipe.name not in RECIPES and rule.quantize and not any(map(rule.matches, sites)):
             raise ValueError(f"recipe {recipe.name!r}: {rule.sites!r} matches no site of this model")
     return twin
 
 
-def _rewrite(module: nn.Module, path: str, recipe: Recipe) -> nn.Module:
+def _rewrite(module: nn.Module, path: str, quantizer: MakeQuantizer) -> nn.Module:
     """Children first: a block's twin takes over the twins of its linears."""
     for name, child in module.named_children():
-        setattr(module, name, _rewrite(child, f"{path}.{name}".lstrip("."), recipe))
+        setattr(module, name, _rewrite(child, f"{path}.{name}".lstrip("."), quantizer))
     kind = type(module)
     twin = TWINS.get(kind) or TWINS.get(f"{kind.__module__}.{kind.__qualname__}")
-    return module if twin is None else twin(module, rename(path, SITES), recipe.quantizer).train(module.training)
+    return module if twin is None else twin(module, rename(path, SITES), quantizer).train(module.training)
 
 
 def enable(model: nn.Module) -> None:

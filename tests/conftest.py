@@ -36,6 +36,7 @@ def pytest_configure(config):
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start: sums depend on the number of threads
     config.addinivalue_line("markers", "gpu: needs TensorRT and an NVIDIA GPU")
+    config.addinivalue_line("markers", "slow: left out by make test, run by make coverage")
     config.addinivalue_line("markers", "assets: needs the trained models and images of shared/assets")
 
 

@@ -148,6 +148,13 @@ def test_torch_compile_and_export_trace_it_whole(quantized, images, dynamic):
             torch.testing.assert_close(exported(images[:3]), quantized(images[:3]))
 
 
+def test_a_rule_may_be_undone_by_a_later_one(swin):
+    """What `qswin search` writes: every site that the first rule names may stay in float."""
+    rules = (Rule("head", quantize=True), Rule("qkv", quantize=True), Rule("head", quantize=False))
+    sites = {quantizer.site for quantizer in quantizers(quantize(swin, Recipe("mixed", rules)))}
+    assert sites and all("qkv" in site for site in sites)
+
+
 def test_a_written_recipe_that_matches_nothing_is_an_error(swin):
     with pytest.raises(ValueError, match="'fc9' matches no site"):
         quantize(swin, Recipe("mine", (Rule("fc9", quantize=True),)))

@@ -1,0 +1,115 @@
+"""The commands of README.md and docs/, in order, on a small model. Those whose comment says GPU need one."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.registry import build_model
+from tests.conftest import SMALL, V1, write_images
+from tests.test_cli import invoke
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = f"""\
+model:
+  name: {V1}
+  num_classes: 2
+  checkpoint: mine.pth
+  kwargs: {{img_size: 32, patch_size: 2, window_size: 4, embed_dim: 16, depths: [1, 1], num_heads: [2, 4]}}
+data: {{root: photos, workers: 0}}
+calibration: {{images: 8, batch_size: 4}}
+train: {{epochs: 1, batch_size: 4, lr: 1.0e-4, distill: 0.5}}
+run: runs/mine
+device: cpu
+"""
+NAMES = {"DIR": "photos", "FILE": "mine.pth", ".venv/bin/qswin": "qswin", "reconstruct_steps=500": "reconstruct_steps=2"}
+ELSEWHERE = ("make ", "pip ")  # CI runs `make`
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Photos of two classes, a model of one's own, and the two configs that the pages name."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", classes=2, each=4)
+    state = build_model(V1, num_classes=2, **{**SMALL, "depths": [1, 1]}).state_dict()
+    torch.save(state, "mine.pth")
+    for config in (Path("mine.yaml"), Path("configs/swin_tiny_tinyimagenet.yaml")):
+        config.parent.mkdir(exist_ok=True)
+        config.write_text(JOB)
+    return tmp_path
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's shell blocks, continued ones joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith(("#", *ELSEWHERE))]
+
+
+def write_files(page: str) -> None:
+    """The files that a page writes out: `NAME.yaml`: and a block. Those that the fixture has stay as they are."""
+    for name, text in re.findall(r"`([\w.]+\.yaml)`:\n\n```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        if not Path(name).exists():
+            Path(name).write_text(text)
+
+
+def execute(line: str) -> int:
+    """Runs a line as a user of the small model would type it; the exit code."""
+    for name, value in NAMES.items():
+        line = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", value, line)
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "qswin":
+        return invoke(*arguments)
+    assert program == "torchrun", line
+    arguments = [str(ROOT / word) if word == "qat/train.py" else word for word in arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *arguments], env=environment).returncode
+
+
+def run_page(page: str, capsys) -> int:
+    """Runs a page's commands that this machine can; how many there were."""
+    write_files(page)
+    lines = [line for line in commands(page) if torch.cuda.is_available() or "GPU" not in line.partition("#")[2]]
+    for line in lines:
+        assert execute(line) == 0, f"{page}: {line}\n{capsys.readouterr().err}"
+    return len(lines)
+
+
+def test_the_tutorial(folder, capsys):
+    assert run_page("docs/tutorial.md", capsys) > 15
+    assert {"report.html", "qat.safetensors", "int8.onnx", "rtx.engine", "mixed.yaml", "pictures"} <= {
+        path.name for path in Path("runs/mine").iterdir()
+    }
+
+
+@pytest.mark.slow
+def test_the_readme_and_the_pages_that_go_on_from_it(folder, capsys):
+    assert run_page("README.md", capsys) > 10
+    for page in ("docs/recipes.md", "docs/tensorrt.md", "docs/performance.md"):
+        assert run_page(page, capsys) > 0
+    save_as_theirs()
+    assert run_page("docs/moving.md", capsys) > 2
+
+
+def save_as_theirs() -> None:
+    """The checkpoint of recipe gemm under the names that ModelOpt would give it."""
+    from safetensors.torch import load_file
+
+    state = load_file("runs/gemm/ptq.safetensors")
+    torch.save({re.sub(r"\._(input|weight)_q", r".\1_q", name): value for name, value in state.items()}, "theirs.pth")
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/performance.md", "docs/moving.md"])
+def test_benchmarks_have_the_options_that_are_given(page):
+    """They take hours, or a GPU: what produced the figures is not run here."""
+    lines = re.findall(r"python -m benchmarks\.(\w+)([^\n#]*)", (ROOT / page).read_text())
+    for name, arguments in lines:
+        source = (ROOT / "benchmarks" / f"{name}.py").read_text()
+        options = [word for word in arguments.split() if word.startswith("--")]
+        assert all(f'"{option}"' in source for option in options), (name, options)
