@@ -27,6 +27,7 @@ from calib.folders import draw_samples, scan_folder, spread_samples
 from calib.images import Preprocessing
 from qat.checkpoint import load_checkpoint
 from qat.config import build_float_model, load_config
+from qat.layers import QuantConv2d, QuantLinear
 
 CONFIG = "configs/swin_tiny_tinyimagenet.yaml"
 
@@ -114,6 +115,26 @@ def logits(networks: list[nn.Module], samples: list, preprocessing: Preprocessin
     return [np.concatenate(answers) for answers in found], np.concatenate(labels)
 
 
+@torch.inference_mode()
+def layers_apart(theirs: nn.Module, ours: nn.Module, images: Tensor) -> float:
+    """The largest mean difference of a layer's outputs, as a share of their mean, where both get the input that theirs has.
+
+    It is what two implementations of one quantizer differ by; from layer to layer rounding makes more of it.
+    """
+    found: dict[str, float] = {}
+
+    def measure(name: str, inputs: Tensor, output: Tensor) -> None:
+        found[name] = float((ours.get_submodule(name)(inputs) - output).abs().mean() / output.abs().mean())
+
+    for name, layer in ours.named_modules():
+        if isinstance(layer, QuantLinear | QuantConv2d):
+            theirs.get_submodule(name).register_forward_hook(
+                lambda _, inputs, output, name=name: measure(name, inputs[0], output)
+            )
+    theirs(images)
+    return max(found.values())
+
+
 def compare(floats: np.ndarray, theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Acc@1 of each, how often the last two agree, and how far their logits are apart, beside quantization's own error."""
     accuracies = [round(100 * float((found.argmax(1) == labels).mean()), 2) for found in (floats, theirs, ours)]
@@ -141,9 +162,11 @@ def main() -> None:
     batches = [torch.from_numpy(batch.images) for batch in image_batches(drawn, preprocessing, 32, 2)]
     version, theirs = TOOLKITS[args.toolkit](model.eval(), batches)
     samples = spread_samples(scan_folder("classification", args.data / "val"), args.images)
-    answers, labels = logits([model, theirs, converted(theirs.state_dict())], samples, preprocessing)
+    ours = converted(theirs.state_dict())
+    answers, labels = logits([model, theirs, ours], samples, preprocessing)
     what = {"toolkit": args.toolkit, "version": version, "images": len(labels)}
-    row = {**what, **compare(*answers, labels), "device": device_name("cpu"), "commit": args.commit}
+    measured = {**compare(*answers, labels), "layers_apart": layers_apart(theirs, ours, batches[0])}
+    row = {**what, **measured, "device": device_name("cpu"), "commit": args.commit}
     print(json.dumps(row), flush=True)
     rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     write_rows(args.out, [*(old for old in rows if old["toolkit"] != args.toolkit), row])

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from models.registry import build_model
 from tests.conftest import SMALL, V1, write_images
 from tests.test_cli import invoke
+from trt.onnx_runtime import OnnxRuntimePredictor
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = f"""\
@@ -95,6 +97,14 @@ def test_the_readme_and_the_pages_that_go_on_from_it(folder, capsys):
         assert run_page(page, capsys) > 0
     save_as_theirs()
     assert run_page("docs/moving.md", capsys) > 2
+
+
+@pytest.mark.slow
+def test_the_readmes_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(block, {"weights": None, "batches": [torch.randn(1, 3, 224, 224)]})
+    assert OnnxRuntimePredictor(Path("int8.onnx"))(np.zeros((1, 3, 224, 224), np.float32)).shape == (1, 200)
 
 
 def save_as_theirs() -> None:
