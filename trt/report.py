@@ -139,16 +139,22 @@ def histograms(run: Path, stages: Stages) -> list[Part]:
 
 
 def weight_shares(path: Path) -> dict[str, float]:
-    """{weight quantizer: its range as a share of the largest weight}, the median over the channels."""
+    """{weight quantizer: its range as a share of the largest weight}, the median over the channels.
+
+    Raises:
+        ValueError: a quantizer has no weight beside it.
+    """
     shares = {}
     with safe_open(path, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118
-            if name.endswith(f"{WEIGHT}._amax"):
-                amax = file.get_tensor(name).ravel()
-                weight = np.abs(file.get_tensor(name.removesuffix(f"{WEIGHT}._amax") + "weight"))
-                largest = weight.reshape(amax.size, -1).max(axis=1)
-                if (used := largest > 0).any():
-                    shares[name.removesuffix("._amax")] = float(np.median(amax[used] / largest[used]))
+        tensors = set(file.keys())
+        for name in sorted(name for name in tensors if name.endswith(f"{WEIGHT}._amax")):
+            weight = name.removesuffix(f"{WEIGHT}._amax") + "weight"
+            if weight not in tensors:
+                raise ValueError(f"{path}: {name} has no {weight}; calibrate or train again")
+            amax = file.get_tensor(name).ravel()
+            largest = np.abs(file.get_tensor(weight)).reshape(amax.size, -1).max(axis=1)
+            if (used := largest > 0).any():
+                shares[name.removesuffix("._amax")] = float(np.median(amax[used] / largest[used]))
     return shares
 
 

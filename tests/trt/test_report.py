@@ -134,6 +134,9 @@ def test_weights_are_drawn_by_channel(tmp_path):
     save_file({"fc.weight": weight, "fc._weight_quantizer._amax": amax}, tmp_path / "ptq.safetensors")
     save_histograms(tmp_path / HISTOGRAMS, {"fc._weight_quantizer": observation(), "fc._input_quantizer": observation()})
     assert weight_shares(tmp_path / "ptq.safetensors") == {"fc._weight_quantizer": 0.75}
+    save_file({"fc._weight_quantizer._amax": amax}, tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match="_amax has no fc.weight"):
+        weight_shares(tmp_path / "cut.safetensors")
     captions = [part.caption for part in report(tmp_path)["Histograms"]]
     assert captions == [
         "histograms of |x|, from fc._input_quantizer on",
