@@ -77,8 +77,9 @@ def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -
     mask = open_image(path)
     if mask.mode not in ("L", "P"):
         raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {mask.mode!r}")
-    with naming_unreadable(image), image.open("rb") as file, Image.open(file) as header:
-        check_size(path, mask, header)
+    with naming_unreadable(image), image.open("rb") as file:
+        header = Image.open(file)
+    check_size(path, mask, header)
     return np.asarray(_resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST))
 
 
@@ -97,7 +98,7 @@ def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
     source = Path(path) if isinstance(path, str) else path
     with naming_unreadable(path), source.open("rb") as file, Image.open(file) as image:
         image.load()
-        return image if mode is None else _to_8_bits(image, path).convert(mode)
+    return image if mode is None else _to_8_bits(image, path).convert(mode)
 
 
 @contextlib.contextmanager
@@ -105,7 +106,7 @@ def naming_unreadable(path: str | Source) -> Iterator[None]:
     """Makes a ValueError that names the file of whatever Pillow raises over one that it cannot read."""
     try:
         yield
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
 
 

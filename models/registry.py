@@ -91,6 +91,12 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: Pat
         raise ValueError(f"{path}: {min(unknown)} is not a tensor of this model; check model.name and the recipe")
 
 
+BROKEN = (  # what torch raises over a damaged file
+    *(RuntimeError, EOFError, OSError, ValueError),
+    *(KeyError, IndexError, AttributeError, TypeError),
+)
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, as float32 where they are floating; nothing in it is executed.
 
@@ -110,12 +116,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = "holds pickled code, which is never run" if "eights" in str(error) else "is truncated or no checkpoint"
         raise ValueError(f"{path}: {reason}; save only its state dict: torch.save(model.state_dict(), FILE)") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except BROKEN as error:
         reason = str(error).partition("\n")[0] or "it ends too early"
         raise ValueError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(state).__name__}; save model.state_dict()")
     while (inner := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)) is not None:
         state = state[inner]
-    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}

@@ -93,6 +93,8 @@ def read_description(path: Path) -> Description:
         description, checksum = Description.from_dict(values), values["sha256"]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{sidecar}: not a sidecar of qswin ({error}); save the checkpoint again") from error
+    except ValueError as error:
+        raise ValueError(f"{sidecar}: {error}; save the checkpoint again") from error
     if sha256(path) != checksum:
         raise ValueError(f"{path}: truncated or changed since its sidecar was written; save or copy both again")
     return description

@@ -12,7 +12,10 @@ from calib.images import Preprocessing
 from trt.onnx_files import parse_metadata, read_onnx
 from trt.precision import is_quantized
 
-LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented)
+LOAD_ERRORS = (
+    *(errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented),
+    UnicodeDecodeError,  # of a damaged name
+)
 
 # In graphs of a fixed batch this fusion makes a float Gemm of each quantized MatMul with its bias, which dequantizes its
 # weights in every run: four times slower than the integer kernels that such graphs get without it.
@@ -30,6 +33,14 @@ def start_session(path: str | Path, threads: int, disabled: Sequence[str] = ()) 
         )
     except LOAD_ERRORS as error:
         raise ValueError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again") from error
+
+
+def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> dict[str, str]:
+    """The file's metadata properties. Raises ValueError where they are no text."""
+    try:
+        return session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: its metadata is damaged ({error}); export it again") from error
 
 
 class OnnxRuntimePredictor:
@@ -51,7 +62,7 @@ class OnnxRuntimePredictor:
         self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
         if self.batch_size and is_quantized(read_onnx(path)):
             self._session = start_session(path, threads, FLOAT_GEMMS)
-        self.metadata = parse_metadata(path, self._session.get_modelmeta().custom_metadata_map)
+        self.metadata = parse_metadata(path, read_properties(path, self._session))
         self.backend, self.precision = (
             f"onnxruntime {onnxruntime.__version__}",
             self.metadata.get("precision", "as exported"),
