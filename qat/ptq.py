@@ -103,8 +103,8 @@ def observations(model: nn.Module) -> dict[str, Observation]:
 
 def weight_histogram(quantizer: TensorQuantizer, weight: Tensor) -> Histogram:
     """Of |w| as a share of the largest with the same range, 0 where all of those are 0."""
-    magnitudes, histogram = weight.detach().abs(), Histogram()
-    histogram.add((magnitudes / quantizer.largest(weight)).nan_to_num().cpu().numpy())
+    histogram = Histogram()
+    histogram.add((weight.detach() / quantizer.largest(weight)).nan_to_num().cpu().numpy())
     return histogram
 
 

@@ -4,7 +4,7 @@ import argparse
 import html
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def histograms(run: Path, stages: Stages) -> list[Part]:
     activations = [item for item in found if not item[0].endswith(WEIGHT)]
     shares = {stage: weight_shares(run / f"{stage}.safetensors") for stage in stages}
     return [
-        *pictures(activations, stages, list(CALIBRATORS), "|x|"),
+        *pictures(activations, stages, CALIBRATORS, "|x|"),
         *pictures(weights, shares, ["max", "mse"], "|w| as a share of its channel's largest"),
     ]
 
@@ -158,7 +158,7 @@ def weight_shares(path: Path) -> dict[str, float]:
     return shares
 
 
-def pictures(found: list[tuple[str, Observation]], stages: Stages, calibrators: list[str], what: str) -> list[Part]:
+def pictures(found: list[tuple[str, Observation]], stages: Stages, calibrators: Collection[str], what: str) -> list[Part]:
     """The histograms of some quantizers, several to a picture."""
     parts: list[Part] = []
     for start in range(0, len(found), PANELS):
@@ -168,7 +168,7 @@ def pictures(found: list[tuple[str, Observation]], stages: Stages, calibrators: 
     return parts
 
 
-def panel(name: str, observation: Observation, stages: Stages, calibrators: Iterable[str]) -> Callable[[Any], None]:
+def panel(name: str, observation: Observation, stages: Stages, calibrators: Collection[str]) -> Callable[[Any], None]:
     """Draws one quantizer's histogram."""
     bits = observation.bits
     candidates = {calibrator: find_range(observation.histogram, calibrator, bits) for calibrator in calibrators}
