@@ -17,6 +17,8 @@ setup: .venv/ready
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p .venv/links/qswin
+	ln -sfn $(CURDIR)/qswin/*.py $(CURDIR)/models $(CURDIR)/calib $(CURDIR)/qat $(CURDIR)/trt .venv/links/qswin/
 	$(BIN)/mypy
 
 test: check

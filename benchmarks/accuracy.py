@@ -25,18 +25,18 @@ import torch
 from torch import nn
 
 from benchmarks.results import commit, device_name, write_rows
-from calib.batches import image_batches
-from calib.folders import draw_samples, scan_folder
-from models.registry import family_of
-from qat.checkpoint import Description
-from qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
-from qat.evaluate import TorchPredictor
-from qat.export import export_onnx, save_onnx
-from qat.ptq import prepare
-from qat.recipe import RECIPES, Recipe, Rule
-from qat.rewrite import quantize
-from qat.sensitivity import Divergence
-from trt.evaluate import evaluate, main_metric
+from qswin.calib.data.batches import image_batches
+from qswin.calib.data.folders import draw_samples, scan_folder
+from qswin.models.registry import family_of
+from qswin.qat.backends.torch_predictor import TorchPredictor
+from qswin.qat.checkpoint import Description
+from qswin.qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
+from qswin.qat.export.onnx_export import export_onnx, save_onnx
+from qswin.qat.mixed_precision.sensitivity import Divergence
+from qswin.qat.ptq.calibrate import prepare
+from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
+from qswin.qat.quant.rewrite import quantize
+from qswin.trt.evaluation.evaluate import evaluate, main_metric
 
 RECONSTRUCTION = {"reconstruct_steps": 500}
 ONNX_RUNTIME_IMAGES = 128
@@ -214,7 +214,7 @@ class Bench:
         from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        from trt.onnx_files import properties, read_onnx
+        from qswin.trt.graphs.files import properties, read_onnx
 
         class Reader:
             """Batches, a stride of them at a time where the option CalibStridedMinMax (for every method) asks for it."""

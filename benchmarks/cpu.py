@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from benchmarks.results import commit, device_name
-from calib.files import write_json
+from qswin.calib.files import write_json
 
 SWIN = """
 import json, resource, torch
-from models.registry import build_model
-from qat.ptq import calibrate
-from qat.recipe import named_recipe
-from qat.rewrite import quantize
+from qswin.models.registry import build_model
+from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import quantize
 torch.manual_seed(0)
 model = build_model("swin_tiny_patch4_window7_224")
 batches = [torch.randn(8, 3, 224, 224) for _ in range(4)]

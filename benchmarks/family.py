@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.steps import Steps
-from calib.files import write_json
+from qswin.calib.files import write_json
 
 MODELS = {
     "swinv2": "swinv2_tiny_window8_256",
@@ -28,13 +28,13 @@ def export(args: argparse.Namespace) -> None:
     """fp32.onnx and int8.onnx (`full`) of each model at opset 17, calibrated on noise."""
     import torch
 
-    from calib.images import Preprocessing
-    from models.registry import build_model, family_of
-    from qat.checkpoint import Description, save_checkpoint
-    from qat.export import export_onnx, save_onnx
-    from qat.ptq import calibrate
-    from qat.recipe import named_recipe
-    from qat.rewrite import quantize
+    from qswin.calib.data.images import Preprocessing
+    from qswin.models.registry import build_model, family_of
+    from qswin.qat.checkpoint import Description, save_checkpoint
+    from qswin.qat.export.onnx_export import export_onnx, save_onnx
+    from qswin.qat.ptq.calibrate import calibrate
+    from qswin.qat.quant.recipe import named_recipe
+    from qswin.qat.quant.rewrite import quantize
 
     for short in args.only:
         torch.manual_seed(0)
@@ -73,12 +73,12 @@ class Measurement:
         graph, engine = (self.args.models / f"{short}-{stem}" for stem in (f"{onnx}.onnx", f"{name}.engine"))
         options = ["--precision", precision, "--shapes", self.args.shapes, "--level", self.args.level]
         files = ["--onnx", graph, "--engine", engine, "--timing-cache", engine.with_suffix(".timing")]
-        if not self.steps.run(f"build {engine.name}", "trt.build", *files, *options):
+        if not self.steps.run(f"build {engine.name}", "qswin", "build", *files, *options):
             return
         self.report["builds"][engine.stem] = json.loads(engine.with_suffix(".json").read_text())["seconds"]
         result = self.args.models / f"{engine.stem}-errors.json"
         against = ["--reference", graph, "--images", "8", "--json", result]
-        if self.steps.run(f"compare {engine.name}", "trt.compare", "--model", engine, *against):
+        if self.steps.run(f"compare {engine.name}", "qswin", "compare", "--model", engine, *against):
             values = json.loads(result.read_text())
             self.report["errors"][engine.stem] = {k: v for k, v in values.items() if isinstance(v, int | float)}
         self.write()
@@ -89,7 +89,7 @@ class Measurement:
         models += [self.args.models / f"{short}-fp32.onnx"] if self.args.onnxruntime else []
         options = ["--batch", self.args.batch, "--threads", "16", "--json", timed]
         if models:
-            self.steps.run(f"bench {short}", "trt.bench", "--model", *models, *options)
+            self.steps.run(f"bench {short}", "qswin", "bench", "--model", *models, *options)
         for rows in (timed, self.args.models / f"{short}-torch.json"):
             if rows.is_file():
                 self.report["rows"] += [{"family": short, **row} for row in json.loads(rows.read_text())["rows"]]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["calib.cache", "qat.config", "yaml", "omegaconf"]):
-    from calib.cache import format_cache, parse_cache
-    from qat.config import load_config
+with atheris.instrument_imports(include=["qswin.calib.trt_cache.cache_file", "qswin.qat.config", "yaml", "omegaconf"]):
+    from qswin.calib.trt_cache.cache_file import format_cache, parse_cache
+    from qswin.qat.config import load_config
 
 CONFIG = "model: {name: swin_tiny_patch4_window7_224}\ndata: {root: x}\nrun: y\n"
 

@@ -25,10 +25,10 @@ import torch
 
 from benchmarks.demo import CONFIG, ROOT, RUN
 from benchmarks.results import commit
-from calib.cache import parse_cache
-from calib.files import write_json
-from calib.histograms import load_histograms
-from qat.checkpoint import read_description
+from qswin.calib.files import write_json
+from qswin.calib.histogram_file import load_histograms
+from qswin.calib.trt_cache.cache_file import parse_cache
+from qswin.qat.checkpoint import read_description
 
 Check = Callable[[Path], object]
 
@@ -42,7 +42,7 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     ptq, graph = str(RUN / "ptq.safetensors"), str(RUN / "fp32.onnx")
     return {
         "calibrate": (["qswin", "calibrate", *common], "ptq.safetensors"),
-        "train": (["qat.train", *common, *qat, f"init={ptq}"], "qat.safetensors"),
+        "train": (["qswin", "train", *common, *qat, f"init={ptq}"], "qat.safetensors"),
         "sensitivity": (
             ["qswin", "sensitivity", "--checkpoint", ptq, *images, "--out", str(folder / "sensitivity.json")],
             "sensitivity.json",

@@ -27,13 +27,13 @@ from modelopt.torch.quantization.nn import TensorQuantizer as PeerQuantizer
 from torch import nn
 
 from benchmarks.results import commit, device_name
-from calib.images import Preprocessing
-from models.registry import build_model
-from qat.checkpoint import Description
-from qat.export import export_onnx
-from qat.ptq import calibrate, set_ranges
-from qat.recipe import named_recipe
-from qat.rewrite import quantize
+from qswin.calib.data.images import Preprocessing
+from qswin.models.registry import build_model
+from qswin.qat.checkpoint import Description
+from qswin.qat.export.onnx_export import export_onnx
+from qswin.qat.ptq.calibrate import calibrate, set_ranges
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import quantize
 
 NAME = "swin_tiny_patch4_window7_224"
 

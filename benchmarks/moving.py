@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.results import commit, device_name, write_rows
-from calib.batches import image_batches
-from calib.folders import draw_samples, scan_folder, spread_samples
-from calib.images import Preprocessing
-from qat.checkpoint import load_checkpoint
-from qat.config import build_float_model, load_config
-from qat.layers import QuantConv2d, QuantLinear
+from qswin.calib.data.batches import image_batches
+from qswin.calib.data.folders import draw_samples, scan_folder, spread_samples
+from qswin.calib.data.images import Preprocessing
+from qswin.qat.checkpoint import load_checkpoint
+from qswin.qat.config import build_float_model, load_config
+from qswin.qat.quant.layers import QuantConv2d, QuantLinear
 
 CONFIG = "configs/swin_tiny_tinyimagenet.yaml"
 

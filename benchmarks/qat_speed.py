@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from benchmarks.results import commit, device_name
 from benchmarks.speed import time_calls
-from calib.files import write_json
-from models.registry import build_model
-from qat.ptq import calibrate
-from qat.recipe import named_recipe
-from qat.rewrite import quantize
+from qswin.calib.files import write_json
+from qswin.models.registry import build_model
+from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import quantize
 
 
 def models(name: str, images: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:

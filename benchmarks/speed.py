@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.results import commit, device_name
-from calib.files import write_json
-from models.registry import build_model
-from qat.bench import captured
-from qat.int8 import lower
-from qat.ptq import calibrate
-from qat.recipe import named_recipe
-from qat.rewrite import quantize
+from qswin.calib.files import write_json
+from qswin.models.registry import build_model
+from qswin.qat.backends.torch_timing import captured
+from qswin.qat.lowering.lower import lower
+from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import quantize
 
 Run = Callable[[Tensor], Any]
 ROTATED = 4  # inputs that take turns

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.results import commit, device_name, write_rows
-from calib.batches import image_batches
-from calib.calibrators import CALIBRATORS
-from calib.folders import draw_samples, scan_folder
-from qat.checkpoint import Description, load_checkpoint
-from qat.config import build_float_model, load_config, model_arguments
-from qat.evaluate import TorchPredictor
-from qat.export import export_onnx, save_onnx
-from qat.ptq import calibrate, set_ranges
-from qat.recipe import named_recipe
-from qat.rewrite import quantize
-from trt.evaluate import Accuracy, evaluate
-from trt.onnx_runtime import OnnxRuntimePredictor
+from qswin.calib.calibrators import CALIBRATORS
+from qswin.calib.data.batches import image_batches
+from qswin.calib.data.folders import draw_samples, scan_folder
+from qswin.qat.backends.torch_predictor import TorchPredictor
+from qswin.qat.checkpoint import Description, load_checkpoint
+from qswin.qat.config import build_float_model, load_config, model_arguments
+from qswin.qat.export.onnx_export import export_onnx, save_onnx
+from qswin.qat.ptq.calibrate import calibrate, set_ranges
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import quantize
+from qswin.trt.evaluation.evaluate import Accuracy, evaluate
+from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "swin_tiny_tinyimagenet.yaml"
 

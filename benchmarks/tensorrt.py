@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.steps import Steps
-from calib.cache import parse_cache
-from calib.files import write_json
+from qswin.calib.files import write_json
+from qswin.calib.trt_cache.cache_file import parse_cache
 
 # name: ONNX file, precision, further arguments; the most important first
 ENGINES: dict[str, tuple[str, str, list[str]]] = {
@@ -70,11 +70,11 @@ class Run:
     def calibration(self, name: str, *arguments: str) -> list[str]:
         data = ["--data", str(self.args.data / "train"), "--images", str(self.args.images), "--batch", "16"]
         files = ["--onnx", self.file("fp32.onnx"), "--cache", self.file(f"{name}.cache")]
-        return ["trt.calib_cache", *files, *data, *arguments]
+        return ["qswin", "calib-cache", *files, *data, *arguments]
 
     def evaluation(self, model: str, *arguments: str) -> list[str]:
         data = ["--model", self.file(model), "--data", str(self.args.data / "val"), "--workers", "16"]
-        return ["trt.evaluate", *data, "--images", str(self.args.evaluate), *arguments]
+        return ["qswin", "evaluate", *data, "--images", str(self.args.evaluate), *arguments]
 
     def build(self, name: str, shapes: str) -> None:
         onnx, precision, further = ENGINES[name]
@@ -83,7 +83,7 @@ class Run:
         options = [self.file(word) if word.endswith(".cache") else word for word in further]
         # A timing cache for each, for several builds go on at once.
         options += ["--precision", precision, "--shapes", shapes, "--timing-cache", self.file(f"{engine}.timing")]
-        if not self.do(f"build {engine}", "trt.build", *files, *options):
+        if not self.do(f"build {engine}", "qswin", "build", *files, *options):
             return
         sidecar = self.json(f"{engine}.json")
         kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
@@ -125,12 +125,12 @@ class Run:
         name = engine.split("@")[0]
         files = ["--model", self.file(f"{engine}.engine"), "--reference", self.file(f"{ENGINES[name][0]}.onnx")]
         report = ["--data", str(self.args.data / "val"), "--json", self.file(f"{engine}.{kind}.json")]
-        return self.do(f"compare {engine} {kind}", "trt.compare", *files, *report, *arguments)
+        return self.do(f"compare {engine} {kind}", "qswin", "compare", *files, *report, *arguments)
 
     def bench(self, engines: list[str]) -> None:
         models = [self.file(f"{engine}.engine") for engine in engines]
         arguments = ["--batch", self.args.batch, "--cuda-graph", "--json", self.file("bench.json")]
-        if self.do("bench", "trt.bench", "--model", *models, *arguments):
+        if self.do("bench", "qswin", "bench", "--model", *models, *arguments):
             accuracy = self.report["evaluations"]
             rows = self.json("bench.json")["rows"]
             self.report["rows"] = [{**row, "acc1": accuracy.get(row["model"], {}).get("acc1")} for row in rows]

@@ -10,12 +10,48 @@ from types import ModuleType
 from typing import Any
 
 MODULES = (
-    *("models.registry", "qat.recipe", "qat.rewrite", "qat.ptq", "qat.quantizers", "qat.layers", "qat.functional"),
-    *("qat.reconstruct", "qat.choose", "qat.correct", "qat.sensitivity", "qat.search", "qat.foreign", "qat.checkpoint"),
-    *("qat.export", "qat.int8", "qat.kernels.norm_quantize", "qat.kernels.linear", "qat.kernels.attention"),
-    *("calib.images", "calib.batches", "calib.folders", "calib.calibrators", "calib.histograms"),
-    *("calib.cache", "calib.build_cache"),
-    *("trt.build", "trt.engine", "trt.evaluate", "trt.segmentation", "trt.bench", "trt.compare", "trt.precision"),
+    *(
+        "qswin.models.registry",
+        "qswin.qat.quant.recipe",
+        "qswin.qat.quant.rewrite",
+        "qswin.qat.ptq.calibrate",
+        "qswin.qat.quant.quantizers",
+        "qswin.qat.quant.layers",
+        "qswin.qat.quant.fake_quantize",
+    ),
+    *(
+        "qswin.qat.ptq.reconstruction",
+        "qswin.qat.ptq.choose_calibrators",
+        "qswin.qat.ptq.bias_correction",
+        "qswin.qat.mixed_precision.sensitivity",
+        "qswin.qat.mixed_precision.search",
+        "qswin.qat.convert",
+        "qswin.qat.checkpoint",
+    ),
+    *(
+        "qswin.qat.export.onnx_export",
+        "qswin.qat.lowering.lower",
+        "qswin.qat.kernels.norm_quantize",
+        "qswin.qat.kernels.linear",
+        "qswin.qat.kernels.attention",
+    ),
+    *(
+        "qswin.calib.data.images",
+        "qswin.calib.data.batches",
+        "qswin.calib.data.folders",
+        "qswin.calib.calibrators",
+        "qswin.calib.histogram_file",
+    ),
+    *("qswin.calib.trt_cache.cache_file", "qswin.calib.trt_cache.offline"),
+    *(
+        "qswin.trt.engines.build",
+        "qswin.trt.engines.engine",
+        "qswin.trt.evaluation.evaluate",
+        "qswin.trt.evaluation.segmentation",
+        "qswin.trt.evaluation.timing",
+        "qswin.trt.evaluation.compare",
+        "qswin.trt.engines.precision",
+    ),
 )
 PAGE = Path(__file__).with_name("api.md")
 COMMAND_LINE = ("add_arguments", "main")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr
 
-from calib.calibrators import CALIBRATORS, Histogram, find_range
-from trt.plots import pyplot
+from qswin.calib.calibrators import CALIBRATORS, Histogram, find_range
+from qswin.trt.report.plots import pyplot
 
 PICTURE = Path(__file__).parent / "pictures" / "calibrators.png"
 VALUES = 1_000_000

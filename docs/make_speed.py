@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from trt.plots import pyplot
+from qswin.trt.report.plots import pyplot
 
 DOCS = Path(__file__).parent
 PEER = ("torch.compile default, CUDA graph", "fp16")

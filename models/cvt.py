@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.names import rename
+from qswin.models.state_dicts import rename
 
 TASK = "classification"
 DEPTHS = {"cvt-13": [1, 2, 10], "cvt-21": [1, 4, 16]}

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import cvt, swin, swin_unet, vit
+from qswin.models import cvt, swin, swin_unet, vit
 
 FAMILIES: tuple[ModuleType, ...] = (swin, vit, cvt, swin_unet)
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights

@@ -6,7 +6,7 @@ import timm
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
-from models.timm_models import build, preprocessing
+from qswin.models.timm_models import build, preprocessing
 
 __all__ = ["TASK", "build", "convert_state", "names", "preprocessing"]
 TASK = "classification"

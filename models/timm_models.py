@@ -15,7 +15,7 @@ def build(name: str, num_classes: int | None = None, pretrained: bool = False, *
 
 
 def preprocessing(model: Any) -> dict[str, Any]:
-    """The preprocessing in the model's own configuration; keys as calib.images.Preprocessing."""
+    """The preprocessing in the model's own configuration; keys as qswin.calib.data.images.Preprocessing."""
     config = resolve_data_config(model=model)
     side = model.patch_embed.img_size or config["input_size"][1:]
     keys = ("mean", "std", "interpolation", "crop_pct")

@@ -8,13 +8,13 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from calib.files import sha256, write_atomic, write_json
-from calib.images import Preprocessing
-from models.registry import build_model, check_state, family_of, read_state
-from qat.config import build_float_model, load_config, model_arguments
-from qat.quantizers import quantizers
-from qat.recipe import Recipe
-from qat.rewrite import enable, quantize
+from qswin.calib.data.images import Preprocessing
+from qswin.calib.files import sha256, write_atomic, write_json
+from qswin.models.registry import build_model, check_state, family_of, read_state
+from qswin.qat.config import build_float_model, load_config, model_arguments
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import Recipe
+from qswin.qat.quant.rewrite import enable, quantize
 
 
 @dataclasses.dataclass(frozen=True)

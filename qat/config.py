@@ -10,10 +10,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from calib.files import write_atomic
-from calib.images import Preprocessing
-from models.registry import build_model, family_of
-from qat.recipe import Recipe, named_recipe
+from qswin.calib.data.images import Preprocessing
+from qswin.calib.files import write_atomic
+from qswin.models.registry import build_model, family_of
+from qswin.qat.quant.recipe import Recipe, named_recipe
 
 MISSING = "???"
 
@@ -29,7 +29,7 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    root: str = MISSING  # holds train/ and val/, laid out as calib.folders.scan_folder says
+    root: str = MISSING  # holds train/ and val/, laid out as qswin.calib.data.folders.scan_folder says
     workers: int = 4
     decoder: str = "pillow"  # of training images; or dali, NVIDIA's, which decodes on the GPU
     skip_unreadable: bool = False

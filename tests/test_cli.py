@@ -1,6 +1,5 @@
 """Commands as a user types them: help, exit codes, and one line about what is wrong."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -9,35 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import qswin
+from qswin import cli
+from tests.helpers import fails, invoke
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def invoke(command: str, *arguments) -> int:
-    """Runs a command in this process and returns its exit code."""
-    module = importlib.import_module(qswin.COMMANDS[command][0])
-    with pytest.raises(SystemExit) as stop:
-        qswin.run(module.add_arguments, module.main, f"qswin {command}", ["qswin", *map(str, arguments)])
-    return stop.value.code or 0
-
-
-def fails(capsys, command: str, *arguments) -> str:
-    """The one line that a failing command prints; the exit code is 2."""
-    capsys.readouterr()
-    assert invoke(command, *arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"qswin {command}: error: ")
-    return lines[0]
-
-
-@pytest.mark.parametrize("command", qswin.COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help_with_an_example(command, capsys):
     assert invoke(command, "--help") == 0
     assert "example:\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", sorted(set(qswin.COMMANDS) - {"completion", "sensitivity"}))
+@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"completion", "sensitivity"}))
 def test_what_a_command_did_can_be_had_as_json(command, capsys):
     """A script is printed by one; the other's --out is JSON."""
     invoke(command, "--help")
@@ -46,12 +29,12 @@ def test_what_a_command_did_can_be_had_as_json(command, capsys):
 
 def test_the_table_of_commands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["qswin"])
-    qswin.main()
+    cli.main()
     listed = capsys.readouterr().out
-    assert all(name in listed for name in qswin.COMMANDS)
+    assert all(name in listed for name in cli.COMMANDS)
     monkeypatch.setattr(sys, "argv", ["qswin", "calibrat"])
     with pytest.raises(SystemExit, match="2"):
-        qswin.main()
+        cli.main()
 
 
 def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
@@ -128,11 +111,12 @@ def test_a_full_disk_leaves_no_half_checkpoint(config_file, tmp_path):
     script = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import qat.ptq, qswin
+from qswin import cli
+import qswin.qat.ptq.calibrate  # before the limit: importing writes caches
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40000, hard))
 try:
-    qswin.run(qat.ptq.add_arguments, qat.ptq.main, "qswin calibrate", ["qswin", "--config", sys.argv[1]])
+    cli.run_command("calibrate", ["--config", sys.argv[1]])
 finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # for what coverage writes at the end
 """
@@ -146,7 +130,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):
-        qswin.run(lambda parser: None, broken, "qswin", ["qswin"])
+        cli.run(lambda parser: None, broken, "qswin", [])
 
 
 @pytest.mark.assets

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from calib.images import Preprocessing, load_image
-from models.registry import read_state
-from qat.checkpoint import read_description, save_checkpoint
-from qat.export import export_onnx, save_onnx
-from qat.recipe import named_recipe
-from tests.conftest import DESCRIPTION, small_swin
-from trt.onnx_runtime import OnnxRuntimePredictor
+from qswin.calib.data.images import Preprocessing, load_image
+from qswin.models.registry import read_state
+from qswin.qat.checkpoint import read_description, save_checkpoint
+from qswin.qat.export.onnx_export import export_onnx, save_onnx
+from qswin.qat.quant.recipe import named_recipe
+from qswin.trt.graphs.runtime import OnnxRuntimePredictor
+from tests.helpers import DESCRIPTION, small_swin
 
 Damage = Callable[[bytes], bytes]
 

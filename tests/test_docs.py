@@ -59,7 +59,7 @@ def command_lines(page):
 
 
 def test_commands_and_options_exist():
-    from qat.completion import whole_parser
+    from qswin.qat.commands.completion import whole_parser
 
     (commands,) = (action for action in whole_parser()._actions if action.choices)
     lines = [(page.name, *line) for page in PAGES for line in command_lines(page)]

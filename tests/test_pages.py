@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.registry import build_model
-from tests.conftest import SMALL, V1, write_images
-from tests.test_cli import invoke
-from trt.onnx_runtime import OnnxRuntimePredictor
+from qswin.models.registry import build_model
+from qswin.trt.graphs.runtime import OnnxRuntimePredictor
+from tests.helpers import SMALL, V1, invoke, write_images
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = f"""\

@@ -13,7 +13,6 @@ class Blocker(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocker())
 
 if __name__ == "__main__":
-    import qswin
+    from qswin.cli import main
 
-    sys.argv[0] = "qswin"
-    qswin.main()
+    main()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
-from qat.kernels.arithmetic import reference_to_int8, to_int8
+from qswin.qat.kernels.arithmetic import reference_to_int8, to_int8
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-24)

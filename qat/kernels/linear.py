@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
-from qat.kernels.arithmetic import gelu, reference_to_int8, to_int8
+from qswin.qat.kernels.arithmetic import gelu, reference_to_int8, to_int8
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 GROUP = 8  # rows of tiles that share the weight's tiles in the L2 cache

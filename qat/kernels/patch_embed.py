@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qat.kernels.arithmetic import reference_to_int8, to_int8
+from qswin.qat.kernels.arithmetic import reference_to_int8, to_int8
 
 PATCHES = 64  # that a program takes
 

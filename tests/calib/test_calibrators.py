@@ -9,18 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from calib import calibrators
-from calib.calibrators import CALIBRATORS, Histogram, find_range
+from qswin.calib import calibrators
+from qswin.calib.calibrators import CALIBRATORS, Histogram, find_range
+from tests.helpers import filled
 
 finite = st.floats(-1e6, 1e6, width=32)
 arrays = hnp.arrays(np.float32, st.integers(1, 200), elements=finite)
-
-
-def filled(*chunks: np.ndarray) -> Histogram:
-    histogram = Histogram()
-    for chunk in chunks:
-        histogram.add(chunk)
-    return histogram
 
 
 @given(arrays, st.integers(0, 200), st.randoms())

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from calib.files import sha256, write_atomic
+from qswin.calib.files import sha256, write_atomic
 
 
 def test_a_write_replaces_the_whole_file(tmp_path):
@@ -25,7 +25,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-from calib.files import write_atomic
+from qswin.calib.files import write_atomic
 write_atomic({str(file)!r}, b"x" * 5000)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.registry import build_model
-from tests.qat.test_families import CVT, VARIANTS
+from qswin.models.registry import build_model
+from tests.helpers import CVT, VARIANTS
 
 PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
 

@@ -4,9 +4,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from models import swin, vit
-from models.registry import build_model, family_of, read_state
-from tests.conftest import SMALL, V1, V2, small_swin
+from qswin.models import swin, vit
+from qswin.models.registry import build_model, family_of, read_state
+from tests.helpers import SMALL, V1, V2, small_swin
 
 
 def original_layout(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from calib.batches import Batch
-from models.registry import build_model
-from models.swin_unet import PatchExpand
-from tests.qat.test_families import UNET, VARIANTS
-from trt.segmentation import Dice
+from qswin.calib.data.batches import Batch
+from qswin.models.registry import build_model
+from qswin.models.swin_unet import PatchExpand
+from qswin.trt.evaluation.segmentation import Dice
+from tests.helpers import UNET, VARIANTS
 
 NAME = "swin_unet_tiny_patch4_window7_224"
 

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from calib.images import Preprocessing
-from qat.checkpoint import Description, load_checkpoint, save_checkpoint
-from qat.quantizers import quantizers
-from qat.recipe import named_recipe
-from qat.rewrite import quantize
-from tests.conftest import SMALL, V1, small_swin
+from qswin.calib.data.images import Preprocessing
+from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import quantize
+from tests.helpers import SMALL, V1, small_swin
 
 DESCRIPTION = Description(
     {"name": V1, "num_classes": 5, **SMALL},

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qat.config import claim_run, load_config, recipe_of
-from qat.recipe import Recipe
+from qswin.qat.config import claim_run, load_config, recipe_of
+from qswin.qat.quant.recipe import Recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

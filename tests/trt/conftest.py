@@ -31,7 +31,7 @@ class Graphs(dict[str, Path]):
         self.folder, self._twin = folder, None
 
     def __missing__(self, kind: str) -> Path:
-        from qat.export import export_onnx, save_onnx
+        from qswin.qat.export.onnx_export import export_onnx, save_onnx
 
         precision, opset, batch = KINDS[kind]
         twin, description = self._calibrated()
@@ -44,10 +44,10 @@ class Graphs(dict[str, Path]):
         if self._twin is None:
             import torch
 
-            from qat.ptq import calibrate
-            from qat.recipe import named_recipe
-            from qat.rewrite import quantize
-            from tests.conftest import DESCRIPTION, small_swin
+            from qswin.qat.ptq.calibrate import calibrate
+            from qswin.qat.quant.recipe import named_recipe
+            from qswin.qat.quant.rewrite import quantize
+            from tests.helpers import DESCRIPTION, small_swin
 
             recipe = named_recipe("full")
             twin = quantize(small_swin(depths=[2, 1]), recipe)

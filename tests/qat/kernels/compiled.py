@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed
+from qswin.qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed
 
 TARGET = GPUTarget("cuda", 80, 32)
 DTYPES = {"*i8": torch.int8, "*i32": torch.int32, "*fp16": torch.float16, "*fp32": torch.float32}

@@ -11,8 +11,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = pytest.mark.skipif(not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and not interpreted")
 
-from qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed  # noqa: E402
-from qat.kernels.arithmetic import gelu  # noqa: E402
+from qswin.qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed  # noqa: E402
+from qswin.qat.kernels.arithmetic import gelu  # noqa: E402
 
 
 def random_int8(*shape):

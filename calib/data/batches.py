@@ -1,0 +1,174 @@
+"""Batches of labelled images as NumPy arrays, without torch, decoded by processes: what calibration and evaluation read."""
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qswin.calib.data.folders import Sample
+from qswin.calib.data.images import Preprocessing, load_image, load_mask
+from qswin.calib.data.shards import ImageFile
+
+Target = int | np.ndarray  # a class index, or a mask (H, W) uint8
+Decoded = list[Target | ValueError]  # of each sample of a batch: its target, or what is wrong with its files
+
+
+class Batch(NamedTuple):
+    images: np.ndarray  # (N, 3, H, W) float32, normalised
+    labels: np.ndarray  # (N,) int64 class indices, or (N, H, W) uint8 masks
+    files: list[ImageFile]  # of the images
+
+
+def fill_up(images: np.ndarray, size: int) -> np.ndarray:
+    """A batch of at least `size` images: the last one is repeated; a model's answers to those are to be cut off."""
+    missing = size - len(images)
+    return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
+
+
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, the next one fetched by a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = thread.submit(next, batches, None)
+            yield batch
+
+
+def image_batches(
+    samples: Sequence[Sample],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    workers: int = 4,
+    skipped: list[ImageFile] | None = None,
+) -> Iterator[Batch]:
+    """Yields batches in the order of `samples`.
+
+    A script that calls this does so under `if __name__ == "__main__"`, as multiprocessing needs it.
+
+    Args:
+        workers: processes, which decode that many batches ahead. With fewer than two, or than two batches, this one decodes.
+        skipped: unreadable files are left out and added to this list; without a list they are an error.
+
+    Raises:
+        ValueError: a file cannot be read and there is no list `skipped`.
+        ChildProcessError: a decoding process was killed.
+    """
+    chunks = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
+    workers = min(workers, len(chunks))
+    decoding = _by_processes(chunks, preprocessing, workers) if workers > 1 else _by_this_one(chunks, preprocessing)
+    for chunk, (images, decoded) in zip(chunks, decoding, strict=True):
+        yield from _collect(chunk, images, decoded, skipped)
+
+
+def _by_this_one(chunks: Sequence[Sequence[Sample]], preprocessing: Preprocessing) -> Iterator[tuple[np.ndarray, Decoded]]:
+    for chunk in chunks:
+        images = np.empty((len(chunk), 3, *preprocessing.size), dtype=np.float32)
+        yield images, _decode(chunk, preprocessing, images)
+
+
+def _by_processes(
+    chunks: Sequence[Sequence[Sample]], preprocessing: Preprocessing, workers: int
+) -> Iterator[tuple[np.ndarray, Decoded]]:
+    """Batches decoded into slots of shared memory; threads will not do, for they wait for each other's interpreter lock."""
+    # A fork of this process would copy its CUDA context and its threads' locks; a fork server has neither.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qswin.calib.data.batches"])
+    size = max(map(len, chunks)) * 3 * preprocessing.size[0] * preprocessing.size[1]
+    slots = [context.RawArray(ctypes.c_float, size) for _ in range(workers + 1)]
+    free, pending = deque(range(len(slots))), deque[tuple[int, int, Future[Decoded]]]()
+    remaining = iter(chunks)
+    with ProcessPoolExecutor(workers, context, _start_worker, (slots, preprocessing)) as pool, _leaving(pending):
+        while True:
+            for chunk in itertools.islice(remaining, len(free)):
+                slot = free.popleft()
+                pending.append((slot, len(chunk), pool.submit(_decode_to_slot, chunk, slot)))
+            if not pending:
+                return
+            slot, count, future = pending.popleft()
+            decoded = future.result()
+            images = _view(slots[slot], count, preprocessing).copy()
+            free.append(slot)
+            yield images, decoded
+
+
+@contextlib.contextmanager
+def _leaving(pending: deque[tuple[int, int, Future[Decoded]]]) -> Iterator[None]:
+    """Lets a caller leave early without waiting for what is decoded ahead, and says what the end of a worker means."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a decoding process died: give fewer workers if memory ran out; a script needs `if __name__ == '__main__':`"
+        ) from error
+    finally:
+        for _, _, future in pending:
+            future.cancel()
+
+
+_slots: list[Any] = []  # of a decoding process
+_preprocessing = Preprocessing()
+
+
+def _start_worker(slots: list[Any], preprocessing: Preprocessing) -> None:
+    """Ctrl-C is the parent's to handle; a parent that is killed takes its workers along."""
+    global _slots, _preprocessing
+    _slots, _preprocessing = slots, preprocessing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _decode_to_slot(chunk: Sequence[Sample], slot: int) -> Decoded:
+    return _decode(chunk, _preprocessing, _view(_slots[slot], len(chunk), _preprocessing))
+
+
+def _view(slot: Any, count: int, preprocessing: Preprocessing) -> np.ndarray:
+    """The first `count` images of a slot, (count, 3, H, W)."""
+    shape = (count, 3, *preprocessing.size)
+    return np.frombuffer(slot, dtype=np.float32, count=int(np.prod(shape))).reshape(shape)
+
+
+def _decode(chunk: Sequence[Sample], preprocessing: Preprocessing, out: np.ndarray) -> Decoded:
+    return [_load(sample, preprocessing, image) for sample, image in zip(chunk, out, strict=True)]
+
+
+def _load(sample: Sample, preprocessing: Preprocessing, out: np.ndarray) -> Target | ValueError:
+    """Writes a sample's image to `out` and returns its target."""
+    path, target = sample
+    try:
+        load_image(path, preprocessing, out)
+        return load_mask(target, path, preprocessing) if isinstance(target, Path) else target
+    except ValueError as error:
+        return error
+
+
+def _collect(
+    chunk: Sequence[Sample], images: np.ndarray, decoded: Decoded, skipped: list[ImageFile] | None
+) -> Iterator[Batch]:
+    """Yields the batch; nothing when all of its files were skipped."""
+    errors = [target for target in decoded if isinstance(target, ValueError)]
+    if errors and skipped is None:
+        raise errors[0]
+    kept = [index for index, target in enumerate(decoded) if not isinstance(target, ValueError)]
+    if skipped is not None:
+        skipped += [path for (path, _), target in zip(chunk, decoded, strict=True) if isinstance(target, ValueError)]
+    if kept:
+        labels = np.asarray([decoded[index] for index in kept])
+        yield Batch(images if len(kept) == len(chunk) else images[kept], labels, [chunk[index][0] for index in kept])

@@ -1,0 +1,129 @@
+"""Folders of images and their labels: a class each (classification) or a mask of classes (segmentation). No torch."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qswin.calib.data.images import EXTENSIONS
+from qswin.calib.data.shards import ImageFile, scan_shard
+
+Sample = tuple[ImageFile, int | Path]  # an image's file, and its class index or its mask's file
+
+
+class ImageFolder(NamedTuple):
+    """Labelled images. A class's index is its place among `classes`."""
+
+    root: Path
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]  # sorted by class and name; of shards as they lie there
+
+
+def scan_folder(task: str, root: str | Path, classes: Sequence[str] | None = None) -> ImageFolder:
+    """Lists labelled images, laid out as a task's are.
+
+    Classification: one folder of images a class, as ImageNet is laid out; classes are the sorted folder names. Or WebDataset
+    shards, `*.tar` (qswin.calib.data.shards); classes are the lines of `classes.txt` in `root` or beside it, else numbers.
+    Segmentation: `images/NAME.*` and `masks/NAME.png`, whose pixel values are class indices; classes are the lines of
+    `classes.txt` beside `root`, the first is the background.
+
+    Args:
+        task: classification or segmentation.
+        classes: the class names the model was trained with, in order; None accepts any.
+
+    Raises:
+        FileNotFoundError: a folder or file of that layout is missing.
+        ValueError: there are no images, one has no mask, or the classes are others than `classes`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; give the one that holds {LAYOUTS[task]}")
+    return SCANNERS[task](root, None if classes is None else tuple(classes))
+
+
+def _scan_classes(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
+    if shards := sorted(root.glob("*.tar")):
+        return _scan_shards(root, shards, classes)
+    found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    if classes is not None:
+        _check_classes(root, found, classes)
+    samples = tuple((path, index) for index, name in enumerate(found) for path in _images(root / name))
+    if not samples:
+        raise ValueError(f"{root}: no images in its {len(found)} class folders; the layout is {root}/CLASS/IMAGE.jpg")
+    return ImageFolder(root, found, samples)
+
+
+def _scan_shards(root: Path, shards: list[Path], classes: tuple[str, ...] | None) -> ImageFolder:
+    samples = tuple(sample for shard in shards for sample in scan_shard(shard))
+    if not samples:
+        raise ValueError(f"{root}: no images in its {len(shards)} shards; a sample is NAME.jpg and NAME.cls")
+    largest = max(label for _, label in samples)
+    names = next((file for folder in (root, root.parent) if (file := folder / "classes.txt").is_file()), None)
+    found = tuple(str(label) for label in range(largest + 1)) if names is None else _read_names(names)
+    if names is not None and classes is not None:
+        _check_classes(root, found, classes)
+    elif classes is not None:
+        found = classes
+    if largest >= len(found):
+        raise ValueError(f"{root}: a label is {largest}, but there are {len(found)} classes")
+    return ImageFolder(root, found, samples)
+
+
+def _read_names(file: Path) -> tuple[str, ...]:
+    return tuple(name for line in file.read_text().split("\n") if (name := line.strip()))
+
+
+def _scan_masks(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
+    names = root.parent / "classes.txt"
+    if classes is None and not names.is_file():
+        raise FileNotFoundError(f"{names}: no such file; write one class name a line, the background first")
+    found = _read_names(names) if names.is_file() else classes or ()
+    if classes is not None:
+        _check_classes(root, found, classes)
+    masks = {path.stem: path for path in _images(root / "masks")}
+    images = _images(root / "images")
+    if not images:
+        raise ValueError(f"{root}: no images in {root / 'images'}; the layout is {LAYOUTS['segmentation']}")
+    for image in images:
+        if image.stem not in masks:
+            raise ValueError(f"{image}: has no mask {root / 'masks' / image.stem}.png")
+    return ImageFolder(root, found, tuple((image, masks[image.stem]) for image in images))
+
+
+def _images(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in EXTENSIONS]
+
+
+SCANNERS = {"classification": _scan_classes, "segmentation": _scan_masks}
+LAYOUTS = {
+    "classification": "one folder of images a class, or WebDataset shards (*.tar)",
+    "segmentation": "images/NAME.png and masks/NAME.png",
+}
+
+
+def check_class_count(root: Path, found: int, classes: int) -> None:
+    """Raises ValueError unless a folder has as many classes as the model."""
+    if found != classes:
+        raise ValueError(f"{root}: {found} classes, but the model has {classes} classes")
+
+
+def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    check_class_count(root, len(found), len(expected))
+    for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
+        if ours != theirs:
+            raise ValueError(f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; order is by name")
+
+
+def spread_samples(folder: ImageFolder, images: int) -> Sequence[Sample]:
+    """`images` of a folder's samples at even distances, all of them for 0 or when there are no more."""
+    count = len(folder.samples)
+    if not 0 < images < count:
+        return folder.samples
+    return [folder.samples[index * count // images] for index in range(images)]
+
+
+def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[Sample]:
+    """`images` of a folder's samples, drawn without replacement; the same for the same seed. Raises ValueError for 0."""
+    if images < 1:
+        raise ValueError("0 images to calibrate on; calibration needs at least 1, and 256 to 1024 do well")
+    return random.Random(seed).sample(folder.samples, min(images, len(folder.samples)))

@@ -1,0 +1,140 @@
+"""Images and masks from files as a model sees them, without torch."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+UNREADABLE = "missing, or cannot be read as an image; mend or remove it, or set data.skip_unreadable=true"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a file becomes a model's input: the shorter side is resized to size / crop_pct, the centre is cut out.
+
+    `size` is (height, width) in pixels; `mean` and `std` are per RGB channel, of values in [0, 1].
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in RESAMPLING:
+            raise ValueError(f"interpolation {self.interpolation!r} is not known; choose one of {', '.join(RESAMPLING)}")
+        for field in ("size", "mean", "std"):  # JSON and YAML give lists
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.size[0] != self.size[1]:
+            raise ValueError(f"input size {self.size} is not square; only square inputs are supported")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Source(Protocol):
+    """A file, or a piece of one: a Path, or qswin.calib.data.shards.TarImage."""
+
+    def open(self, mode: str) -> IO[bytes]: ...
+
+
+def load_image(path: str | Source, preprocessing: Preprocessing, out: np.ndarray | None = None) -> np.ndarray:
+    """Decodes and preprocesses one file to (3, H, W) float32, written to `out` if it is given.
+
+    Raises:
+        ValueError: the file is missing or cannot be decoded; it is named.
+    """
+    pixels = load_pixels(path, preprocessing)
+    out = np.empty((3, *preprocessing.size), dtype=np.float32) if out is None else out
+    return _normalize(pixels, preprocessing, out)
+
+
+def noise_images(count: int, preprocessing: Preprocessing) -> np.ndarray:
+    """(count, 3, H, W) float32, standard normal, seed 0: of normalised images' mean and variance."""
+    return np.random.default_rng(0).standard_normal((count, 3, *preprocessing.size), dtype=np.float32)
+
+
+def load_pixels(path: str | Source, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes one file to (H, W, 3) uint8, cut as the model sees it. Raises ValueError, naming an unreadable file."""
+    resampling = RESAMPLING[preprocessing.interpolation]
+    return np.asarray(_resize_and_crop(open_image(path, "RGB"), preprocessing, resampling))
+
+
+def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes the mask of an image to (H, W) uint8 class indices, cut as the image is.
+
+    Raises:
+        ValueError: a file cannot be read, the mask is in colour, or its size is another; the file is named.
+    """
+    mask = open_image(path)
+    if mask.mode not in ("L", "P"):
+        raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {mask.mode!r}")
+    with naming_unreadable(image), image.open("rb") as file:
+        header = Image.open(file)
+    check_size(path, mask, header)
+    return np.asarray(_resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST))
+
+
+def check_size(path: str | Source, mask: Image.Image, image: Image.Image) -> None:
+    """Raises ValueError, naming the mask's file, when a mask is not of its image's size."""
+    if mask.size != image.size:
+        raise ValueError(f"{path}: is {mask.size} pixels, its image {image.size}; they must be the same")
+
+
+def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
+    """Decodes an image, the first of an animation, to another 8-bit colour mode if one is given.
+
+    Raises:
+        ValueError: the file cannot be read, or its pixels have no known range; it is named.
+    """
+    source = Path(path) if isinstance(path, str) else path
+    with naming_unreadable(path), source.open("rb") as file, Image.open(file) as image:
+        image.load()
+    return image if mode is None else _to_8_bits(image, path).convert(mode)
+
+
+@contextlib.contextmanager
+def naming_unreadable(path: str | Source) -> Iterator[None]:
+    """Makes a ValueError that names the file of whatever Pillow raises over one that it cannot read."""
+    try:
+        yield
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: {UNREADABLE}") from error
+
+
+def _to_8_bits(image: Image.Image, path: str | Source) -> Image.Image:
+    """Pillow would cut 16 bits off at 255: almost all of such an image would be white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{path}: its 32-bit pixels have no known range; convert it to 8 or 16 bits")
+    return image
+
+
+def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, H, W) float32: (pixel / 255 - mean) / std, looked up, for a byte has 256 values only."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
+        values = (levels - np.float32(mean)) / np.float32(std)
+        np.take(values, pixels[..., channel], out=out[channel], mode="clip")
+    return out
+
+
+def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
+    """Resizes the shorter side to floor(size / crop_pct), then cuts out the centre, as timm and torchvision do."""
+    side = preprocessing.size[0]
+    short = math.floor(side / preprocessing.crop_pct)
+    long = int(short * max(image.size) / min(image.size))
+    size = (short, long) if image.width <= image.height else (long, short)
+    if image.size != size:
+        image = image.resize(size, resampling)
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))

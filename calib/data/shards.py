@@ -1,0 +1,86 @@
+"""WebDataset shards: tar files in which NAME.jpg and NAME.cls, one after the other, are a labelled image.
+
+Only the headers are read ahead; images are read from where they lie, in any order, and nothing is ever unpacked. So
+permutations, ranks, workers and resuming are the same as over a folder of images.
+"""
+
+import io
+import os
+import re
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from qswin.calib.data.images import EXTENSIONS
+
+LONGEST_LABEL = 20  # bytes of a .cls
+NAME = re.compile(r"^((?:.*/)?[^./]+)(\.[^/]*)$")  # webdataset's own split: a sample's name ends at the first dot
+
+
+class TarImage(NamedTuple):
+    """An image in a tar file; opens as a Path does."""
+
+    shard: Path
+    offset: int
+    size: int
+    name: str
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        with self.shard.open(mode) as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.name}"
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+
+ImageFile = Path | TarImage
+
+
+def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
+    """The images of a shard with their class indices, in the order of the file.
+
+    Raises:
+        ValueError: it is no tar file, compressed, truncated or malformed, or an image has no label, or a label no image.
+    """
+    images: dict[str, TarImage] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                split = NAME.match(member.name)
+                if not member.isreg() or member.sparse is not None or split is None:
+                    continue
+                name, extension = split.group(1), split.group(2).lower()
+                if extension in EXTENSIONS:
+                    _add(images, name, TarImage(shard, member.offset_data, member.size, member.name), shard)
+                elif extension == ".cls":
+                    _add(labels, name, _label(tar, member, shard), shard)
+    except (tarfile.TarError, OSError, EOFError, OverflowError) as error:
+        what = f"not a tar file, compressed or truncated ({error})"
+        raise ValueError(f"{shard}: {what}; WebDataset shards are plain .tar files") from error
+    lonely = images.keys() ^ labels.keys()
+    if lonely:
+        raise ValueError(f"{shard}: {min(lonely)} has no .cls or no image; a sample is NAME.jpg and NAME.cls")
+    end = os.path.getsize(shard)
+    if any(image.offset + image.size > end for image in images.values()):
+        raise ValueError(f"{shard}: truncated; copy it again")
+    return [(image, labels[name]) for name, image in images.items()]
+
+
+def _add(found: dict[str, Any], name: str, value: Any, shard: Path) -> None:
+    if name in found:
+        raise ValueError(f"{shard}: {name} is in it twice")
+    found[name] = value
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
+    file = tar.extractfile(member) if member.size <= LONGEST_LABEL else None
+    text = b"" if file is None else file.read().strip()
+    if not text.isdigit():
+        raise ValueError(f"{shard}: {member.name} is not a class index")
+    return int(text)

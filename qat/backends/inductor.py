@@ -1,0 +1,141 @@
+"""The target `inductor`: a calibrated checkpoint as an AOTInductor package (.pt2) that runs the project's INT8 kernels.
+
+A package holds compiled code and integer weights: running it needs torch and a GPU of its compute capability, but neither
+qswin nor timm. It is code: load only packages you built yourself. The command `qswin build`, which does this target itself
+and leaves the others to qswin.trt.engines.build.
+"""
+
+import io
+import os
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qswin.calib.data.batches import fill_up
+from qswin.calib.files import sha256
+from qswin.trt.engines.engine import BuiltModel
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SUFFIX = ".pt2"
+TARGET = "inductor"
+OLDEST_CAPABILITY = (8, 0)  # of the kernels' INT8 instructions
+NOT_HERE = ("onnx", "calib_cache", "override", "workspace", "level", "fold")  # arguments of the other targets
+
+
+def compile_package(model: "nn.Module", size: tuple[int, int], profile: tuple[int, int, int]) -> bytes:
+    """Compiles a lowered model on a GPU, its residual stream in FP16, for float32 images and logits.
+
+    Args:
+        model: from `qswin.qat.lowering.lower.lower`, with FP16 parameters, on the GPU.
+        size: (H, W) of the images.
+        profile: smallest, usual and largest batch. One fixed batch runs faster: tiles are then chosen for it.
+
+    Raises:
+        ValueError: the C++ compiler made a library that torch could not load.
+    """
+    import torch
+    from torch._inductor import aoti_compile_and_package
+
+    from qswin.qat.lowering.layers import Float32Interface
+
+    low, usual, high = profile
+    example = torch.zeros(usual, 3, *size, device=next(model.parameters()).device)
+    batch = None if low == high else ({0: torch.export.Dim("batch", min=low, max=high)},)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        program = torch.export.export(Float32Interface(model).eval(), (example,), dynamic_shapes=batch)
+        package = Path(aoti_compile_and_package(program, package_path=f"{folder}/model{SUFFIX}")).read_bytes()
+    check_linkage(package)
+    return package
+
+
+def check_linkage(package: bytes) -> None:
+    """Raises ValueError when the package's library holds a C++ library of its own: beside torch's it would crash."""
+    with zipfile.ZipFile(io.BytesIO(package)) as archive:
+        for name in archive.namelist():
+            if name.endswith(".so") and b"libstdc++.so" not in archive.read(name):
+                raise ValueError(
+                    f"{os.environ.get('CXX', 'g++')} linked libstdc++ into the package, which would crash torch when it is"
+                    " loaded; set CXX to a compiler that links it dynamically, such as /usr/bin/g++, and build again"
+                )
+
+
+def build(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:
+    """Builds a package from a checkpoint that was calibrated with recipe `attention`.
+
+    Returns:
+        The package, and its sidecar but for the package's own checksum.
+
+    Raises:
+        FileNotFoundError: the checkpoint or its sidecar is missing.
+        ValueError: there is no GPU that can run it, or the kernels have not what the checkpoint needs (it is named).
+    """
+    import torch
+
+    from qswin.qat.checkpoint import load_checkpoint
+    from qswin.qat.lowering.lower import lower
+
+    capability = check_gpu()
+    model, description = load_checkpoint(path)
+    start, size = time.perf_counter(), description.preprocessing.size
+    lowered = lower(model.cuda(), torch.zeros(1, 3, *size, device="cuda"), torch.float16)
+    package = compile_package(lowered, size, profile)
+    return package, {
+        **description.to_dict(),
+        "checkpoint": path.name,
+        "parent": sha256(path),
+        "target": TARGET,
+        "version": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+        "capability": capability,
+        "engine_precision": "int8",
+        "profile": profile,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def check_gpu() -> str:
+    """The GPU's compute capability, "9.0". Raises ValueError without a GPU, and for one that has not what is needed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--target inductor needs an NVIDIA GPU, and torch finds none; --target tensorrt-rtx builds without")
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        raise ValueError(f"--target inductor needs compute capability 8.0, {torch.cuda.get_device_name()} has {capability}")
+    return "{}.{}".format(*capability)
+
+
+class Package(BuiltModel):
+    """A package on the GPU; a qswin.trt.evaluation.evaluate.Predictor.
+
+    Raises:
+        FileNotFoundError: the package or its sidecar is missing.
+        ValueError: it was built for another GPU or by another torch.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        import torch
+        from torch._inductor import aoti_load_package
+
+        capability, version = self.sidecar["capability"], self.sidecar["version"]
+        if (found := check_gpu()) != capability:
+            raise ValueError(f"{path}: built for compute capability {capability}, here is {found}; build it again")
+        if torch.__version__ != version:
+            raise ValueError(f"{path}: built by torch {version}, here is {torch.__version__}; build it again here")
+        # Without locks between threads, which cannot become part of a CUDA graph.
+        self.run: Any = aoti_load_package(str(path), run_single_threaded=True)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""
+        import torch
+
+        padded = torch.from_numpy(fill_up(images, self.smallest)).cuda()
+        logits: Tensor = self.run(padded)
+        return logits[: len(images)].cpu().numpy()

@@ -1,0 +1,31 @@
+"""The command `qswin evaluate`: a checkpoint or package with torch, or an ONNX file or engine without importing it."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qswin.qat.checkpoint import Description
+
+
+class TorchPredictor:
+    """A torch model as qswin.trt.evaluation.evaluate.Predictor: NumPy in, NumPy out."""
+
+    def __init__(self, model: "nn.Module", description: "Description", device: str) -> None:
+        import torch
+
+        self._model, self._device = model.to(device), device
+        self.backend = f"torch {torch.__version__}"
+        self.precision = "fp32" if description.recipe is None else description.recipe.name
+        self.task = description.task
+        self.preprocessing = description.preprocessing
+        self.classes = None if description.classes is None else list(description.classes)
+        self.batch_size: int | None = None
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            return self._model(torch.from_numpy(images).to(self._device)).float().cpu().numpy()

@@ -1,0 +1,27 @@
+"""`qswin calibrate`."""
+
+import argparse
+
+from qswin.qat.commands.arguments import add_config_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Quantizes and calibrates a trained model; writes <run>/ptq.safetensors and its sidecar."
+    parser.epilog = (
+        "example:\n  qswin calibrate --config configs/swin_tiny_tinyimagenet.yaml"
+        " data.root=DIR model.checkpoint=FILE run=runs/x"
+    )
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    from qswin.qat.checkpoint import write_report
+    from qswin.qat.config import load_config
+    from qswin.qat.distributed import process_group
+    from qswin.qat.ptq.calibrate import run_calibration
+
+    config = load_config(args.config, args.overrides)
+    with process_group(config.device) as ranks:
+        path = run_calibration(config, ranks)
+        if ranks.main:
+            write_report(args.json, path)

@@ -1,0 +1,32 @@
+"""`qswin report`."""
+
+import argparse
+from pathlib import Path
+
+from absl import logging
+
+from qswin.calib.files import write_atomic, write_json
+from qswin.trt.report.report import report, save_pictures
+from qswin.trt.report.webpage import page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "One self-contained HTML page of what a run's folder holds: accuracy, speed, training, sensitivity, ranges,"
+        " histograms. Its pictures are written beside it too, as PNGs, in a folder named by the page."
+    )
+    parser.epilog = "example:\n  qswin report runs/x"
+    parser.add_argument("run", type=Path, help="the folder")
+    parser.add_argument("--out", type=Path, help="default: RUN/report.html")
+    parser.add_argument("--json", type=Path, help="write the page's name and size here")
+
+
+def main(args: argparse.Namespace) -> None:
+    out = args.out or args.run / "report.html"
+    sections = report(args.run)
+    content = page(f"qswin: {args.run.name}", sections).encode()
+    write_atomic(out, content)
+    count = save_pictures(sections, out.with_name(f"{out.stem}-pictures"))
+    if args.json:
+        write_json(args.json, {"page": str(out), "bytes": len(content), "pictures": count})
+    logging.info("%s: %.1f MB, %d pictures", out, len(content) / 1e6, count)

@@ -1,0 +1,27 @@
+"""`qswin train`."""
+
+import argparse
+
+from qswin.qat.commands.arguments import add_config_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Fine-tunes a calibrated checkpoint (QAT), or a float model with recipe=none."
+    parser.epilog = (
+        "example:\n  torchrun --nproc_per_node 8 qat/train.py --config configs/swin_tiny_tinyimagenet.yaml"
+        " data.root=DIR init=runs/x/ptq.safetensors run=runs/x"
+    )
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    from qswin.qat.checkpoint import write_report
+    from qswin.qat.config import load_config
+    from qswin.qat.distributed import process_group
+    from qswin.qat.training.trainer import Trainer
+
+    config = load_config(args.config, args.overrides)
+    with process_group(config.device) as ranks:
+        path = Trainer(config, ranks).run()
+        if ranks.main:
+            write_report(args.json, path)

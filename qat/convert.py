@@ -1,0 +1,91 @@
+"""Checkpoints that pytorch-quantization or ModelOpt calibrated, as a checkpoint of qswin. The command `qswin convert`."""
+
+import re
+from pathlib import Path
+
+from absl import logging
+from torch import Tensor, nn
+
+from qswin.calib.files import sha256
+from qswin.models.registry import check_state, family_of, read_state
+from qswin.models.state_dicts import rename
+from qswin.qat.checkpoint import Description, save_checkpoint
+from qswin.qat.config import Config, build_float_model, claim_run, model_arguments, recipe_of
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.rewrite import quantize
+
+# Quantizers that FasterTransformer and the first Swin systems have on matmuls and residual adds, and where they are here.
+RENAMES = (
+    (r"\.attn\.matmul_q_input_quantizer\.", ".attn.qk._input_quantizer."),
+    (r"\.attn\.matmul_k_input_quantizer\.", ".attn.qk._other_quantizer."),
+    (r"\.attn\.matmul_a_input_quantizer\.", ".attn.av._input_quantizer."),
+    (r"\.attn\.matmul_v_input_quantizer\.", ".attn.av._other_quantizer."),
+    (r"\.(?:add1_residual|shortcut)_input_quantizer\.", ".add1._input_quantizer."),
+    (r"\.drop_path_input_quantizer\.", ".add1._other_quantizer."),
+    (r"\.add2_residual_input_quantizer\.", ".add2._input_quantizer."),
+    (r"\.drop_path_2_input_quantizer\.", ".add2._other_quantizer."),
+    (r"\.(input|weight)_quantizer\.", r"._\1_quantizer."),  # ModelOpt's have no underscore before
+)
+# What is float here: outputs of GEMMs and softmax's input (FasterTransformer), inputs of normalizations (ModelOpt).
+UNUSED = r"_aftergemm_quantizer|softmax_input_quantizer|output_quantizer|norm\d?\._input_quantizer"
+
+
+def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """A foreign state under the names, and with the shapes, of a rewritten model.
+
+    Args:
+        state: weights, and ranges under `<quantizer>._amax`, with the names of the float model.
+        model: made by `quantize` with the recipe that the ranges were calibrated for.
+
+    Raises:
+        ValueError: a site of the recipe has no range in the file, or the file has a range for no site of it; or inputs are
+            scaled before they are quantized.
+    """
+    check_unscaled(state, path)
+    expected = model.state_dict()
+    converted: dict[str, Tensor] = {}
+    left = 0
+    for key, value in state.items():
+        key = rename(key, RENAMES)
+        if re.search(UNUSED, key) or ("_quantizer." in key and not key.endswith("._amax")):
+            left += key.endswith("._amax")
+            continue
+        known = key in expected and key.endswith("._amax") and value.numel() == expected[key].numel()
+        converted[key] = value.reshape(expected[key].shape) if known else value
+    if left:
+        logging.warning("%s: %d ranges are of sites that stay in float here, and are left out", path, left)
+    ranges = {key for key in expected if key.endswith("._amax")}
+    for key in sorted(ranges ^ {key for key in converted if key.endswith("._amax")}):
+        where = "has no range in the file" if key in ranges else "is in the file, but not in the recipe"
+        raise ValueError(f"{path}: {key} {where}; give the recipe that it was calibrated for")
+    return converted
+
+
+def check_unscaled(state: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError for SmoothQuant's scales: weights were divided by them, and no input is multiplied by them here."""
+    for key, value in state.items():
+        if key.endswith("._pre_quant_scale") and bool((value != 1).any()):
+            what = "scales what the layer reads (SmoothQuant), which has no place here"
+            raise ValueError(f"{path}: {key} {what}; calibrate without it, or the float model by qswin calibrate")
+
+
+def convert(config: Config) -> Path:
+    """Writes <run>/ptq.safetensors from the foreign checkpoint `model.checkpoint`; returns its path. Raises ValueError."""
+    if config.model.checkpoint is None:
+        raise ValueError("model.checkpoint is not set: give the calibrated checkpoint to convert")
+    path, recipe = Path(config.model.checkpoint), recipe_of(config)
+    config.model.checkpoint = None  # the weights come with the ranges
+    model, preprocessing = build_float_model(config)
+    twin = quantize(model, recipe)
+    state = read_state(path)
+    # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
+    aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
+    state = convert_ranges({**family_of(config.model.name).convert_state(state, model), **aside}, twin, path)
+    check_state(state, twin.state_dict(), path)
+    twin.load_state_dict(state)
+    run = claim_run(config, "convert", ("ptq.safetensors",))
+    out = run / "ptq.safetensors"
+    description = Description(model_arguments(config), "ptq", preprocessing, recipe=recipe, parent=sha256(path))
+    save_checkpoint(out, twin, description)
+    logging.info("%s: %d quantizers from %s", out, len(list(quantizers(twin))), path)
+    return out

@@ -1,0 +1,127 @@
+"""ONNX files through torch.export. The command `qswin export`."""
+
+import contextlib
+import copy
+import json
+import logging as std_logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qswin.calib.files import write_atomic
+from qswin.qat.checkpoint import Description
+from qswin.qat.export.onnx_passes import finish_weights, lower_to_opset_17
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import RECIPES
+from qswin.qat.quant.rewrite import clip_weights, disable, enable, fold_biases, quantize
+
+PRECISIONS = ("int8", "fp32", "fp16")
+OLDEST_OPSET = 17  # TensorRT 8.6's newest
+DEFAULT_OPSET = 20  # the first in which Gelu is one node
+
+
+class _HalfPrecision(nn.Module):
+    """Takes and gives float32 and computes in float16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.half()).float()
+
+
+def export_onnx(
+    model: nn.Module,
+    description: Description,
+    precision: str = "int8",
+    opset: int = DEFAULT_OPSET,
+    batch: int | None = None,
+) -> ir.Model:
+    """Exports a float or quantized model to an ONNX graph with input `input` (N, 3, H, W) and output `logits`.
+
+    Each quantized site is exactly one QuantizeLinear and DequantizeLinear pair; weights are INT8 initializers with a
+    DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. Position biases and shift
+    masks are one constant a block.
+
+    Args:
+        model: is left as it is.
+        precision: int8 keeps the quantizers; fp32 and fp16 export the same weights without them.
+        opset: 17 or newer. The exporter writes 18 and newer; for 17 the reductions, which changed since, are rewritten.
+        batch: a fixed batch size; None leaves it free.
+
+    Raises:
+        ValueError: int8 of a model that is not quantized or not calibrated (the site is named), a wrong precision or opset.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not known; choose {', '.join(PRECISIONS)}")
+    if opset < OLDEST_OPSET:
+        raise ValueError(f"opset {opset} is too old: LayerNormalization and per-channel Q/DQ need {OLDEST_OPSET} or newer")
+    twin = _prepare(model, description, precision)
+    side = description.preprocessing.size
+    example = torch.randn(batch or 2, 3, *side)
+    graph = _export(twin, example, max(opset, 18), dynamic=batch is None)
+    finish_weights(graph, int8=opset > OLDEST_OPSET)
+    if opset == OLDEST_OPSET:
+        lower_to_opset_17(graph)
+    return graph
+
+
+def _prepare(model: nn.Module, description: Description, precision: str) -> nn.Module:
+    """The twin to trace: a copy, in evaluation mode on the CPU, with everything constant folded into tensors."""
+    twin = quantize(model, RECIPES["none"]) if description.recipe is None else copy.deepcopy(model)
+    twin = twin.cpu().eval()
+    if precision == "int8":
+        if not any(quantizers(twin)):
+            raise ValueError("the checkpoint is not quantized: run qswin calibrate first, or export with --precision fp32")
+        enable(twin)
+        clip_weights(twin)
+    else:
+        disable(twin)
+    fold_biases(twin)
+    return _HalfPrecision(twin) if precision == "fp16" else twin
+
+
+def _export(twin: nn.Module, example: Tensor, opset: int, dynamic: bool) -> ir.Model:
+    shapes = {0: torch.export.Dim("batch", min=1)} if dynamic else None
+    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")  # the exporter's deprecations, which a user cannot act on
+        program: Any = torch.onnx.export(
+            twin,
+            (example,),
+            input_names=["input"],
+            output_names=["logits"],
+            opset_version=opset,
+            dynamic_shapes=(shapes,),
+            dynamo=True,
+            verbose=False,
+        )
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Silences what libraries log about their own passes."""
+    levels = {name: std_logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        std_logging.getLogger(name).setLevel(std_logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            std_logging.getLogger(name).setLevel(level)
+
+
+def save_onnx(path: Path, graph: ir.Model, metadata: dict[str, Any]) -> None:
+    """Writes a graph with its metadata, atomically. Raises OSError when there is no room."""
+    graph.producer_name = "qswin"
+    graph.metadata_props["qswin"] = json.dumps(metadata)
+    for node in graph.graph:
+        node.metadata_props.clear()  # the exporter's stack traces, which name files of this machine
+        node.doc_string = None
+    write_atomic(path, ir.to_proto(graph).SerializeToString())

@@ -1,0 +1,74 @@
+"""What flows through a model's blocks: what block-wise methods work on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qswin.qat.quant.layers import QuantAdd
+
+Arguments = tuple[Any, ...]  # of a block's forward: the tokens first
+
+
+class _Reached(Exception):
+    """The forward has come to the block that was asked for."""
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, in order: what has residual adds."""
+    return [module for module in model.modules() if any(isinstance(child, QuantAdd) for child in module.children())]
+
+
+class BlockOutputs:
+    """Records what each block of a model gives, with its gradient, until it is taken; not what a copy's give."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._outputs: list[Tensor] = []
+        recorded = set(blocks(model))
+
+        def record(block: nn.Module, arguments: Arguments, output: Tensor) -> None:
+            if block in recorded:  # a copy of the model shares this function; a bound method would be copied too
+                self._outputs.append(output)
+
+        for block in recorded:
+            block.register_forward_hook(record)
+
+    def take(self) -> list[Tensor]:
+        """The outputs since the last call, in order."""
+        taken, self._outputs = self._outputs, []
+        return taken
+
+
+@torch.no_grad()
+def block_arguments(model: nn.Module, block: nn.Module, batch: Tensor) -> Arguments:
+    """What a block is called with when the model sees a batch."""
+    found: list[Arguments] = []
+
+    def stop(_: nn.Module, arguments: Arguments) -> None:
+        found.append(arguments)
+        raise _Reached
+
+    _run_to(model, block.register_forward_pre_hook(stop), batch)
+    return found[0]
+
+
+@torch.no_grad()
+def block_output(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
+    """What a block gives when the model sees a batch."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, arguments: Arguments, output: Tensor) -> None:
+        found.append(output)
+        raise _Reached
+
+    _run_to(model, block.register_forward_hook(stop), batch)
+    return found[0]
+
+
+def _run_to(model: nn.Module, handle: Any, batch: Tensor) -> None:
+    try:
+        model(batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()

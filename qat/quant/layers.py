@@ -1,0 +1,81 @@
+"""Quantized layers: the float layer with quantizers on its inputs. They share the float layer's parameters."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qswin.qat.quant.quantizers import TensorQuantizer
+
+# What a recipe gives a layer for a site: a TensorQuantizer, or nn.Identity where the site stays in float.
+MakeQuantizer = Callable[..., nn.Module]
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose input and weight are quantized. x: (..., in_features) -> (..., out_features)."""
+
+    def __init__(self, linear: nn.Linear, site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._input_quantizer = quantizer(site)
+        self._weight_quantizer = quantizer(site, weight=self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self._input_quantizer(x), self._weight_quantizer(self.weight), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class QuantConv2d(nn.Module):
+    """A 2-D convolution whose input and weight are quantized. x: (N, C, H, W)."""
+
+    def __init__(self, conv: nn.Conv2d, site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"{site}: padding mode {conv.padding_mode!r} is not supported; only zeros is")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding = conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
+        self._input_quantizer = quantizer(site)
+        self._weight_quantizer = quantizer(site, weight=self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self._input_quantizer(x), self._weight_quantizer(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}"
+
+
+class QuantMatMul(nn.Module):
+    """A product of two activations, both quantized, each its own site."""
+
+    def __init__(self, site: str, other_site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        self._input_quantizer = quantizer(site)
+        self._other_quantizer = quantizer(other_site)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.matmul(self._input_quantizer(x), self._other_quantizer(other))
+
+
+class QuantAdd(nn.Module):
+    """A residual add whose two branches are both quantized, each with its own range."""
+
+    def __init__(self, site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        self._input_quantizer = quantizer(f"{site}.shortcut")
+        self._other_quantizer = quantizer(f"{site}.branch")
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._input_quantizer(x) + self._other_quantizer(other)
+
+
+def weight_quantizers(model: nn.Module) -> list[tuple[TensorQuantizer, Tensor]]:
+    """Every weight's quantizer with the weight it belongs to."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantConv2d)]
+    pairs = [(layer._weight_quantizer, layer.weight) for layer in layers]
+    return [(quantizer, weight) for quantizer, weight in pairs if isinstance(quantizer, TensorQuantizer)]

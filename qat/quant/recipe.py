@@ -1,0 +1,115 @@
+"""Recipe: which sites are quantized, and how. Policy lives here and nowhere else.
+
+A site is a name such as `layers.0.blocks.1.attn.qkv`. A rule's pattern matches when it is a run of whole dotted parts of
+the name (`qkv`, `attn.probs`, `layers.3`), or a wildcard that matches all of it (`layers.[01].*.fc2`). Later rules win.
+"""
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+from torch import Tensor, nn
+
+from qswin.qat.quant.quantizers import QuantSpec, TensorQuantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is done with the sites that match; None leaves a setting as the recipe, or an earlier rule, has it."""
+
+    sites: str
+    quantize: bool | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    weight_calibrator: str | None = None
+    calibrator: str | None = None  # of activations
+    amax: float | None = None  # of activations: a fixed range
+
+    def matches(self, site: str) -> bool:
+        return f".{self.sites}." in f".{site}." or fnmatch.fnmatchcase(site, self.sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The quantization of a whole model. `rules` start from nothing quantized.
+
+    Weights have a range for each output channel, unless `per_channel` is false: their largest magnitude, or with
+    `weight_calibrator` "mse" the range of least squared error, which pays below 8 bits. Activations have one range a site,
+    from `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    weight_bits: int = 8
+    activation_bits: int = 8
+    per_channel: bool = True
+    weight_calibrator: str = "max"
+    calibrator: str = "mse"
+    dead_range: float | None = None
+
+    def settings(self, site: str) -> dict[str, Any] | None:
+        """The settings of one site, or None when it stays in float."""
+        merged: dict[str, Any] = {"quantize": False}
+        for rule in self.rules:
+            if rule.matches(site):
+                merged |= {key: value for key, value in dataclasses.asdict(rule).items() if value is not None}
+        return merged if merged["quantize"] else None
+
+    def quantizer(self, site: str, weight: Tensor | None = None) -> nn.Module:
+        """The quantizer of an activation, or of `weight`, at a site; nn.Identity where the site stays in float."""
+        settings = self.settings(site)
+        if settings is None:
+            return nn.Identity()
+        if weight is not None:
+            bits = settings.get("weight_bits", self.weight_bits)
+            calibrator = settings.get("weight_calibrator", self.weight_calibrator)
+            if calibrator not in ("max", "mse"):
+                raise ValueError(f"{site}: weight_calibrator {calibrator!r} is not known; choose max or mse")
+            spec = QuantSpec(bits, 0 if self.per_channel else None, narrow=True, calibrator=calibrator)
+            return TensorQuantizer(spec, f"{site}.weight", weight.shape).to(weight.device)
+        bits = settings.get("activation_bits", self.activation_bits)
+        calibrator = settings.get("calibrator", self.calibrator)
+        return TensorQuantizer(QuantSpec(bits, calibrator=calibrator, amax=settings.get("amax")), site)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a sidecar, such that from_dict(to_dict()) is the recipe."""
+        rules = [{k: v for k, v in dataclasses.asdict(rule).items() if v is not None} for rule in self.rules]
+        return {**dataclasses.asdict(self), "rules": rules}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Raises ValueError for a key that is no setting of a recipe or of a rule."""
+        rules = tuple(_construct(Rule, rule, "recipe rule") for rule in values.get("rules", ()))
+        return _construct(cls, {**values, "rules": rules}, "recipe")
+
+
+def _construct(kind: type, values: dict[str, Any], what: str) -> Any:
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{what}: unknown key {unknown[0]!r}; the keys are {', '.join(known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+_WEIGHTED = ("patch_embed", "attn.conv", "qkv", "proj", "fc1", "fc2", "reduction", "expand", "concat_back_dim", "head")
+_GEMM = tuple(Rule(site, quantize=True) for site in _WEIGHTED)
+_ATTENTION = (Rule("attn.q", quantize=True), Rule("attn.k", quantize=True), Rule("attn.v", quantize=True))
+_PROBS = Rule("attn.probs", quantize=True, amax=1.0)  # softmax's range is known: a scale of 1/127
+_RESIDUALS = (Rule("add1", quantize=True), Rule("add2", quantize=True))
+
+RECIPES = {
+    "none": Recipe("none"),
+    "gemm": Recipe("gemm", _GEMM),
+    "attention": Recipe("attention", (*_GEMM, *_ATTENTION, _PROBS)),
+    "full": Recipe("full", (*_GEMM, *_ATTENTION, _PROBS, *_RESIDUALS)),
+}
+
+
+def named_recipe(name: str) -> Recipe:
+    """A recipe by name. Raises ValueError, listing the names, when there is none of that name."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} is not known; choose {', '.join(RECIPES)}, or write the recipe out as a mapping")
+    return RECIPES[name]

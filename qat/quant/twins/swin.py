@@ -1,0 +1,238 @@
+"""Quantized twins of timm's Swin V1 and V2 modules (models/swin.py).
+
+Each twin reads like the float forward with its quantizers visible in it. They take the float module's parameters, under the
+same state-dict names, and differ from it in three ways only: the matmuls and residual adds are modules with quantizers on
+their inputs; the position bias and the shift mask are one tensor, added once, and a constant after `fold()`; padding that
+adds nothing is left out of the graph.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import swin_transformer as v1
+from timm.models import swin_transformer_v2 as v2
+from torch import Tensor, nn
+
+from qswin.qat.quant.layers import MakeQuantizer, QuantAdd, QuantMatMul
+
+TINY = 1e-6  # FP16 can express it
+
+
+class QuantWindowAttention(nn.Module):
+    """Window attention of Swin V1. x: (B * num_windows, N, C), N tokens a window."""
+
+    def __init__(self, attn: v1.WindowAttention, site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        self.num_heads, self.scale = attn.num_heads, attn.scale
+        self.qkv = attn.qkv
+        self.relative_position_bias_table = attn.relative_position_bias_table
+        self.relative_position_index: Tensor
+        self.register_buffer("relative_position_index", attn.get_buffer("relative_position_index"), persistent=False)
+        self.qk = QuantMatMul(f"{site}.q", f"{site}.k", quantizer)
+        self.attn_drop = attn.attn_drop
+        self.av = QuantMatMul(f"{site}.probs", f"{site}.v", quantizer)
+        self.proj = attn.proj
+        self.proj_drop = attn.proj_drop
+        self.folded_bias: Tensor | None
+        self.register_buffer("folded_bias", None, persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        windows, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (windows, heads, N, C / heads)
+        attn = self.qk(q * self.scale, k.transpose(-2, -1))
+        attn = _add_bias(attn, self._bias(mask))
+        attn = self.attn_drop(attn.softmax(dim=-1))
+        x = self.av(attn, v).transpose(1, 2).reshape(windows, tokens, -1)
+        return self.proj_drop(self.proj(x))
+
+    @torch.no_grad()
+    def fold(self, mask: Tensor | None) -> None:
+        """Computes bias and mask once, for inference: the graph then holds one constant."""
+        self.folded_bias = self._bias(mask)
+
+    def _bias(self, mask: Tensor | None) -> Tensor:
+        """Position bias plus mask: (num_windows or 1, heads, N, N)."""
+        if self.folded_bias is not None:
+            return self.folded_bias
+        index = self.relative_position_index
+        bias = self.relative_position_bias_table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
+        return bias.unsqueeze(0) if mask is None else bias + mask.unsqueeze(1)
+
+
+class QuantWindowAttentionV2(nn.Module):
+    """Cosine window attention of Swin V2: the normalised q and k are quantized, their scale and the bias stay in float."""
+
+    def __init__(self, attn: v2.WindowAttention, site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        self.num_heads = attn.num_heads
+        self.logit_scale = attn.logit_scale
+        self.cpb_mlp = attn.cpb_mlp
+        self.qkv = attn.qkv
+        self.q_bias, self.v_bias = attn.q_bias, attn.v_bias
+        self.k_bias: Tensor
+        self.relative_coords_table: Tensor
+        self.relative_position_index: Tensor
+        for name in ("k_bias", "relative_coords_table", "relative_position_index"):
+            self.register_buffer(name, attn.get_buffer(name), persistent=False)
+        self.qk = QuantMatMul(f"{site}.q", f"{site}.k", quantizer)
+        self.attn_drop = attn.attn_drop
+        self.av = QuantMatMul(f"{site}.probs", f"{site}.v", quantizer)
+        self.proj = attn.proj
+        self.proj_drop = attn.proj_drop
+        self.folded_bias: Tensor | None
+        self.register_buffer("folded_bias", None, persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        windows, tokens, _ = x.shape
+        qkv = self.qkv(x)
+        if self.q_bias is not None:
+            qkv = qkv + torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = qkv.reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (windows, heads, N, C / heads)
+        attn = self.qk(_normalize(q), _normalize(k).transpose(-2, -1))
+        attn = attn * self.logit_scale.clamp(max=math.log(100.0)).exp()
+        attn = _add_bias(attn, self._bias(mask))
+        attn = self.attn_drop(attn.softmax(dim=-1))
+        x = self.av(attn, v).transpose(1, 2).reshape(windows, tokens, -1)
+        return self.proj_drop(self.proj(x))
+
+    @torch.no_grad()
+    def fold(self, mask: Tensor | None) -> None:
+        """Computes bias and mask once, for inference: the graph then holds one constant and no cpb_mlp."""
+        self.folded_bias = self._bias(mask)
+
+    def _bias(self, mask: Tensor | None) -> Tensor:
+        """Continuous position bias plus mask: (num_windows or 1, heads, N, N)."""
+        if self.folded_bias is not None:
+            return self.folded_bias
+        index = self.relative_position_index
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        bias = 16 * torch.sigmoid(table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1))
+        return bias.unsqueeze(0) if mask is None else bias + mask.unsqueeze(1)
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """x / ||x|| over the last dimension, as F.normalize, in a way that FP16 can compute.
+
+    The squares of a trained model's q and k overflow FP16 (they do above 255, and their sum sooner), and those of small ones
+    vanish in it. Divided by its largest value first, a vector's sum of squares is from 1 to its length.
+    """
+    x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=TINY)
+    return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=TINY)
+
+
+def _add_bias(attn: Tensor, bias: Tensor) -> Tensor:
+    """attn: (B * num_windows, heads, N, N); bias: (num_windows or 1, heads, N, N)."""
+    if len(bias) == 1:
+        return attn + bias
+    return (attn.view(-1, *bias.shape) + bias).view(attn.shape)
+
+
+class QuantSwinBlock(nn.Module):
+    """Swin V1 block: norm, attention, residual; norm, MLP, residual. x: (B, H, W, C)."""
+
+    def __init__(self, block: v1.SwinTransformerBlock, site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        if block.dynamic_mask:
+            raise ValueError(f"{site}: models with a dynamic image size are not supported; build it for one img_size")
+        self.window_size, self.shift_size = block.window_size, block.shift_size
+        self.norm1 = block.norm1
+        self.attn: Any = block.attn  # a twin by now
+        self.drop_path1 = block.drop_path1
+        self.add1 = QuantAdd(f"{site}.add1", quantizer)
+        self.norm2 = block.norm2
+        self.mlp = block.mlp
+        self.drop_path2 = block.drop_path2
+        self.add2 = QuantAdd(f"{site}.add2", quantizer)
+        self.attn_mask: Tensor | None
+        self.register_buffer("attn_mask", dict(block.named_buffers()).get("attn_mask"), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape
+        x = self.add1(x, self.drop_path1(self._window_attention(self.norm1(x))))
+        x = x.flatten(1, 2)  # else TensorRT multiplies B * H small matrices of W rows
+        x = self.add2(x, self.drop_path2(self.mlp(self.norm2(x))))
+        return x.reshape(size)
+
+    def fold(self) -> None:
+        """Folds what does not depend on the input; see QuantWindowAttention.fold."""
+        self.attn.fold(self.attn_mask)
+
+    def to_windows(self, x: Tensor) -> Tensor:
+        """Rolls, pads and cuts: (B, H, W, C) -> (B * num_windows, N, C)."""
+        window_h, window_w = self.window_size
+        shift_h, shift_w = self.shift_size
+        if shift_h or shift_w:
+            x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
+        x = _pad_to_multiple(x, window_h, window_w)
+        return v1.window_partition(x, self.window_size).view(-1, window_h * window_w, x.shape[-1])
+
+    def _window_attention(self, x: Tensor) -> Tensor:
+        _, height, width, channels = x.shape
+        window_h, window_w = self.window_size
+        shift_h, shift_w = self.shift_size
+        padded_h, padded_w = height + -height % window_h, width + -width % window_w
+        x = self.attn(self.to_windows(x), self.attn_mask)
+        x = x.view(-1, window_h, window_w, channels)
+        x = v1.window_reverse(x, self.window_size, padded_h, padded_w)
+        if (padded_h, padded_w) != (height, width):
+            x = x[:, :height, :width, :].contiguous()
+        if shift_h or shift_w:
+            x = torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2))
+        return x
+
+
+class QuantSwinV2Block(QuantSwinBlock):
+    """Swin V2 block: like V1's, but the norms come after attention and MLP ("res-post-norm")."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape
+        x = self.add1(x, self.drop_path1(self.norm1(self._window_attention(x))))
+        x = x.flatten(1, 2)
+        x = self.add2(x, self.drop_path2(self.norm2(self.mlp(x))))
+        return x.reshape(size)
+
+
+class QuantPatchMerging(nn.Module):
+    """Patch merging of Swin V1: 2x2 neighbours to one token. (B, H, W, C) -> (B, H/2, W/2, out_dim)."""
+
+    def __init__(self, merging: v1.PatchMerging | v2.PatchMerging, site: str, quantizer: MakeQuantizer) -> None:
+        super().__init__()
+        self.norm = merging.norm
+        self.reduction = merging.reduction
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(self.norm(_merge_2x2(x)))
+
+
+class QuantPatchMergingV2(QuantPatchMerging):
+    """Patch merging of Swin V2: the norm comes after the reduction."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(_merge_2x2(x)))
+
+
+def _merge_2x2(x: Tensor) -> Tensor:
+    x = _pad_to_multiple(x, 2, 2)
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C)
+
+
+def _pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
+    """Zero-pads (B, H, W, C) below and right; a tensor that fits is left alone, and so is the graph."""
+    pad_h, pad_w = -x.shape[1] % height, -x.shape[2] % width
+    return F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+
+
+TWINS = {
+    v1.WindowAttention: QuantWindowAttention,
+    v1.SwinTransformerBlock: QuantSwinBlock,
+    v1.PatchMerging: QuantPatchMerging,
+    v2.WindowAttention: QuantWindowAttentionV2,
+    v2.SwinTransformerV2Block: QuantSwinV2Block,
+    v2.PatchMerging: QuantPatchMergingV2,
+}

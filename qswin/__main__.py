@@ -1,0 +1,5 @@
+"""`python -m qswin COMMAND ...`, and `torchrun -m qswin COMMAND ...`."""
+
+from qswin.cli import main
+
+main()

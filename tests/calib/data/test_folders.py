@@ -1,0 +1,85 @@
+"""Folders as they are laid out, what is said of those that are not, and what is taken of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qswin.calib.data.batches import image_batches
+from qswin.calib.data.folders import ImageFolder, scan_folder, spread_samples
+from qswin.calib.data.images import Preprocessing, load_mask, open_image
+from qswin.qat.config import AugmentConfig
+from qswin.qat.training.data import train_transform
+from tests.helpers import write_masks
+
+
+@pytest.fixture
+def masks(tmp_path) -> Path:
+    return write_masks(tmp_path / "data")
+
+
+def test_images_come_with_their_masks(masks):
+    folder = scan_folder("segmentation", masks / "val")
+    assert folder.classes == ("background", "left", "right") and len(folder.samples) == 6
+    (batch,) = image_batches(folder.samples, Preprocessing(size=(16, 16), crop_pct=1.0), 8)
+    assert batch.images.shape == (6, 3, 16, 16) and batch.labels.shape == (6, 16, 16) and batch.labels.dtype == np.uint8
+    assert [file.name for file in batch.files] == [image.name for image, _ in folder.samples]
+    for mask, (_, file) in zip(batch.labels, folder.samples, strict=True):
+        np.testing.assert_array_equal(mask, np.asarray(Image.open(file)))
+
+
+def test_a_mask_is_cut_as_its_image_is_and_keeps_its_values(tmp_path):
+    rng = np.random.default_rng(0)
+    mask = np.kron(rng.integers(0, 5, (10, 14)), np.ones((4, 4))).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(
+        load_mask(tmp_path / "a.png", tmp_path / "a.png", Preprocessing(size=(10, 10), crop_pct=1.0)), mask[1::4, 9:49:4]
+    )
+
+
+def test_folders_that_cannot_be_used_say_why(masks):
+    with pytest.raises(ValueError, match="class 1 is 'left' here but 'top' in the model"):
+        scan_folder("segmentation", masks / "val", ["background", "top", "right"])
+    with pytest.raises(ValueError, match="3 classes, but the model has 2"):
+        scan_folder("segmentation", masks / "val", ["background", "left"])
+    (masks / "val" / "masks" / "case1_slice_1.png").unlink()
+    with pytest.raises(ValueError, match=r"case1_slice_1\.png: has no mask"):
+        scan_folder("segmentation", masks / "val")
+    (masks / "classes.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"classes\.txt.*one class name a line"):
+        scan_folder("segmentation", masks / "val")
+    with pytest.raises(FileNotFoundError, match=r"images/NAME\.png and masks/NAME\.png"):
+        scan_folder("segmentation", masks / "test")
+    (masks / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        scan_folder("segmentation", masks / "empty", ["a", "b"])
+
+
+def test_a_mask_in_colour_is_refused(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="8-bit class indices.*RGB"):
+        load_mask(tmp_path / "a.png", tmp_path / "a.png", Preprocessing(size=(8, 8)))
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused(masks):
+    """Both would be cut to the model's size, and the pixels would not be the image's."""
+    folder = scan_folder("segmentation", masks / "val")
+    image, mask = folder.samples[0]
+    Image.open(mask).resize((9, 7)).save(mask)
+    message = r"case0_slice_0\.png: is \(9, 7\) pixels, its image .*; they must be the same"
+    with pytest.raises(ValueError, match=message):
+        list(image_batches(folder.samples, Preprocessing(size=(8, 8)), 2))
+    with pytest.raises(ValueError, match=message):
+        train_transform("segmentation", Preprocessing(size=(8, 8)), AugmentConfig())(open_image(image, "RGB"), mask)
+
+
+@given(st.integers(1, 60), st.integers(0, 70))
+def test_spread_samples_lie_at_even_distances(count, images):
+    folder = ImageFolder(Path("a"), ("a",), tuple((Path(f"{i}.png"), i) for i in range(count)))
+    chosen = [label for _, label in spread_samples(folder, images)]
+    assert len(chosen) == (min(images, count) or count) and chosen[0] == 0
+    distances = set(np.diff(chosen).tolist())
+    assert distances <= {count // len(chosen), -(-count // len(chosen))}

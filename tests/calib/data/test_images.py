@@ -1,0 +1,90 @@
+"""Image batches against timm's own evaluation transform."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+
+from qswin.calib.data.folders import scan_folder
+from qswin.calib.data.images import Preprocessing, load_image, load_pixels
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 217), (217, 300), (33, 70), (1, 1), (224, 224)])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9, 0.875])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_preprocessing_is_timms(tmp_path, shape, crop_pct, interpolation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    expected = create_transform((3, 32, 32), interpolation=interpolation, crop_pct=crop_pct)(image).numpy()
+    preprocessing = Preprocessing(size=(32, 32), interpolation=interpolation, crop_pct=crop_pct)
+    np.testing.assert_allclose(load_image(tmp_path / "a.png", preprocessing), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+    Image.new(mode, (8, 8)).save(file := tmp_path / "a.tiff")
+    assert load_image(file, Preprocessing(size=(8, 8))).shape == (3, 8, 8)
+
+
+def test_classes_are_the_sorted_folders(data):
+    folder = scan_folder("classification", data / "val")
+    assert folder.classes == ("class0", "class1", "class2", "class3", "class4")
+    assert len(folder.samples) == 20
+
+
+def test_folders_that_cannot_be_used_say_why(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        scan_folder("classification", tmp_path / "nowhere")
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images"):
+        scan_folder("classification", tmp_path / "empty")
+    with pytest.raises(ValueError, match="5 classes, but the model has 3"):
+        scan_folder("classification", data / "val", ["a", "b", "c"])
+    with pytest.raises(ValueError, match="class 4 is 'class4' here but 'zebra'"):
+        scan_folder("classification", data / "val", ["class0", "class1", "class2", "class3", "zebra"])
+
+
+def test_settings_that_cannot_be_used_say_why():
+    with pytest.raises(ValueError, match="interpolation"):
+        Preprocessing(interpolation="nearest-ish")
+    with pytest.raises(ValueError, match="not square"):
+        Preprocessing(size=(8, 16))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_16_bits_become_8(tmp_path, suffix):
+    deep = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
+    Image.fromarray(deep).save(file := tmp_path / f"a.{suffix}")
+    pixels = load_pixels(file, Preprocessing(size=(8, 8), crop_pct=1.0))
+    assert pixels.shape == (8, 8, 3)
+    np.testing.assert_allclose(pixels[..., 0] * 257.0, deep, atol=128.5)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.zeros((8, 8), dtype)).save(file := tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"a\.tiff: its 32-bit pixels have no known range"):
+        load_image(file, Preprocessing(size=(8, 8)))
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_an_animation_is_its_first_frame(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(file := tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], lossless=True)
+    np.testing.assert_array_equal(load_pixels(file, Preprocessing(size=(8, 8)))[0, 0], [255, 0, 0])
+
+
+def test_a_photograph_of_64_megabytes_is_read(tmp_path):
+    """Noise hardly compresses: 6000 x 5000 pixels at quality 95 and no chroma subsampling."""
+    noise = np.random.default_rng(0).integers(0, 256, (5000, 6000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file := tmp_path / "a.jpg", quality=100, subsampling=0)
+    assert file.stat().st_size > 64e6
+    image = load_image(file, Preprocessing(size=(8, 8)))
+    assert np.isfinite(image).all() and abs(image).max() < 3
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    Image.new("RGB", (32, 32)).save(file := tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: .*cannot be read"):
+        load_image(file, Preprocessing(size=(8, 8)))

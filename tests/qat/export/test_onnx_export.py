@@ -1,0 +1,207 @@
+"""Exported graphs against ONNX's checker, ONNX Runtime and torch."""
+
+import copy
+import dataclasses
+import functools
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+
+from qswin.calib.data.images import Preprocessing
+from qswin.qat.checkpoint import Description
+from qswin.qat.export.onnx_export import export_onnx, save_onnx
+from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import RECIPES, named_recipe
+from qswin.qat.quant.rewrite import disable, quantize
+from tests.helpers import SMALL, V1, V2, small_swin
+
+RECIPE = named_recipe("full")
+DESCRIPTION = Description({"name": V1, "num_classes": 5, **SMALL}, "ptq", Preprocessing(size=(32, 32)), recipe=RECIPE)
+FLOAT = dataclasses.replace(DESCRIPTION, recipe=None, stage="float")
+
+
+def calibrated(model, images, recipe=RECIPE):
+    twin = quantize(model, recipe)
+    calibrate(twin, [images])
+    return twin
+
+
+@functools.cache
+def model_and_graph(name: str = V1, precision: str = "int8", opset: int = 20) -> tuple[torch.nn.Module, onnx.ModelProto]:
+    """The small Swin, calibrated for int8, and its graph. Exporting takes seconds, so each graph is made once."""
+    torch.manual_seed(0)
+    model = small_swin(name)
+    if precision == "int8":
+        model = calibrated(model, torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    description = DESCRIPTION if precision == "int8" else FLOAT
+    return model, saved(export_onnx(model, description, precision, opset))
+
+
+def saved(graph) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.onnx"
+        save_onnx(file, graph, DESCRIPTION.to_dict())
+        model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def run(model: onnx.ModelProto, images: torch.Tensor) -> np.ndarray:
+    """The graph as written: without optimizations, which would replace Q/DQ by integer kernels."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"input": images.numpy()})[0]
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+@pytest.mark.parametrize("opset", [17, 20])
+@torch.no_grad()
+def test_float_graphs_agree_with_torch(images, name, opset):
+    model, graph = model_and_graph(name, "fp32", opset)
+    np.testing.assert_allclose(run(graph, images), model(images).numpy(), atol=1e-4)
+    assert graph.opset_import[0].version == opset
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+@pytest.mark.parametrize("opset", [17, 20])
+@torch.no_grad()
+def test_int8_graphs_agree_with_torch(images, name, opset):
+    """A value on the edge of two levels may round either way; apart from that the graph computes what torch does."""
+    twin, graph = model_and_graph(name, "int8", opset)
+    expected = twin(images).numpy()
+    disable(float_twin := copy.deepcopy(twin))
+    quantization_error = np.abs(expected - float_twin(images).numpy()).mean()
+    assert np.abs(run(graph, images) - expected).mean() < 0.1 * quantization_error
+    assert graph.opset_import[0].version == opset
+
+
+@torch.no_grad()
+def test_fp16_takes_and_gives_float32(images):
+    model, graph = model_and_graph(precision="fp16")
+    kinds = {init.data_type for init in graph.graph.initializer if len(init.dims)}
+    assert kinds == {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64}
+    np.testing.assert_allclose(run(graph, images), model(images).numpy(), atol=0.02)
+
+
+@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), (V2, 20)])
+def test_each_site_is_one_pair(name, opset):
+    twin, graph = model_and_graph(name, "int8", opset)
+    counts = Counter(node.op_type for node in graph.graph.node)
+    sites = [quantizer.site for quantizer in quantizers(twin)]
+    weights = [site for site in sites if site.endswith(".weight")]
+    # V2 norms come last, so fc1 and add2.shortcut quantize one tensor in each of the 4 blocks: the pair is shared.
+    shared = 4 if name == V2 else 0
+    assert counts.pop("DequantizeLinear") == len(sites) - shared
+    assert counts.pop("QuantizeLinear") == len(sites) - shared - (len(weights) if opset > 17 else 0)
+    _, plain = model_and_graph(name, "fp32", opset)
+    assert counts == Counter(node.op_type for node in plain.graph.node)  # nothing else was added
+
+
+@pytest.mark.parametrize(("opset", "kind"), [(17, onnx.TensorProto.FLOAT), (20, onnx.TensorProto.INT8)])
+def test_weights_are_float32_or_int8_by_target(opset, kind):
+    twin, graph = model_and_graph(opset=opset)
+    stored = {init.name: init for init in graph.graph.initializer}
+    sources = [node.input[0] for node in graph.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert {stored[name].data_type for name in sources if name in stored} == {kind}
+    linear = twin.layers[0].blocks[0].mlp.fc1
+    levels = torch.round(linear.weight / (linear._weight_quantizer._amax / 127))
+    weight = numpy_helper.to_array(stored["layers.0.blocks.0.mlp.fc1.weight"])
+    expected = levels if opset == 20 else linear.weight
+    assert np.array_equal(weight, expected.T.detach().numpy())
+
+
+def test_dequantized_weights_go_straight_into_their_product():
+    graph = model_and_graph()[1].graph
+    stored = {init.name for init in graph.initializer}
+    weights = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    users = Counter(node.op_type for node in graph.node if weights & set(node.input))
+    assert users == {"MatMul": 17, "Conv": 1, "Gemm": 1}
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+def test_bias_and_mask_are_one_constant(name):
+    """Each block adds one tensor to its scores, and nothing computes it."""
+    graph = model_and_graph(name, "fp32")[1].graph
+    stored = {init.name: tuple(init.dims) for init in graph.initializer}
+    added = [stored[i] for node in graph.node if node.op_type == "Add" for i in node.input if i in stored]
+    biases = sorted(shape for shape in added if shape[-2:] == (16, 16))
+    assert biases == [(1, 2, 16, 16), (1, 4, 16, 16), (4, 4, 16, 16), (16, 2, 16, 16)]
+    assert not {"Gather", "GatherND", "Sigmoid", "Relu", "Where", "Pad"} & {node.op_type for node in graph.node}
+
+
+@torch.no_grad()
+def test_batches_are_free_or_fixed(images, quantized):
+    _, free = model_and_graph()
+    for size in (1, 3):
+        assert run(free, images[:size]).shape == (size, 5)
+    fixed = saved(export_onnx(quantized, DESCRIPTION, batch=1))
+    assert [d.dim_value for d in fixed.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 32, 32]
+    np.testing.assert_allclose(run(fixed, images[:1]), run(free, images[:1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [6, 3])
+@torch.no_grad()
+def test_fewer_bits_are_exact_in_int8_nodes(images, bits):
+    recipe = dataclasses.replace(RECIPES["gemm"], weight_bits=bits, activation_bits=bits)
+    twin = calibrated(small_swin(depths=[1], num_heads=[2]), images, recipe)
+    expected = twin(images).numpy()
+    graph = saved(export_onnx(twin, dataclasses.replace(DESCRIPTION, recipe=recipe)))
+    np.testing.assert_allclose(run(graph, images), expected, atol=0.02 * np.abs(expected).max())
+
+
+@torch.no_grad()
+def test_weights_beyond_their_range_saturate_as_in_torch(images):
+    """A learned or loaded range may lie below the largest weight: the narrow grid ends at -127, not at -128."""
+    twin = calibrated(small_swin(depths=[1], num_heads=[2]), images)
+    for name, buffer in twin.named_buffers():
+        if "_weight_quantizer" in name:
+            buffer *= 0.3
+    graph = saved(export_onnx(twin, DESCRIPTION))
+    stored = [numpy_helper.to_array(i) for i in graph.graph.initializer if i.data_type == onnx.TensorProto.INT8 and i.dims]
+    assert min(array.min() for array in stored) == -127
+    expected = twin(images).numpy()
+    np.testing.assert_allclose(run(graph, images), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_metadata_says_what_the_graph_is():
+    _, graph = model_and_graph()
+    metadata = json.loads({entry.key: entry.value for entry in graph.metadata_props}["qswin"])
+    assert Description.from_dict(metadata) == DESCRIPTION
+    assert (graph.graph.input[0].name, graph.graph.output[0].name) == ("input", "logits")
+    assert str(Path(__file__).parents[3]) not in str(graph)  # no traces of the machine that exported it
+
+
+def test_the_model_is_left_as_it_was(images):
+    twin = calibrated(small_swin(depths=[1, 1]), images)
+    before = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    for precision in ("fp16", "int8"):
+        export_onnx(twin, DESCRIPTION, precision)
+    assert all(torch.equal(before[name], tensor) for name, tensor in twin.state_dict().items())
+    assert all(quantizer.mode.value == "quantizing" for quantizer in quantizers(twin))
+
+
+def test_what_cannot_be_exported_says_why(images):
+    twin = quantize(small_swin(), RECIPE)
+    with pytest.raises(ValueError, match="patch_embed: its range was never calibrated"):
+        export_onnx(twin, DESCRIPTION)
+    calibrate(twin, [images])
+    dead = next(quantizers(twin.head))
+    dead._amax.zero_()
+    with pytest.raises(ValueError, match="head: its range is dead"):
+        export_onnx(twin, DESCRIPTION)
+    with pytest.raises(ValueError, match="not quantized: run qswin calibrate"):
+        export_onnx(small_swin(), FLOAT)
+    with pytest.raises(ValueError, match="opset 16 is too old"):
+        export_onnx(small_swin(), FLOAT, "fp32", opset=16)
+    with pytest.raises(ValueError, match="int8, fp32, fp16"):
+        export_onnx(small_swin(), FLOAT, "int4")

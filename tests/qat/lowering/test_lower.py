@@ -1,0 +1,125 @@
+"""The lowered model against the fake-quantized one, which rounds at the same places."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from qswin.models.registry import build_model  # noqa: E402
+from qswin.qat.lowering.layers import Float32Interface, Int8Head, Int8PatchEmbed  # noqa: E402
+from qswin.qat.lowering.lower import lower  # noqa: E402
+from qswin.qat.lowering.swin import Int8Block, Int8PatchMerging, window_index  # noqa: E402
+from qswin.qat.ptq.calibrate import calibrate  # noqa: E402
+from qswin.qat.quant.recipe import named_recipe  # noqa: E402
+from qswin.qat.quant.rewrite import quantize  # noqa: E402
+from tests.helpers import V1, V2, twin_of  # noqa: E402
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+@pytest.mark.parametrize("settings", [{}, {"img_size": 24, "window_size": 5}], ids=["even", "padded"])
+def test_the_lowered_model_computes_what_the_twin_does(name, settings):
+    """Block by block on the twin's own inputs: rounding flips then cannot add up."""
+    images = torch.randn(6, 3, settings.get("img_size", 32), settings.get("img_size", 32))
+    twin = twin_of(images, name=name, **settings)
+    lowered = lower(twin, images[:1])
+    inputs = {}
+    for name, module in twin.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+    with torch.inference_mode():
+        expected, found = twin(images), lowered(images)
+        kinds = Int8Block | Int8PatchMerging | Int8PatchEmbed | Int8Head
+        replaced = [name for name, module in lowered.named_modules() if isinstance(module, kinds)]
+        assert len(replaced) == 7  # four blocks, a merging, the stem, the classifier
+        for name in replaced:
+            theirs, ours = (model.get_submodule(name)(inputs[name]) for model in (twin, lowered))
+            difference = (ours - theirs).abs()
+            assert difference.mean() < 1e-3 * theirs.abs().mean()  # ties only: most values are equal
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (found - expected).abs().mean() < 0.01 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+def test_the_residual_stream_may_be_half(images, name):
+    twin = twin_of(images, name=name)
+    lowered = lower(twin, images[:1], torch.bfloat16)
+    with torch.inference_mode():
+        expected, found = twin(images), lowered(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_the_interface_in_float32_leaves_the_scales_alone(images):
+    lowered = lower(twin_of(images), images[:1], torch.float16)
+    scales = {name: buffer.clone() for name, buffer in lowered.named_buffers() if name.endswith("scale")}
+    wrapped = Float32Interface(lowered)
+    with torch.inference_mode():
+        assert torch.equal(wrapped(images), lowered(images.half()).float()) and wrapped(images).dtype == torch.float32
+    assert len(scales) > 10
+    for name, buffer in lowered.named_buffers():
+        assert name not in scales or (buffer.dtype == torch.float32 and torch.equal(buffer, scales[name]))
+
+
+def test_weights_are_stored_as_integers(images):
+    lowered = lower(twin_of(images), images[:1])
+    block = next(module for module in lowered.modules() if isinstance(module, Int8Block))
+    assert block.fc1.weight.dtype == torch.int8 and block.fc1.weight.abs().max() == 127
+    assert [name for name, _ in lowered.named_parameters()] == ["norm.weight", "norm.bias"]
+
+
+def test_every_token_is_in_one_window(images):
+    twin = twin_of(images)
+    block = twin.layers[0].blocks[1]  # a shifted one
+    index = window_index(block, 16, 16).flatten()
+    assert index.sort().values.tolist() == list(range(256))
+    assert index[0] == 2 * 16 + 2  # rolled by half a window of four
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("gemm", r"attn\.q is in float; .*recipe=attention"),
+        ("full", r"add1 is quantized; .*recipe=attention"),
+        (dataclasses.replace(named_recipe("attention"), weight_bits=4), r"patch_embed\.proj is of 4 bits"),
+    ],
+)
+def test_sites_that_do_not_fit_are_named(images, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        lower(twin_of(images, recipe), images[:1])
+
+
+def test_other_models_are_refused(images):
+    twin = quantize(build_model("deit_tiny_patch16_224", img_size=32), named_recipe("attention"))
+    calibrate(twin, [images])
+    with pytest.raises(ValueError, match="for Swin V1 and V2"):
+        lower(twin, images[:1])
+
+
+EXPORT = """
+import sys
+import torch
+from qswin.qat.lowering.lower import lower
+from tests.helpers import twin_of
+
+torch.manual_seed(0)
+images = torch.randn(6, 3, 32, 32)
+lowered = lower(twin_of(images, name=sys.argv[1]), images[:1])
+batch = torch.export.Dim("batch", min=2, max=64)
+program = torch.export.export(lowered, (images[:2],), dynamic_shapes=((batch,) + (torch.export.Dim.STATIC,) * 3,))
+print(sum("qswin" in str(node.target) for node in program.graph.nodes))
+with torch.inference_mode():
+    print(torch.equal(program.module()(images), lowered(images)))
+"""
+
+
+@pytest.mark.parametrize(("name", "kernels"), [(V1, 4 * 7 + 2 + 1 + 1), (V2, 4 * 9 + 2 + 1 + 1)])
+def test_export_traces_every_kernel(name, kernels):
+    """For any batch; in a process of its own, for the interpreter's kernels cannot be traced."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", EXPORT, name], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [str(kernels), "True"]  # of four blocks, a merging, stem, classifier; and it agrees

@@ -1,0 +1,50 @@
+"""Block-wise reconstruction: it lowers what 4 bits cost, and touches nothing but the blocks."""
+
+import dataclasses
+
+import torch
+
+from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.reconstruction import reconstruct
+from qswin.qat.quant.blocks import block_arguments, block_output, blocks
+from qswin.qat.quant.quantizers import Mode, quantizers
+from qswin.qat.quant.recipe import RECIPES
+from qswin.qat.quant.rewrite import quantize
+from tests.helpers import VARIANTS, lively_swin
+
+LOW = dataclasses.replace(RECIPES["full"], weight_bits=4, activation_bits=4, weight_calibrator="mse")
+
+
+def test_what_is_captured_is_what_flows(images):
+    """A block's input is the output of the block before it in its stage, and the end is the model's own."""
+    model = quantize(lively_swin(), RECIPES["none"])
+    first, second, *_ = blocks(model)
+    torch.testing.assert_close(block_arguments(model, second, images)[0], block_output(model, first, images))
+    torch.testing.assert_close(first(*block_arguments(model, first, images)), block_output(model, first, images))
+    assert not model._forward_hooks and not second._forward_pre_hooks
+
+
+def test_it_lowers_the_error_on_other_images():
+    model = lively_swin()
+    generator = torch.Generator().manual_seed(5)
+    batches = list(torch.randn(32, 3, 32, 32, generator=generator).split(8))
+    others = torch.randn(32, 3, 32, 32, generator=generator)
+    twin = quantize(model, LOW)
+    calibrate(twin, batches)
+    kept = {name: value.clone() for name, value in twin.state_dict().items() if "layers" not in name}
+    expected = model(others).detach()
+    before = (twin(others) - expected).square().mean().item()
+    shares = reconstruct(twin, batches, steps=40, lr=1e-3, range_lr=1e-2)
+    after = (twin(others) - expected).square().mean().item()
+    assert len(shares) == len(blocks(twin)) and max(shares) < 1 and after < 0.8 * before
+    assert not twin.training
+    assert all(quantizer.mode is Mode.QUANTIZING and quantizer._log_gain is None for quantizer in quantizers(twin))
+    for name, value in kept.items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+def test_blocks_that_take_more_than_tokens_are_trained_too(images):
+    twin = quantize(VARIANTS["cvt"].build(), LOW)
+    calibrate(twin, [images])
+    shares = reconstruct(twin, images.split(2), steps=20, lr=1e-3, range_lr=1e-2)
+    assert len(shares) == 6 and max(shares) < 1

@@ -1,0 +1,90 @@
+"""Recipes: which sites they choose, and how they are read."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from qswin.qat.quant.quantizers import TensorQuantizer
+from qswin.qat.quant.recipe import RECIPES, Recipe, Rule, named_recipe
+
+
+@pytest.mark.parametrize(
+    ("pattern", "site", "matches"),
+    [
+        ("fc1", "layers.0.blocks.1.mlp.fc1", True),
+        ("mlp.fc1", "layers.0.blocks.1.mlp.fc1", True),
+        ("layers.0", "layers.0.blocks.1.mlp.fc1", True),
+        ("layers.0", "layers.01.blocks.1.mlp.fc1", False),
+        ("fc", "layers.0.blocks.1.mlp.fc1", False),
+        ("attn.q", "layers.0.blocks.1.attn.qkv", False),
+        ("add1", "layers.0.blocks.1.add1.branch", True),
+        ("layers.[01].*.fc2", "layers.1.blocks.0.mlp.fc2", True),
+        ("layers.[01].*.fc2", "layers.2.blocks.0.mlp.fc2", False),
+        ("*", "head", True),
+    ],
+)
+def test_patterns_match_whole_parts_of_a_name(pattern, site, matches):
+    assert Rule(pattern).matches(site) is matches
+
+
+def test_later_rules_win_setting_by_setting():
+    recipe = Recipe(
+        "mine", (Rule("*", quantize=True, activation_bits=6), Rule("fc2", calibrator="max"), Rule("head", quantize=False))
+    )
+    assert recipe.settings("mlp.fc2")["activation_bits"] == 6 and recipe.settings("mlp.fc2")["calibrator"] == "max"
+    assert recipe.settings("head") is None and recipe.settings("fc1") is not None
+
+
+def test_gemm_leaves_attention_and_residuals_in_float():
+    gemm, full = RECIPES["gemm"], RECIPES["full"]
+    for site in ("attn.q", "attn.k", "attn.v", "attn.probs", "add1.branch", "add2.shortcut"):
+        assert gemm.settings(f"layers.0.{site}") is None and full.settings(f"layers.0.{site}") is not None
+    assert full.settings("layers.0.attn.cpb_mlp.0") is None
+    assert full.settings("layers.0.attn.probs")["amax"] == 1.0
+
+
+def test_quantizers_follow_the_recipe():
+    weight = nn.Parameter(nn.Linear(4, 6).weight)
+    recipe = Recipe("mine", (Rule("fc1", quantize=True),), weight_bits=4, activation_bits=6, per_channel=False)
+    activation, of_weight = recipe.quantizer("fc1"), recipe.quantizer("fc1", weight=weight)
+    assert isinstance(activation, TensorQuantizer) and isinstance(of_weight, TensorQuantizer)
+    assert (activation.spec.bits, of_weight.spec.bits, of_weight.spec.axis) == (6, 4, None)
+    assert isinstance(recipe.quantizer("fc2"), nn.Identity)
+
+
+rules = st.builds(
+    Rule, st.text(min_size=1), st.booleans(), st.sampled_from([None, 4]), st.none(), st.sampled_from([None, "max"])
+)
+
+
+@given(st.builds(Recipe, st.text(), st.lists(rules).map(tuple), st.integers(2, 8), per_channel=st.booleans()))
+def test_a_recipe_survives_its_plain_form(recipe):
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"name": "x", "bitz": 4}, "unknown key 'bitz'"),
+        ({"name": "x", "rules": [{"sites": "*", "quantise": True}]}, "unknown key 'quantise'"),
+        ({"rules": []}, "name"),
+    ],
+)
+def test_a_malformed_recipe_says_what_is_wrong(values, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe.from_dict(values)
+
+
+def test_an_unknown_name_lists_the_names():
+    with pytest.raises(ValueError, match="none, gemm, attention, full"):
+        named_recipe("fast-ish")
+
+
+def test_weight_ranges_follow_the_recipe():
+    weight = nn.Linear(4, 6).weight
+    rules = (Rule("*", quantize=True), Rule("fc2", weight_calibrator="mse"))
+    recipe = Recipe("mine", rules)
+    assert [recipe.quantizer(site, weight=weight).spec.calibrator for site in ("fc1", "fc2")] == ["max", "mse"]
+    with pytest.raises(ValueError, match="fc1: weight_calibrator 'entropy' is not known; choose max or mse"):
+        Recipe("mine", rules, weight_calibrator="entropy").quantizer("fc1", weight=weight)

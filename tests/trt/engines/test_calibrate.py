@@ -1,0 +1,42 @@
+"""The command that makes calibration caches, offline; with TensorRT it says what is missing."""
+
+import importlib.util
+import json
+
+import pytest
+
+from qswin.calib.files import sha256
+from qswin.calib.trt_cache.cache_file import read_cache, sidecar_path
+from qswin.trt.graphs.files import read_onnx
+from tests.helpers import invoke
+
+
+def test_an_offline_cache_is_bound_to_its_graph(graphs, data, tmp_path):
+    cache, onnx = tmp_path / "a.cache", graphs["fp32"]
+    common = ["--onnx", onnx, "--data", data / "train", "--cache", cache, "--batch", 4, "--offline"]
+    assert invoke("calib-cache", *common, "--images", 99) == 0
+    ranges = read_cache(cache, "8.6.0", sha256(onnx))
+    outputs = {name for node in read_onnx(onnx).graph.node for name in node.output}
+    assert set(ranges) <= outputs | {"input"} and {"input", "logits"} <= set(ranges)
+    sidecar = json.loads(sidecar_path(cache).read_text())
+    assert sidecar["offline"] is True and sidecar["images"] == 20  # all that there are
+
+
+def test_the_same_seed_gives_the_same_cache_in_other_batches(graphs, data, tmp_path):
+    common = ["--onnx", graphs["fp32"], "--data", data / "train", "--images", 6, "--offline", "--algorithm", "minmax"]
+    for name, batch in (("a", 4), ("b", 3)):
+        assert invoke("calib-cache", *common, "--cache", tmp_path / f"{name}.cache", "--batch", batch) == 0
+    first, second = (read_cache(tmp_path / f"{name}.cache", "8.6.0", sha256(graphs["fp32"])) for name in "ab")
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_what_cannot_be_calibrated_says_why(graphs, data, tmp_path, capsys):
+    def says(graph, *more):
+        arguments = ["--onnx", graphs[graph], "--data", data / "train", "--cache", tmp_path / "a.cache", *more]
+        assert invoke("calib-cache", *arguments) == 2 and not (tmp_path / "a.cache").exists()
+        return capsys.readouterr().err
+
+    assert "has Q/DQ nodes, whose ranges are in the graph" in says("int8", "--offline")
+    assert "0 images to calibrate on" in says("fp32", "--offline", "--images", 0)
+    if importlib.util.find_spec("tensorrt") is None:
+        assert "tensorrt is not installed" in says("fp32")

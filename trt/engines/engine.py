@@ -1,0 +1,148 @@
+"""A built engine: its sidecar, whether it fits this machine, and running it. No torch.
+
+An engine is code: load only engines you built yourself.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qswin.calib.data.batches import fill_up
+from qswin.calib.data.images import Preprocessing
+from qswin.calib.files import sha256
+from qswin.trt.engines.cuda import Gpu, find_gpu
+from qswin.trt.engines.version import Backend, find_backend
+
+SUFFIXES = (".engine", ".plan")
+KEYS = (  # that every sidecar of a built model has
+    *("target", "version", "capability", "profile"),
+    *("engine_precision", "preprocessing", "task", "classes"),
+)
+NO_RTX = ("9.0", "10.0", "10.3")  # compute capabilities of data-centre GPUs that TensorRT-RTX does not run on
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """What `qswin build` wrote beside an engine.
+
+    Raises:
+        FileNotFoundError: the engine or its sidecar is missing.
+        ValueError: the sidecar is malformed, or it is another file's.
+    """
+    sidecar = path.with_suffix(".json")
+    for file in (path, sidecar):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; an engine and its sidecar are built with qswin build")
+    try:
+        values = json.loads(sidecar.read_text())
+        checksum, _ = values["sha256"], [values[key] for key in KEYS]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{sidecar}: not an engine's sidecar ({error}); build the engine again") from error
+    if sha256(path) != checksum:
+        raise ValueError(f"{path}: truncated or changed since its sidecar was written; build it again")
+    return values
+
+
+def check_fits(path: Path, sidecar: dict[str, Any], backend: Backend, gpu: Gpu | None) -> None:
+    """Raises ValueError when this TensorRT or this GPU cannot run the engine, before TensorRT's own error does."""
+    if backend.version != sidecar["version"]:
+        raise ValueError(f"{path}: built by {backend.target} {sidecar['version']}, here is {backend}; build it again here")
+    if gpu is None:
+        raise ValueError(f"{path}: running an engine needs an NVIDIA GPU and its driver; evaluate the .onnx file here")
+    if backend.target == "tensorrt-rtx" and gpu.capability in NO_RTX:
+        raise ValueError(
+            f"{path}: {backend} does not run on compute capability {gpu.capability}; build with --target tensorrt"
+        )
+    if gpu.capability != sidecar["capability"]:
+        raise ValueError(
+            f"{path}: built for compute capability {sidecar['capability']}, {gpu.name} has {gpu.capability}; build it again"
+        )
+
+
+class BuiltModel:
+    """What `qswin build` wrote beside a built model, as a qswin.trt.evaluation.evaluate.Predictor shows it.
+
+    Attributes:
+        sidecar: all of it: precision, preprocessing, classes, the source's checksum, ...
+        smallest, largest: the batches that it takes.
+
+    Raises:
+        FileNotFoundError: the model or its sidecar is missing.
+        ValueError: the sidecar is malformed, or it is another file's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.sidecar = sidecar = read_sidecar(path)
+        self.smallest, _, self.largest = sidecar["profile"]
+        self.backend = f"{sidecar['target']} {sidecar['version']}"
+        self.precision: str = sidecar["engine_precision"]
+        self.preprocessing = Preprocessing(**sidecar["preprocessing"])
+        self.task: str = sidecar["task"]
+        self.classes: list[str] | None = sidecar["classes"]
+        self.batch_size: int | None = self.largest
+
+
+class Engine(BuiltModel):
+    """A deserialized engine with buffers on the GPU for one batch size at a time; a qswin.trt.evaluation.evaluate.Predictor.
+
+    Attributes:
+        engine: TensorRT's ICudaEngine.
+        context: its IExecutionContext.
+        stream: the CUDA stream's address.
+
+    Raises:
+        FileNotFoundError: the engine or its sidecar is missing.
+        ValueError: it does not fit this machine.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        super().__init__(path)
+        check_fits(path, self.sidecar, find_backend(self.sidecar["target"]), find_gpu())
+        from polygraphy.backend.trt import engine_from_bytes
+        from polygraphy.cuda import DeviceArray, Stream
+
+        self.engine = engine_from_bytes(path.read_bytes())
+        self.context = self.engine.create_execution_context()
+        self._stream = Stream()
+        self.stream: int = self._stream.ptr
+        self._buffers = {name: DeviceArray() for name in ("input", "logits")}
+        self._batch = 0
+
+    def load(self, images: np.ndarray) -> None:
+        """Copies a batch (N, 3, H, W) float32 to the GPU: what runs from now on. Raises ValueError outside the profile."""
+        self._bind(len(images))
+        self._buffers["input"].copy_from(np.ascontiguousarray(images), self._stream)
+
+    def _bind(self, batch: int) -> None:
+        """Sets the batch size of what follows, and makes room for it."""
+        if not self.smallest <= batch <= self.largest:
+            raise ValueError(
+                f"batch {batch}: the engine takes {self.smallest} to {self.largest}; build it with other --shapes"
+            )
+        if batch == self._batch:
+            return
+        self.context.set_input_shape("input", (batch, *tuple(self.engine.get_tensor_shape("input"))[1:]))
+        for name, buffer in self._buffers.items():
+            buffer.resize(tuple(self.context.get_tensor_shape(name)))
+            self.context.set_tensor_address(name, buffer.ptr)
+        self._batch = batch
+
+    def enqueue(self) -> None:
+        """Puts one inference of the loaded batch on the stream."""
+        self.context.execute_async_v3(self.stream)
+
+    def run_loaded(self) -> None:
+        """One inference of the loaded batch, to its end."""
+        self.enqueue()
+        self._stream.synchronize()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""
+        self.load(fill_up(images, self.smallest))
+        self.enqueue()
+        logits = np.empty(self._buffers["logits"].shape, dtype=np.float32)
+        self._buffers["logits"].copy_to(logits, self._stream)
+        self._stream.synchronize()
+        return logits[: len(images)]

@@ -1,0 +1,51 @@
+"""Whether a graph is quantized or in FP16, and graphs rewritten to FP16 for builders that take precision from the graph."""
+
+import onnx
+
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Whether the graph has Q/DQ nodes."""
+    return any(node.op_type in QDQ for node in model.graph.node)
+
+
+def is_half(model: onnx.ModelProto) -> bool:
+    """Whether the graph's weights are FP16."""
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+
+
+def write_half_precision(model: onnx.ModelProto, overrides: dict[str, str]) -> onnx.ModelProto:
+    """The graph in FP16 with Casts around what stays FP32: the overrides, and Q/DQ, whose scales FP16 would round.
+
+    For strongly typed builders, which take precision from the graph. Inputs and outputs stay FP32.
+
+    Raises:
+        ValueError: an override asks for INT8, which only Q/DQ can give here.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    for name, precision in overrides.items():
+        if precision == "int8":
+            raise ValueError(
+                f"override {name}=int8: a strongly typed graph is INT8 where Q/DQ stand; put the site in the recipe"
+            )
+    if is_half(model):
+        return model
+    kept = [name for name, precision in overrides.items() if precision == "fp32"]
+    blocked = [*DEFAULT_OP_BLOCK_LIST, *QDQ]
+    half = onnx.ModelProto()
+    half.CopyFrom(model)  # the converter works in place
+    half = convert_float_to_float16(half, keep_io_types=True, op_block_list=blocked, node_block_list=kept)
+    _tidy(half.graph)
+    return half
+
+
+def _tidy(graph: onnx.GraphProto) -> None:
+    """The converter casts a tensor again for each FP32 node that reads it, under the same name, and puts Casts last."""
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    unique = {node.name: node for node in graph.node}
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(unique.values())
+    OnnxModel.graph_topological_sort(graph)

@@ -1,0 +1,76 @@
+"""ONNX files in ONNX Runtime, the engine that runs everywhere. No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from qswin.calib.data.batches import fill_up
+from qswin.calib.data.images import Preprocessing
+from qswin.trt.graphs.files import parse_metadata, read_onnx
+from qswin.trt.graphs.half_precision import is_quantized
+
+LOAD_ERRORS = (
+    *(errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented),
+    UnicodeDecodeError,  # of a damaged name
+)
+
+# In graphs of a fixed batch this fusion makes a float Gemm of each quantized MatMul with its bias, which dequantizes its
+# weights in every run: four times slower than the integer kernels that such graphs get without it.
+FLOAT_GEMMS = ("MatMulAddFusion",)
+
+
+def start_session(path: str | Path, threads: int, disabled: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+    """A session on the CPU without some of ONNX Runtime's optimizers. Raises ValueError when the file cannot be loaded."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+        )
+    except LOAD_ERRORS as error:
+        raise ValueError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again") from error
+
+
+def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> dict[str, str]:
+    """The file's metadata properties. Raises ValueError where they are no text."""
+    try:
+        return session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: its metadata is damaged ({error}); export it again") from error
+
+
+class OnnxRuntimePredictor:
+    """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> logits, float32.
+
+    Attributes:
+        metadata: what the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no ONNX file, or not one of qswin's.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such ONNX file")
+        self._session = start_session(path, threads)
+        batch = self._session.get_inputs()[0].shape[0]
+        self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
+        if self.batch_size and is_quantized(read_onnx(path)):
+            self._session = start_session(path, threads, FLOAT_GEMMS)
+        self.metadata = parse_metadata(path, read_properties(path, self._session))
+        self.backend, self.precision = (
+            f"onnxruntime {onnxruntime.__version__}",
+            self.metadata.get("precision", "as exported"),
+        )
+        self.preprocessing = Preprocessing(**self.metadata["preprocessing"])
+        self.task: str = self.metadata["task"]
+        self.classes: list[str] | None = self.metadata["classes"]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        padded = fill_up(images, self.batch_size or 0)
+        return self._session.run(["logits"], {"input": padded})[0][: len(images)]
