@@ -1,7 +1,6 @@
 """Checkpoints: a .safetensors file of tensors and a .json sidecar that says what they are."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,23 @@ import safetensors.torch
 from torch import nn
 
 from qswin.calib.data.images import Preprocessing
-from qswin.calib.files import sha256, write_atomic, write_json
+from qswin.calib.files import (
+    check_suffix,
+    read_json,
+    read_sidecar,
+    sha256,
+    sidecar_path,
+    write_result,
+    write_with_sidecar,
+)
 from qswin.models.registry import build_model, check_state, family_of, read_state
 from qswin.qat.config import build_float_model, load_config, model_arguments
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import Recipe
 from qswin.qat.quant.rewrite import enable, quantize
+
+KIND = "checkpoint"
+SUFFIX = ".safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,24 +66,29 @@ class Description:
         )
 
 
-def save_checkpoint(path: Path, model: nn.Module, description: Description) -> None:
+def save_checkpoint(path: str | Path, model: nn.Module, description: Description) -> None:
     """Writes a model and its sidecar, each atomically; the sidecar, with the checksum of the tensors, last.
 
+    Args:
+        path: the name ends in .safetensors.
+
     Raises:
-        ValueError: a quantizer was never calibrated or its range is dead.
-        OSError: there is no room, say.
+        ValueError: a quantizer was never calibrated or its range is dead; or the name ends otherwise.
+        OSError: nothing could be written.
     """
+    path = Path(path)
+    check_suffix("checkpoint", path, (SUFFIX,))
     for quantizer in quantizers(model):
         quantizer.check_range()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(path, safetensors.torch.save(tensors))
-    write_json(path.with_suffix(".json"), {**description.to_dict(), "sha256": sha256(path)})
+    write_with_sidecar(path, safetensors.torch.save(tensors), KIND, description.to_dict())
 
 
 def write_report(report: Path | None, path: Path) -> None:
     """What `--json` of the commands that make a checkpoint writes: its name, and all that its sidecar says."""
     if report is not None:
-        write_json(report, {"checkpoint": str(path), **json.loads(path.with_suffix(".json").read_text())})
+        values = {key: value for key, value in read_json(sidecar_path(path)).items() if key != "kind"}
+        write_result(report, "checkpoint report", {"checkpoint": str(path), **values})
 
 
 def read_description(path: Path) -> Description:
@@ -83,21 +98,12 @@ def read_description(path: Path) -> Description:
         FileNotFoundError: the checkpoint or its sidecar is not there.
         ValueError: the sidecar is malformed, or it is another file's.
     """
-    sidecar = path.with_suffix(".json")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if not sidecar.is_file():
-        raise FileNotFoundError(f"{path}: its sidecar {sidecar.name} is missing; for bare weights give their --config")
+    keys = [field.name for field in dataclasses.fields(Description)]
+    values = read_sidecar(path, KIND, keys, "save or copy both again; for bare weights give their --config")
     try:
-        values = json.loads(sidecar.read_text())
-        description, checksum = Description.from_dict(values), values["sha256"]
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{sidecar}: not a sidecar of qswin ({error}); save the checkpoint again") from error
-    except ValueError as error:
-        raise ValueError(f"{sidecar}: {error}; save the checkpoint again") from error
-    if sha256(path) != checksum:
-        raise ValueError(f"{path}: truncated or changed since its sidecar was written; save or copy both again")
-    return description
+        return Description.from_dict(values)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: its sidecar does not describe a checkpoint ({error}); save it again") from error
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:

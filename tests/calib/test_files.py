@@ -1,12 +1,21 @@
 """Atomic writes, with a disk that is really full."""
 
 import hashlib
+import json
 import subprocess
 import sys
 
 import pytest
 
-from qswin.calib.files import sha256, write_atomic
+from qswin.calib.files import (
+    check_suffix,
+    read_sidecar,
+    sha256,
+    sidecar_path,
+    write_atomic,
+    write_result,
+    write_with_sidecar,
+)
 
 
 def test_a_write_replaces_the_whole_file(tmp_path):
@@ -37,3 +46,55 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         write_atomic(tmp_path / "file" / "a.bin", b"x")
+
+
+def test_files_that_differ_in_their_suffix_have_sidecars_of_their_own(tmp_path):
+    for name, kind in (("int8.engine", "engine"), ("int8.pt2", "package"), ("int8.safetensors", "checkpoint")):
+        write_with_sidecar(tmp_path / name, name.encode(), kind, {"name": name})
+    for name, kind in (("int8.engine", "engine"), ("int8.pt2", "package"), ("int8.safetensors", "checkpoint")):
+        assert read_sidecar(tmp_path / name, kind, ("name",), "")["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "engine"}, "its kind is 'engine', not 'checkpoint'; save again"),
+        ({"sha256": "0"}, "changed since its sidecar was written; save again"),
+        ({"recipe": None}, None),
+    ],
+)
+def test_a_sidecar_must_be_of_its_file_and_kind(tmp_path, change, words):
+    file = tmp_path / "a.safetensors"
+    write_with_sidecar(file, b"tensors", "checkpoint", {"recipe": 1})
+    sidecar_path(file).write_text(json.dumps(json.loads(sidecar_path(file).read_text()) | change))
+    if words is None:
+        assert read_sidecar(file, "checkpoint", ("recipe",), "save again")["recipe"] is None
+    else:
+        with pytest.raises(ValueError, match=words):
+            read_sidecar(file, "checkpoint", ("recipe",), "save again")
+
+
+def test_a_result_never_replaces_a_file_of_another_kind(tmp_path):
+    checkpoint = tmp_path / "ptq.safetensors"
+    write_with_sidecar(checkpoint, b"tensors", "checkpoint", {})
+    for taken in (checkpoint, sidecar_path(checkpoint)):
+        before = taken.read_bytes()
+        with pytest.raises(ValueError, match="would be lost; choose another name"):
+            write_result(taken, "evaluation", {"acc1": 50.0})
+        assert taken.read_bytes() == before
+    result = tmp_path / "r.json"
+    for acc1 in (50.0, 51.0):
+        write_result(result, "evaluation", {"acc1": acc1})
+    written = json.loads(result.read_text())
+    assert written["kind"] == "evaluation" and written["acc1"] == 51.0 and "python" in written["versions"]
+
+
+def test_a_dash_is_standard_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_result("-", "evaluation", {"acc1": 50.0})
+    assert json.loads(capsys.readouterr().out)["acc1"] == 50.0 and not list(tmp_path.iterdir())
+
+
+def test_an_output_is_named_as_its_kind(tmp_path):
+    with pytest.raises(ValueError, match=r"--engine a.safetensors: the name must end in .engine or .plan"):
+        check_suffix("--engine", tmp_path.__class__("a.safetensors"), (".engine", ".plan"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qswin.calib.data.images import Preprocessing
+from qswin.calib.files import sidecar_path
 from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
@@ -55,11 +56,11 @@ def test_uncalibrated_models_are_not_saved(tmp_path):
     ("harm", "error", "words"),
     [
         (lambda file: file.unlink(), FileNotFoundError, "no such checkpoint"),
-        (lambda file: file.with_suffix(".json").unlink(), FileNotFoundError, "sidecar ptq.json is missing"),
+        (lambda file: sidecar_path(file).unlink(), FileNotFoundError, "sidecar ptq.safetensors.json is missing"),
         (lambda file: file.write_bytes(file.read_bytes()[:5000]), ValueError, "truncated or changed"),
-        (lambda file: file.with_suffix(".json").write_text("{}"), ValueError, "not a sidecar"),
-        (lambda file: file.with_suffix(".json").write_text("[1]"), ValueError, "not a sidecar"),
-        (lambda file: file.with_suffix(".json").write_bytes(b"\xff\x00"), ValueError, "not a sidecar"),
+        (lambda file: sidecar_path(file).write_text("{}"), ValueError, "not the sidecar of a checkpoint"),
+        (lambda file: sidecar_path(file).write_text("[1]"), ValueError, "not a JSON object"),
+        (lambda file: sidecar_path(file).write_bytes(b"\xff\x00"), ValueError, "not JSON"),
     ],
 )
 def test_broken_checkpoints_say_what_is_wrong(saved, harm, error, words):
@@ -68,8 +69,24 @@ def test_broken_checkpoints_say_what_is_wrong(saved, harm, error, words):
         load_checkpoint(saved)
 
 
+def test_a_sidecar_under_its_old_name_is_read(saved):
+    """Before 0.2 it was `ptq.json` and had no kind."""
+    values = json.loads(sidecar_path(saved).read_text())
+    sidecar_path(saved).unlink()
+    saved.with_suffix(".json").write_text(json.dumps({key: value for key, value in values.items() if key != "kind"}))
+    assert load_checkpoint(saved)[1] == DESCRIPTION
+
+
+def test_a_path_may_be_text_and_must_be_a_checkpoints(tmp_path, quantized):
+    save_checkpoint(str(tmp_path / "a.safetensors"), quantized, DESCRIPTION)
+    assert load_checkpoint(str(tmp_path / "a.safetensors"))[1] == DESCRIPTION
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        save_checkpoint(tmp_path / "b.pth", quantized, DESCRIPTION)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "a.safetensors.json"]
+
+
 def test_a_sidecar_of_another_architecture_is_refused(saved):
-    sidecar = saved.with_suffix(".json")
+    sidecar = sidecar_path(saved)
     values = json.loads(sidecar.read_text())
     values["model"]["embed_dim"] = 32
     sidecar.write_text(json.dumps(values))

@@ -159,7 +159,7 @@ def test_two_ranks_find_the_ranges_of_one_process(config_file, tmp_path):
         arguments = ["--config", str(config_file), *overrides, f"run={tmp_path / name}"]
         subprocess.run([*command, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found[name] = ranges(load_checkpoint(tmp_path / name / "ptq.safetensors")[0])
-        metrics = json.loads((tmp_path / name / "ptq.json").read_text())["metrics"]
+        metrics = json.loads((tmp_path / name / "ptq.safetensors.json").read_text())["metrics"]
         assert metrics["calibration_images"] == 7
     assert_same(found["one"], found["two"])
 
