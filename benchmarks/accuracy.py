@@ -33,7 +33,7 @@ from qswin.qat.checkpoint import Description
 from qswin.qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.mixed_precision.sensitivity import Divergence
-from qswin.qat.ptq.calibrate import prepare
+from qswin.qat.ptq.job import prepare
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize
 from qswin.trt.evaluation.evaluate import evaluate, main_metric

@@ -18,7 +18,7 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.checkpoint import write_report
     from qswin.qat.config import load_config
     from qswin.qat.distributed import process_group
-    from qswin.qat.ptq.calibrate import run_calibration
+    from qswin.qat.ptq.job import run_calibration
 
     config = load_config(args.config, args.overrides)
     with process_group(config.device) as ranks:

@@ -28,6 +28,7 @@ from qswin.qat.mixed_precision.search import (
 )
 from qswin.qat.mixed_precision.sensitivity import Divergence, Probe, group_quantizers, measure_groups, start_report
 from qswin.qat.ptq import calibrate as ptq
+from qswin.qat.ptq import job
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import enable, quantize
@@ -42,7 +43,7 @@ BAD = "layers.0.blocks.1.mlp.fc2"
 def checkpoint(config_file):
     torch.save(lively_swin().state_dict(), load_config(config_file, []).model.checkpoint)
     with process_group("cpu") as ranks:
-        return ptq.run_calibration(load_config(config_file, []), ranks)
+        return job.run_calibration(load_config(config_file, []), ranks)
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_the_commands_rank_and_find_a_recipe_that_calibrate_takes(checkpoint, da
     assert BAD not in {quantizer.site for quantizer in quantizers(twin)}
     assert len(list(quantizers(twin))) > 0.5 * len(list(quantizers(model)))
     with process_group("cpu") as ranks:
-        ptq.run_calibration(config, ranks)
+        job.run_calibration(config, ranks)
 
 
 def test_bit_operations_are_counted_by_hand(quantized):

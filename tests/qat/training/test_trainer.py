@@ -20,7 +20,7 @@ from qswin.calib.data.images import Preprocessing, open_image
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.config import AugmentConfig, load_config
 from qswin.qat.distributed import process_group
-from qswin.qat.ptq.calibrate import run_calibration
+from qswin.qat.ptq.job import run_calibration
 from qswin.qat.quant.blocks import blocks
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.training import trainer as train
