@@ -32,7 +32,7 @@ from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Description
 from qswin.qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
-from qswin.qat.mixed_precision.sensitivity import Divergence
+from qswin.qat.mixed_precision.probe import Divergence
 from qswin.qat.ptq.job import prepare
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize

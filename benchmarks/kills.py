@@ -44,7 +44,7 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "calibrate": (["qswin", "calibrate", *common], "ptq.safetensors"),
         "train": (["qswin", "train", *common, *qat, f"init={ptq}"], "qat.safetensors"),
         "sensitivity": (
-            ["qswin", "sensitivity", "--checkpoint", ptq, *images, "--out", str(folder / "sensitivity.json")],
+            ["qswin", "sensitivity", "--checkpoint", ptq, *images, "--json", str(folder / "sensitivity.json")],
             "sensitivity.json",
         ),
         "calib-cache": (

@@ -12,11 +12,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `open_probe` reads."""
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a calibrated one")
+    """What the commands that probe a calibrated checkpoint take: the checkpoint and the images."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a calibrated checkpoint (.safetensors)")
     parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/train")
-    parser.add_argument("--images", type=int, default=256, help="drawn at random from the folder, and kept in memory")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--images", type=int, default=256, help="how many are drawn at random and kept in memory")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    parser.add_argument("--batch-size", type=int, default=32, help="images of a batch")
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or another torch device")

@@ -1,30 +1,30 @@
-"""Mixed precision: which sites stay in float so that a budget holds. The command `qswin search`; it writes a recipe file.
+"""Mixed precision: which sites stay in float so that a budget holds.
 
-Greedy: sites leave quantization in the order of what they cost in accuracy (their KL, from `qswin sensitivity`) for each bit
-operation that quantizing them saves. A budget on accuracy takes the fewest that meet it, one on operations or on measured
-latency as many as fit.
+Greedy: sites leave quantization in the order of what they cost in accuracy (their KL, from the sensitivity report) for each
+bit operation that quantizing them saves. A budget on accuracy takes the fewest that meet it, one on operations or on
+measured latency as many as fit.
 """
 
-import argparse
 import dataclasses
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from absl import logging
-from torch import Tensor, nn
+from torch import nn
 
-from qswin.qat.checkpoint import Description
+from qswin.calib.files import check_suffix, sha256, write_atomic
+from qswin.qat.checkpoint import Description, read_description
+from qswin.qat.distributed import process_group
+from qswin.qat.mixed_precision.bit_operations import bit_operations
 from qswin.qat.mixed_precision.latency import latencies
-from qswin.qat.mixed_precision.sensitivity import Probe, group_quantizers
-from qswin.qat.quant.layers import QuantAdd, QuantConv2d, QuantLinear, QuantMatMul
-from qswin.qat.quant.quantizers import TensorQuantizer
+from qswin.qat.mixed_precision.probe import Probe, ProbeImages, group_quantizers, open_probe
+from qswin.qat.mixed_precision.sensitivity import read_report
 from qswin.qat.quant.recipe import Recipe, Rule
-
-FLOAT_BITS = 16  # of a site that is not quantized
 
 
 class Budget(NamedTuple):
@@ -45,46 +45,13 @@ def parse_budget(text: str, metric: str) -> Budget:
     return Budget(match[1], float(match[2]))
 
 
-def bit_operations(model: nn.Module, image: Tensor) -> dict[str, tuple[float, float]]:
-    """(quantized, in float) bit operations of each site for one image: multiply-adds times the bits of both factors.
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a budget on latency is measured: the runtime, the batch size, and TensorRT's timing cache."""
 
-    A matmul's are halved between its two inputs, and each element of a residual add's branch counts as one operation of its
-    bits.
-
-    Args:
-        image: (1, 3, H, W).
-    """
-    counts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        for quantizer, operations, bits in _operations(layer, inputs, output):
-            site = quantizer.site.removesuffix(".weight")
-            counts[site][0] += operations * bits
-            counts[site][1] += operations * (FLOAT_BITS if isinstance(layer, QuantAdd) else FLOAT_BITS**2)
-
-    kinds = (QuantLinear, QuantConv2d, QuantMatMul, QuantAdd)
-    handles = [layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, kinds)]
-    try:
-        with torch.inference_mode():
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {site: (quantized, floating) for site, (quantized, floating) in counts.items()}
-
-
-def _operations(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> list[tuple[TensorQuantizer, float, int]]:
-    """(quantizer, operations, bits of both factors) of each site of a layer."""
-    first: Any = layer._input_quantizer
-    second: Any = layer._weight_quantizer if isinstance(layer, QuantLinear | QuantConv2d) else layer._other_quantizer
-    both = [q for q in (first, second) if isinstance(q, TensorQuantizer)]
-    bits = [q.spec.bits if isinstance(q, TensorQuantizer) else FLOAT_BITS for q in (first, second)]
-    if isinstance(layer, QuantAdd):
-        return [(q, float(output.numel()), q.spec.bits) for q in both]
-    if isinstance(layer, QuantMatMul):
-        return [(q, output.numel() * inputs[0].shape[-1] / 2, bits[0] * bits[1]) for q in both]
-    weight: Any = layer.weight
-    return [(q, output.numel() * weight[0].numel(), bits[0] * bits[1]) for q in both[:1]]
+    runtime: str = "onnxruntime"
+    batch_size: int = 1
+    timing_cache: Path = Path("timing.cache")
 
 
 class Candidate(NamedTuple):
@@ -104,6 +71,68 @@ def candidates(report: dict[str, Any], operations: dict[str, tuple[float, float]
         quantized, floating = (sum(operations[site][i] for site in row["sites"]) for i in (0, 1))
         found.append(Candidate(row["name"], row["sites"], row["alone"]["kl"], quantized, floating))
     return sorted(found, key=lambda group: -group.kl / (group.floating - group.quantized))
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found: the groups, first those that stay in float, of which there are `floats`."""
+
+    recipe: Recipe
+    groups: list[Candidate]
+    floats: int
+
+    @property
+    def share(self) -> float:
+        """Bit operations as a share of the float model's."""
+        return share_of_operations(self.groups, self.floats)
+
+    def to_dict(self) -> dict[str, Any]:
+        names = [group.name for group in self.groups]
+        return {
+            "in_float": names[: self.floats],
+            "quantized": names[self.floats :],
+            "share_of_bit_operations": self.share,
+        }
+
+    def __str__(self) -> str:
+        count = f"{self.floats} of {len(self.groups)} groups stay in float"
+        first = f"{count}; {self.share:.3f} of the float model's bit operations"
+        return "\n".join([first, *(f"  {group.name}  (KL {group.kl:.4g})" for group in self.groups[: self.floats])])
+
+
+def search_recipe(
+    checkpoint: Path, images: ProbeImages, sensitivity: Path, budget: str, target: Target, device: str = "auto"
+) -> Found:
+    """Finds which sites of a calibrated checkpoint stay in float for a budget.
+
+    Args:
+        sensitivity: the report that `qswin sensitivity` wrote for this checkpoint.
+        budget: such as "acc1_drop<=0.1"; see `parse_budget`.
+
+    Raises:
+        ValueError: the report is another checkpoint's, the budget is malformed or cannot be met.
+    """
+    report, description = read_report(sensitivity), read_description(checkpoint)
+    if report["job"].get("checkpoint") != sha256(checkpoint):
+        raise ValueError(f"{sensitivity}: of another checkpoint than {checkpoint}; run qswin sensitivity on it")
+    with process_group(device) as ranks:
+        probe = open_probe(checkpoint, images, str(ranks.device))
+        assert description.recipe is not None  # the probe has quantizers
+        reference = probe.measure([])
+        limit = parse_budget(budget, next(iter(reference)))
+        image = torch.from_numpy(probe.batches[0].images[:1]).to(ranks.device)
+        groups = candidates(report, bit_operations(probe.model, image))
+        if limit.name in ("bops", "latency"):
+            floats = most_in_float(cost_of(limit, probe.model, description, groups, target), limit, len(groups))
+        else:
+            floats = least_in_float(probe, groups, limit, reference)
+    return Found(mixed_recipe(description.recipe, groups, floats), groups, floats)
+
+
+def save_recipe(path: Path, recipe: Recipe) -> None:
+    """Writes a recipe as YAML, for `recipe=FILE`. Raises ValueError unless the name ends in .yaml or .yml."""
+    check_suffix("--recipe", path, (".yaml", ".yml"))
+    write_atomic(path, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
 
 
 def share_of_operations(groups: list[Candidate], floats: int) -> float:
@@ -145,13 +174,13 @@ def most_in_float(cost: Callable[[int], float], budget: Budget, count: int) -> i
 
 
 def cost_of(
-    budget: Budget, model: nn.Module, description: Description, groups: list[Candidate], args: argparse.Namespace
+    budget: Budget, model: nn.Module, description: Description, groups: list[Candidate], target: Target
 ) -> Callable[[int], float]:
     """What a budget limits, of a number of groups in float."""
     if budget.name == "bops":
         return functools.partial(share_of_operations, groups)
     sites = [group.sites for group in groups]
-    return latencies(model, description, sites, args.runtime, args.batch, args.recipe.with_name("timing.cache"))
+    return latencies(model, description, sites, target.runtime, target.batch_size, target.timing_cache)
 
 
 def least_in_float(probe: Probe, groups: list[Candidate], budget: Budget, reference: dict[str, float]) -> int:

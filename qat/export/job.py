@@ -1,0 +1,62 @@
+"""The job of `qswin export`: from a checkpoint's file to an ONNX file with metadata."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qswin.calib.files import check_suffix, sha256
+from qswin.qat.checkpoint import load_model
+from qswin.qat.export.onnx_export import export_onnx, save_onnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An ONNX file that was written; `metadata` is what it says of itself."""
+
+    path: Path
+    size: int  # bytes
+    nodes: int  # apart from Q/DQ
+    qdq_nodes: int
+    metadata: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        counts = {"bytes": self.size, "nodes": self.nodes, "qdq_nodes": self.qdq_nodes}
+        return {"onnx": str(self.path), **counts, **self.metadata}
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.nodes} nodes and {self.qdq_nodes} of Q/DQ, {self.size / 1e6:.1f} MB"
+
+
+def parse_batch_size(text: str) -> int | None:
+    """None of "dynamic", 16 of "16". Raises ValueError for anything else."""
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"--batch-size {text}: give a positive number, or dynamic")
+    return int(text)
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    path: Path,
+    precision: str,
+    opset: int,
+    batch_size: int | None,
+    config_file: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Exported:
+    """Exports a checkpoint, or the bare weights that a config describes; see `export_onnx`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the name does not end in .onnx, or `load_model` or `export_onnx` refuses.
+    """
+    check_suffix("--onnx", path, (".onnx",))
+    model, description = load_model(checkpoint, config_file, list(overrides))
+    graph = export_onnx(model, description, precision, opset, batch_size)
+    metadata = dataclasses.replace(description, parent=sha256(checkpoint)).to_dict()
+    metadata |= {"precision": precision, "opset": opset}
+    save_onnx(path, graph, metadata)
+    counts = [node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.graph]
+    return Exported(path, path.stat().st_size, counts.count(False), counts.count(True), metadata)

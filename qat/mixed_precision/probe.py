@@ -1,0 +1,117 @@
+"""A probe: a calibrated model measured with some of its quantizers on, against itself with none."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from scipy.special import log_softmax
+from torch import nn
+
+from qswin.calib.data.batches import Batch, image_batches
+from qswin.calib.data.folders import draw_samples, scan_folder
+from qswin.calib.data.shards import ImageFile
+from qswin.qat.backends.torch_predictor import TorchPredictor
+from qswin.qat.checkpoint import Description, load_checkpoint
+from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
+from qswin.trt.evaluation.evaluate import evaluate, main_metric
+
+Groups = dict[str, list[TensorQuantizer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeImages:
+    """The images that a probe is measured on: `images` of the folder `data`, drawn by `seed`, kept in memory."""
+
+    data: Path
+    images: int = 256
+    seed: int = 0
+    batch_size: int = 32
+    workers: int = 4
+    skip_unreadable: bool = False
+
+
+class Divergence:
+    """Mean KL(reference || model) of the class distributions, over images or pixels. A metric of trt.evaluation.evaluate.
+
+    Args:
+        reference: logits of each batch, in the order in which the batches will come.
+    """
+
+    headline = {"kl": "KL"}
+
+    def __init__(self, reference: Sequence[np.ndarray]) -> None:
+        self._reference = iter(reference)
+        self._total, self._count = 0.0, 0
+
+    def update(self, logits: np.ndarray, batch: Batch) -> None:
+        expected, ours = (log_softmax(x.astype(np.float64), axis=1) for x in (next(self._reference), logits))
+        divergence = (np.exp(expected) * (expected - ours)).sum(axis=1)
+        self._total, self._count = self._total + float(divergence.sum()), self._count + divergence.size
+
+    def result(self) -> dict[str, Any]:
+        return {"kl": self._total / self._count}
+
+
+class Probe:
+    """Measures a calibrated model with some of its quantizers on, against itself with none."""
+
+    def __init__(self, model: nn.Module, description: Description, batches: list[Batch], device: str) -> None:
+        self.model, self.task, self.batches = model, description.task, batches
+        self.classes = description.classes or ()
+        self.predict = TorchPredictor(model, description, device)
+        self.switch([])
+        self.reference = [self.predict(batch.images) for batch in batches]
+
+    def switch(self, quantized: Sequence[TensorQuantizer]) -> None:
+        """Quantizes with these quantizers and no others."""
+        for quantizer in quantizers(self.model):
+            quantizer.off()
+        for quantizer in quantized:
+            quantizer.quantize()
+
+    def measure(self, quantized: Sequence[TensorQuantizer]) -> dict[str, float]:
+        """{"kl"} and the task's main metrics with these quantizers and no others."""
+        self.switch(quantized)
+        metric, divergence = main_metric(self.task, self.classes), Divergence(self.reference)
+        result = evaluate(self.predict, self.batches, [metric, divergence])
+        return {name: result[name] for name in (*metric.headline, "kl")}
+
+
+def group_quantizers(model: nn.Module, by: str) -> Groups:
+    """The quantizers that are switched together.
+
+    Args:
+        by: "site": an activation and the weight that it meets; "layer": all of one linear, matmul or residual add.
+
+    Returns:
+        {site, or the layer's path: its quantizers}, in the model's order.
+    """
+    groups: Groups = defaultdict(list)
+    for path, module in model.named_modules():
+        for child in module.children():
+            if isinstance(child, TensorQuantizer):
+                groups[child.site.removesuffix(".weight") if by == "site" else path].append(child)
+    return dict(groups)
+
+
+def open_probe(checkpoint: Path, images: ProbeImages, device: str) -> Probe:
+    """A probe of a calibrated checkpoint.
+
+    Raises:
+        FileNotFoundError: the checkpoint or the folder is missing.
+        ValueError: the checkpoint is not quantized, or an image cannot be read.
+    """
+    model, description = load_checkpoint(checkpoint)
+    if not any(quantizers(model)):
+        raise ValueError(f"{checkpoint}: not quantized; run qswin calibrate first")
+    folder = scan_folder(description.task, images.data, description.classes)
+    samples = sorted(draw_samples(folder, images.images, images.seed))
+    skipped: list[ImageFile] | None = [] if images.skip_unreadable else None
+    batches = list(image_batches(samples, description.preprocessing, images.batch_size, images.workers, skipped))
+    if skipped:
+        logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
+    return Probe(model, description, batches, device)
