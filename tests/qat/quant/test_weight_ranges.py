@@ -49,7 +49,7 @@ def test_least_squares_ranges_are_the_first_formulas_bit_for_bit(bits, axis):
         error = (torch.clamp((x / scale).round_(), grid.qmin, grid.qmax).mul_(scale) - x).square_().sum_to_size(amax.shape)
         best, least = torch.where(error < least, share, best), torch.minimum(error, least)
     found = weight_ranges(weight, axis, "mse", grid)
-    assert torch.equal(found, best * amax) and (found < amax).any()
+    assert torch.equal(found, best * amax) and (bits == 8 or (found < amax).any())
 
 
 @pytest.mark.parametrize("calibrator", ["percentile:99", "entropy"])
