@@ -45,7 +45,7 @@ ONNX_RUNTIME_STRIDE = 2  # batches of 8 at a time: it holds what every operator 
 
 def recipe_at(recipe: Recipe, bits: str, **changes: Any) -> Recipe:
     weights, activations = widths(bits)
-    return dataclasses.replace(recipe, weight_bits=weights, activation_bits=activations, **changes)
+    return dataclasses.replace(recipe, weight_format=f"int{weights}", activation_format=f"int{activations}", **changes)
 
 
 def widths(bits: str) -> tuple[int, int]:

@@ -1,13 +1,17 @@
-"""From a stream of activations to one symmetric range: max, percentile, mse, entropy.
+"""From a stream of values to one symmetric range: max, percentile, mse, entropy, and what else is registered.
 
-A `Histogram` is filled in one pass and serves all four. Its bins are powers of two wide, so a range that grows folds
+A `Histogram` is filled in one pass and serves all of them. Its bins are powers of two wide, so a range that grows folds
 whole bins together: the counts do not depend on how the images were cut into batches, on their order, or on how they
 were spread over ranks.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
+
+from qswin.calib.grid import INT8, Grid
 
 BINS = 1 << 14  # at least 8192 of them lie below the largest value: 4 or more for each of TensorRT's 2048
 CHUNK = 1 << 16  # values counted at a time: the temporaries stay in the cache
@@ -79,34 +83,91 @@ class Histogram:
         return np.diff(cumulative)
 
 
-def max_range(histogram: Histogram, bits: int = 8) -> float:
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What may follow a calibrator's name, as in "percentile:99.9": a number above `low`, at most `high`.
+
+    `name` is the argument of the calibrator's function that gets it.
+    """
+
+    name: str
+    low: float
+    high: float
+
+    def parse(self, text: str) -> float | None:
+        """The number that a text stands for, or None when it is not one in the bounds."""
+        try:
+            number = float(text)
+        except ValueError:
+            return None
+        return number if self.low < number <= self.high else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrator:
+    """`find(histogram, grid)` gives the range of a histogram that holds more than zeros."""
+
+    find: Callable[..., float]
+    parameter: Parameter | None = None
+
+
+CALIBRATORS: dict[str, Calibrator] = {}
+Find = TypeVar("Find", bound=Callable[..., float])
+
+
+def calibrator(name: str, parameter: Parameter | None = None) -> Callable[[Find], Find]:
+    """Registers the function that it decorates under a name. Raises ValueError when the name is taken."""
+
+    def register(find: Find) -> Find:
+        if name in CALIBRATORS:
+            raise ValueError(f"calibrator {name!r} is already registered; choose another name")
+        CALIBRATORS[name] = Calibrator(find, parameter)
+        return find
+
+    return register
+
+
+@calibrator("max")
+def max_range(histogram: Histogram, grid: Grid) -> float:
     """The largest |x|."""
     return histogram.amax
 
 
-def percentile_range(histogram: Histogram, bits: int = 8, percentile: float = 99.99) -> float:
+@calibrator("percentile", Parameter("percentile", low=0, high=100))
+def percentile_range(histogram: Histogram, grid: Grid, percentile: float = 99.99) -> float:
     """The value that `percentile` per cent of all |x| do not exceed, to one bin's width."""
     cumulative = np.cumsum(histogram.counts)
     reached = int(np.searchsorted(cumulative, percentile / 100 * cumulative[-1]))
     return min(histogram.amax, float(histogram.edges[reached + 1]))
 
 
-def mse_range(histogram: Histogram, bits: int = 8, candidates: int = 128) -> float:
+@calibrator("mse")
+def mse_range(histogram: Histogram, grid: Grid, candidates: int = 128) -> float:
     """The clipping range with the least mean squared quantization error, among even steps up to amax."""
     used = np.flatnonzero(histogram.counts)
     centres, counts = (used + 0.5) * histogram.bin_width, histogram.counts[used]
     centres = np.minimum(centres, histogram.amax)
-    qmax = 2 ** (bits - 1) - 1
-
-    def error(amax: float) -> float:
-        step = amax / qmax
-        return float(counts @ (np.minimum(np.rint(centres / step), qmax) * step - centres) ** 2)
-
     ranges = histogram.amax * np.arange(1, candidates + 1) / candidates
-    return float(min(ranges, key=error))
+    errors = squared_errors(centres, ranges.tolist(), grid, lambda squares: counts @ squares)
+    return float(ranges[np.argmin(errors)])
 
 
-def entropy_range(histogram: Histogram, bits: int = 8, bins: int = 2048, start_bin: int = 128) -> float:
+def squared_errors(x: Any, ranges: Iterable[float], grid: Grid, total: Callable[[Any], Any]) -> list[Any]:
+    """What `total` makes of the squared quantization errors of x under each range: the search behind "mse".
+
+    Args:
+        x: a NumPy array or a torch tensor.
+        total: sums an array or tensor of x's shape over the values that share a range.
+    """
+    errors = []
+    for amax in ranges:
+        scale = grid.scale(amax)
+        errors.append(total((grid.nearest(x / scale) * scale - x) ** 2))
+    return errors
+
+
+@calibrator("entropy")
+def entropy_range(histogram: Histogram, grid: Grid, bins: int = 2048, start_bin: int = 128) -> float:
     """TensorRT's entropy calibration: the range whose quantized distribution has the least KL divergence.
 
     S. Migacz, "8-bit inference with TensorRT", GTC 2017. For every i from `start_bin` to `bins`, P is the first i bins with
@@ -119,7 +180,7 @@ def entropy_range(histogram: Histogram, bits: int = 8, bins: int = 2048, start_b
     """
     counts = histogram.rebinned(bins)
     counts[0] = counts[1]
-    divergences = [_kl_divergence(counts, i, 2 ** (bits - 1)) for i in range(start_bin, bins + 1)]
+    divergences = [_kl_divergence(counts, i, 2 ** (grid.bits - 1)) for i in range(start_bin, bins + 1)]
     best = len(divergences) - 1 - int(np.argmin(divergences[::-1]))
     return histogram.amax * (best + start_bin) / bins
 
@@ -144,39 +205,35 @@ def _kl_divergence(counts: np.ndarray, i: int, levels: int) -> float:
     return (entropy - cross) / p_total - np.log(p_total) + np.log(q_total)
 
 
-CALIBRATORS: dict[str, Callable[..., float]] = {
-    "max": max_range,
-    "percentile": percentile_range,
-    "mse": mse_range,
-    "entropy": entropy_range,
-}
+def parse_calibrator(text: str) -> tuple[Calibrator, dict[str, float]]:
+    """The calibrator that a text such as "mse" or "percentile:99.9" names, and its arguments.
+
+    Raises:
+        ValueError: there is no such calibrator, or its parameter is missing, out of bounds or not a number.
+    """
+    name, colon, argument = text.partition(":")
+    found = CALIBRATORS.get(name)
+    if found is None or (colon and found.parameter is None):
+        names = [key if c.parameter is None else f"{key}[:{c.parameter.name.upper()}]" for key, c in CALIBRATORS.items()]
+        raise ValueError(f"calibrator {text!r} is not known; choose {', '.join(names)}")
+    if found.parameter is None or not colon:
+        return found, {}
+    number = found.parameter.parse(argument)
+    if number is None:
+        low, high = found.parameter.low, found.parameter.high
+        raise ValueError(f"calibrator {text!r}: the {found.parameter.name} must be above {low:g} and at most {high:g}")
+    return found, {found.parameter.name: number}
 
 
-def check_calibrator(calibrator: str) -> None:
-    """Raises ValueError unless `calibrator` is a key of CALIBRATORS or "percentile:P" with 0 < P <= 100."""
-    name, _, argument = calibrator.partition(":")
-    if name not in CALIBRATORS or (argument and name != "percentile"):
-        raise ValueError(f"calibrator {calibrator!r} is not known; choose {', '.join(CALIBRATORS)} or percentile:99.9")
-    try:
-        valid = 0 < float(argument or 100) <= 100
-    except ValueError:
-        valid = False
-    if not valid:
-        raise ValueError(f"calibrator {calibrator!r}: the percentile must lie in (0, 100]")
-
-
-def find_range(histogram: Histogram, calibrator: str, bits: int = 8) -> float:
+def find_range(histogram: Histogram, calibrator: str, grid: Grid = INT8) -> float:
     """The symmetric range of a histogram's values, 0.0 when all of them are zero.
 
     Args:
-        calibrator: a key of CALIBRATORS, or "percentile:99.9" for another percentile than 99.99.
+        calibrator: a key of CALIBRATORS, with its parameter if need be: "percentile:99.9".
+        grid: the number format; "mse" and "entropy" depend on it.
 
     Raises:
         ValueError: there is no such calibrator.
     """
-    check_calibrator(calibrator)
-    if histogram.amax == 0:
-        return 0.0
-    name, _, argument = calibrator.partition(":")
-    options = {"percentile": float(argument)} if argument else {}
-    return CALIBRATORS[name](histogram, bits, **options)
+    found, arguments = parse_calibrator(calibrator)
+    return 0.0 if histogram.amax == 0 else found.find(histogram, grid, **arguments)

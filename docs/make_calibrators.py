@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from qswin.calib.calibrators import CALIBRATORS, Histogram, find_range
+from qswin.calib.grid import Grid, grid_of
 from qswin.trt.report.plots import pyplot
 
 PICTURE = Path(__file__).parent / "pictures" / "calibrators.png"
@@ -30,11 +31,10 @@ def shapes() -> dict[str, np.ndarray]:
     }
 
 
-def quantization_error(values: np.ndarray, amax: float, bits: int) -> float:
+def quantization_error(values: np.ndarray, amax: float, grid: Grid) -> float:
     """Root of the mean squared error, over the root of the mean square of the values."""
-    qmax = 2 ** (bits - 1) - 1
-    step = amax / qmax
-    error = np.clip(np.rint(values / step), -qmax, qmax) * step - values
+    step = grid.scale(amax)
+    error = grid.nearest(values / step) * step - values
     return float(np.sqrt(np.mean(error**2) / np.mean(values**2)))
 
 
@@ -44,10 +44,10 @@ def table() -> Iterator[str]:
     yield "| --- " * (len(CALIBRATORS) + 2) + "|"
     for name, values in shapes().items():
         histogram = filled(values)
-        for bits in (8, 4):
-            ranges = {calibrator: find_range(histogram, calibrator, bits) for calibrator in CALIBRATORS}
-            cells = [f"{amax:.3g} ({100 * quantization_error(values, amax, bits):.2g} %)" for amax in ranges.values()]
-            yield f"| {name}, {bits} bits | {histogram.amax:.3g} | " + " | ".join(cells) + " |"
+        for grid in (grid_of("int8").of_weights, grid_of("int4").of_weights):
+            ranges = {calibrator: find_range(histogram, calibrator, grid) for calibrator in CALIBRATORS}
+            cells = [f"{amax:.3g} ({100 * quantization_error(values, amax, grid):.2g} %)" for amax in ranges.values()]
+            yield f"| {name}, {grid.bits} bits | {histogram.amax:.3g} | " + " | ".join(cells) + " |"
 
 
 def filled(values: np.ndarray) -> Histogram:
@@ -64,7 +64,7 @@ def draw(path: Path) -> None:
         histogram = filled(values)
         axes.hist(np.abs(values).ravel(), bins=200, color="0.75", log=True)
         for colour, calibrator in enumerate(CALIBRATORS):
-            axes.axvline(find_range(histogram, calibrator, 4), color=f"C{colour}", label=calibrator)
+            axes.axvline(find_range(histogram, calibrator, grid_of("int4")), color=f"C{colour}", label=calibrator)
         axes.set(title=name, xlabel="|x|")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=90, bbox_inches="tight")

@@ -38,5 +38,5 @@ def list_quantizers(args: argparse.Namespace) -> None:
     model, _ = load_checkpoint(args.model)
     print(table(model))
     if args.json:
-        rows = [{"site": q.site, "bits": q.spec.bits, "amax": q.amax.flatten().tolist()} for q in quantizers(model)]
+        rows = [{"site": q.site, "format": q.spec.grid.name, "amax": q.amax.flatten().tolist()} for q in quantizers(model)]
         write_json(args.json, {"model": str(args.model), "quantizers": rows})

@@ -56,15 +56,18 @@ def export_onnx(
         batch: a fixed batch size; None leaves it free.
 
     Raises:
-        ValueError: int8 of a model that is not quantized or not calibrated (the site is named), a wrong precision or opset.
+        ValueError: int8 of a model that is not quantized or not calibrated, or whose format ONNX does not have (the site is
+            named); a wrong precision or opset; or the description is not this model's.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not known; choose {', '.join(PRECISIONS)}")
     if opset < OLDEST_OPSET:
         raise ValueError(f"opset {opset} is too old: LayerNormalization and per-channel Q/DQ need {OLDEST_OPSET} or newer")
     twin = _prepare(model, description, precision)
-    side = description.preprocessing.size
-    example = torch.randn(batch or 2, 3, *side)
+    check_fits(twin, description)
+    if precision == "fp16":
+        twin = _HalfPrecision(twin)
+    example = torch.randn(batch or 2, 3, *description.preprocessing.size)
     graph = _export(twin, example, max(opset, 18), dynamic=batch is None)
     finish_weights(graph, int8=opset > OLDEST_OPSET)
     if opset == OLDEST_OPSET:
@@ -79,12 +82,48 @@ def _prepare(model: nn.Module, description: Description, precision: str) -> nn.M
     if precision == "int8":
         if not any(quantizers(twin)):
             raise ValueError("the checkpoint is not quantized: run qswin calibrate first, or export with --precision fp32")
+        check_formats(twin)
         enable(twin)
         clip_weights(twin)
     else:
-        disable(twin)
+        disable(twin, quiet=True)
     fold_biases(twin)
-    return _HalfPrecision(twin) if precision == "fp16" else twin
+    return twin
+
+
+def check_formats(model: nn.Module) -> None:
+    """Raises ValueError, naming the first site at fault, unless ONNX has a type for every quantizer's format."""
+    for quantizer in quantizers(model):
+        grid = quantizer.spec.grid
+        if grid.onnx_type is None or grid.torch_dtype is None:
+            raise ValueError(f"{quantizer.site}: format {grid.name!r} has no type in ONNX; export with --precision fp32")
+
+
+def check_fits(model: nn.Module, description: Description) -> None:
+    """Runs a model once, on an image of the size that its description says.
+
+    Args:
+        model: float32, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: the model does not take such an image, or does not give as many classes as the description says.
+    """
+    height, width = description.preprocessing.size
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = f"the model does not take an image of 3 x {height} x {width}, the size of its description's preprocessing"
+        raise ValueError(f"{what}: {reason}") from error
+    if not isinstance(output, Tensor):
+        return  # feature maps have no classes
+    promised = {"model's num_classes": description.model.get("num_classes")}
+    if description.classes is not None:
+        promised["classes"] = len(description.classes)
+    for name, count in promised.items():
+        if count and output.shape[1] != count:
+            raise ValueError(f"the model gives {output.shape[1]} classes, but its description's {name} says {count}")
 
 
 def _export(twin: nn.Module, example: Tensor, opset: int, dynamic: bool) -> ir.Model:

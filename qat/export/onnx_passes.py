@@ -6,20 +6,23 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from qswin.calib.grid import INT8
+
 
 def finish_weights(model: ir.Model, int8: bool) -> None:
     """Transposes quantized weights ahead of time and, with `int8`, stores them as INT8.
 
     The exporter leaves weight -> Q -> DQ -> Transpose -> MatMul. Afterwards the weight is stored transposed with its scales
     along axis 1, so that DQ feeds MatMul itself, as fusions to INT8 kernels want it; with `int8` Q is computed here, by
-    QuantizeLinear's definition: saturate(round_half_even(x / scale)).
+    QuantizeLinear's definition: saturate(round_half_even(x / scale)). A Q of another type than INT8 is left to the runtime.
     """
     for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         weight = quantize.inputs[0]
         if weight is None or not weight.is_initializer() or len(weight.uses()) > 1:
             continue
         _transpose_ahead(model.graph, weight, quantize, quantize.outputs[0].consumers()[0])
-        if int8:
+        zero_point = quantize.inputs[2]
+        if int8 and zero_point is not None and str(zero_point.dtype) == INT8.onnx_type:
             _quantize_ahead(model.graph, weight, quantize)
 
 
@@ -40,7 +43,7 @@ def _quantize_ahead(graph: ir.Graph, weight: ir.Value, quantize: ir.Node) -> Non
     values, scale = _array(weight), _array(quantize.inputs[1])
     if "axis" in quantize.attributes:
         scale = np.expand_dims(scale, [d for d in range(values.ndim) if d != quantize.attributes["axis"].as_int()])
-    _store(weight, np.clip(np.rint(values / scale), -128, 127).astype(np.int8))
+    _store(weight, INT8.codes(values / scale))
     quantize.outputs[0].replace_all_uses_with(weight)
     graph.remove(quantize, safe=True)
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qswin.calib.grid import INT8
 from qswin.qat.kernels.linear import linear_add, linear_float, linear_gelu_quantize, linear_quantize
 from qswin.qat.kernels.norm_add import norm_add
 from qswin.qat.kernels.norm_quantize import gather_quantize, norm_quantize
@@ -13,12 +14,12 @@ from qswin.qat.quant.quantizers import TensorQuantizer
 
 
 def scale_of(quantizer: Any, site: str) -> Tensor:
-    """A site's scale, amax / 127. Raises ValueError unless it is quantized to 8 bits and calibrated."""
-    if not isinstance(quantizer, TensorQuantizer) or quantizer.spec.bits != 8:
-        kind = f"of {quantizer.spec.bits} bits" if isinstance(quantizer, TensorQuantizer) else "in float"
-        raise ValueError(f"{site} is {kind}; the INT8 kernels need it at 8 bits: calibrate with recipe=attention")
+    """A site's scale, amax / 127. Raises ValueError unless it is quantized to INT8 and calibrated."""
+    if not isinstance(quantizer, TensorQuantizer) or quantizer.spec.grid.name != INT8.name:
+        kind = quantizer.spec.grid.name if isinstance(quantizer, TensorQuantizer) else "float"
+        raise ValueError(f"{site} is in {kind}; the INT8 kernels need it in int8: calibrate with recipe=attention")
     quantizer.check_range()
-    return (quantizer.amax / quantizer.spec.qmax).detach()
+    return quantizer.scale.detach()
 
 
 class Int8Weight(nn.Module):

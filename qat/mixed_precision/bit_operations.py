@@ -45,9 +45,9 @@ def _operations(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
     first: Any = layer._input_quantizer
     second: Any = layer._weight_quantizer if isinstance(layer, QuantLinear | QuantConv2d) else layer._other_quantizer
     both = [q for q in (first, second) if isinstance(q, TensorQuantizer)]
-    bits = [q.spec.bits if isinstance(q, TensorQuantizer) else FLOAT_BITS for q in (first, second)]
+    bits = [q.spec.grid.bits if isinstance(q, TensorQuantizer) else FLOAT_BITS for q in (first, second)]
     if isinstance(layer, QuantAdd):
-        return [(q, float(output.numel()), q.spec.bits) for q in both]
+        return [(q, float(output.numel()), q.spec.grid.bits) for q in both]
     if isinstance(layer, QuantMatMul):
         return [(q, output.numel() * inputs[0].shape[-1] / 2, bits[0] * bits[1]) for q in both]
     weight: Any = layer.weight

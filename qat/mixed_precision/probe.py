@@ -69,7 +69,7 @@ class Probe:
     def switch(self, quantized: Sequence[TensorQuantizer]) -> None:
         """Quantizes with these quantizers and no others."""
         for quantizer in quantizers(self.model):
-            quantizer.off()
+            quantizer.off(quiet=True)
         for quantizer in quantized:
             quantizer.quantize()
 

@@ -25,7 +25,7 @@ def correct_biases(model: nn.Module, batches: Sequence[Tensor]) -> None:
         batches: (N, 3, H, W) each, on the model's device.
     """
     teacher = copy.deepcopy(model).eval()
-    disable(teacher)
+    disable(teacher, quiet=True)
     layers = [(ours, theirs) for ours, theirs in zip(model.modules(), teacher.modules(), strict=True) if _correctable(ours)]
     for ours, theirs in tqdm(layers, "correct biases", disable=not sys.stderr.isatty()):
         shifts = [channel_means(theirs, teacher, batch) - channel_means(ours, model, batch) for batch in batches]

@@ -1,6 +1,8 @@
 """Post-training quantization: ranges from a pass over some images. The command `qswin calibrate`."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,37 +14,68 @@ from qswin.calib.histogram_file import Observation
 from qswin.qat.quant.layers import weight_quantizers
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.qat.quant.rewrite import enable
+from qswin.qat.quant.weight_ranges import largest
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor], dead_range: float | None = None) -> int:
+def calibrate(model: nn.Module, batches: Iterable[Any], dead_range: float | None = None) -> int:
     """Calibrates every quantizer of a rewritten model in one pass and switches them on.
 
-    Under torch.distributed each rank passes its own batches, and all end with the ranges of the whole.
+    Under torch.distributed each rank passes its own batches, and all end with the ranges of the whole. When it fails, all
+    quantizers are as they were before.
 
     Args:
-        batches: (N, 3, H, W) on the model's device.
+        batches: (N, 3, H, W), or tuples or lists that begin with such a tensor, as a DataLoader of (images, labels) gives.
+            They are moved to the model's device.
         dead_range: stands in for ranges that come out as 0.
 
     Returns:
         The number of images seen by this rank.
 
     Raises:
-        ValueError: there were no images, or a range is dead and `dead_range` is None; the site is named.
+        ValueError: a batch is something else; there were no images; or a range is dead and `dead_range` is None, whose site
+            is named.
     """
-    activations = activation_quantizers(model)
-    for quantizer in activations:
-        quantizer.observe()
-    images = 0
+    with _restored_on_failure(model):
+        activations = activation_quantizers(model)
+        for quantizer in activations:
+            quantizer.observe(quiet=True)
+        images = _pass(model, batches)
+        merge_ranks(activations)
+        if not images:
+            raise ValueError("calibration saw 0 images; raise calibration.images or check data.root")
+        set_ranges(model, dead_range=dead_range)
+        enable(model)
+    return images
+
+
+def _pass(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Runs a model over batches and counts the images."""
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    total = 0
     with torch.inference_mode():
         for batch in batches:
-            model(batch)
-            images += len(batch)
-    merge_ranks(activations)
-    if not images:
-        raise ValueError("calibration saw 0 images; raise calibration.images or check data.root")
-    set_ranges(model, dead_range=dead_range)
-    enable(model)
-    return images
+            images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+            if not isinstance(images, Tensor):
+                kind = type(batch).__name__
+                raise ValueError(
+                    f"a calibration batch is a {kind}; give tensors (N, 3, H, W), or tuples that begin with one"
+                )
+            model(images.to(device))
+            total += len(images)
+    return total
+
+
+@contextlib.contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Gives every quantizer its state and range back when what is done inside fails, for whatever reason."""
+    before = [(each, each.mode, each.warns, each.histogram, each._amax.clone()) for each in quantizers(model)]
+    try:
+        yield
+    except BaseException:
+        for quantizer, mode, warns, histogram, amax in before:
+            quantizer.mode, quantizer.warns, quantizer.histogram = mode, warns, histogram
+            quantizer._amax.copy_(amax)
+        raise
 
 
 def activation_quantizers(model: nn.Module) -> list[TensorQuantizer]:
@@ -80,14 +113,14 @@ def observations(model: nn.Module) -> dict[str, Observation]:
         if isinstance(module, TensorQuantizer):
             histogram = weights.get(module, module.histogram)
             if histogram is not None and histogram.amax > 0:
-                found[name] = Observation(histogram, module.spec.bits)
+                found[name] = Observation(histogram, module.spec.grid.name)
     return found
 
 
 def weight_histogram(quantizer: TensorQuantizer, weight: Tensor) -> Histogram:
     """Of |w| as a share of the largest with the same range, 0 where all of those are 0."""
     histogram = Histogram()
-    histogram.add((weight.detach() / quantizer.largest(weight)).nan_to_num().cpu().numpy())
+    histogram.add((weight.detach() / largest(weight, quantizer.spec.axis)).nan_to_num().cpu().numpy())
     return histogram
 
 
@@ -99,8 +132,8 @@ def merge_ranks(observers: list[TensorQuantizer]) -> None:
     histograms = [quantizer.histogram for quantizer in observers if quantizer.histogram is not None]
     amax = torch.tensor([histogram.amax for histogram in histograms], dtype=torch.float64, device=device)
     dist.all_reduce(amax, dist.ReduceOp.MAX)
-    for histogram, largest in zip(histograms, amax.tolist(), strict=True):
-        histogram.reserve(largest)  # the bins of all ranks are now the same
+    for histogram, of_all in zip(histograms, amax.tolist(), strict=True):
+        histogram.reserve(of_all)  # the bins of all ranks are now the same
     counts = torch.from_numpy(np.stack([histogram.counts for histogram in histograms])).to(device)
     dist.all_reduce(counts)
     for histogram, total in zip(histograms, counts.cpu().numpy(), strict=True):

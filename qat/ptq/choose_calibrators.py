@@ -30,7 +30,7 @@ def choose_calibrators(
         {site: calibrator}; a site with a fixed range is left out, and so are those outside of blocks.
     """
     chosen: dict[str, str] = {}
-    disable(model)
+    disable(model, quiet=True)
     for block in tqdm(blocks(model), "choose calibrators", disable=not sys.stderr.isatty()):
         inputs = [block_arguments(model, block, batch) for batch in batches]
         targets = [block(*arguments) for arguments in inputs]
@@ -58,5 +58,5 @@ def _choose(
 
     best = min(candidates, key=error)
     quantizer.set_range_from_histogram(best)
-    quantizer.off()
+    quantizer.off(quiet=True)
     return best

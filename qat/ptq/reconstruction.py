@@ -31,7 +31,7 @@ def reconstruct(model: nn.Module, batches: Sequence[Tensor], steps: int, lr: flo
         For each block, the error left as a share of the error it started with.
     """
     teacher = copy.deepcopy(model).eval()
-    disable(teacher)
+    disable(teacher, quiet=True)
     model.eval()
     shares = []
     pairs = list(zip(blocks(model), blocks(teacher), strict=True))

@@ -2,45 +2,43 @@
 
 import dataclasses
 import enum
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qswin.calib.calibrators import BINS, Histogram, check_calibrator, find_range
-from qswin.qat.quant.fake_quantize import fake_quantize, least_squares_amax, quantize_dequantize, scale_gradient
+from qswin.calib.calibrators import BINS, Histogram, find_range, parse_calibrator
+from qswin.calib.grid import INT8, Grid
+from qswin.qat.quant.fake_quantize import fake_quantize, quantize_dequantize, scale_gradient
+from qswin.qat.quant.weight_ranges import weight_ranges
 
+OFF_KEY = "_off"  # in the state dict of a quantizer that has a range and does not quantize
 CPU_CHUNK = 1 << 18  # values counted at a time on a CPU: the temporaries stay in its cache
+IN_FLOAT = (
+    "this model is calibrated, but some of its quantizers are off or observing: it computes in float there. "
+    "Switch them on with qswin.enable(model), or say with qswin.disable(model, quiet=True) that float is what you want."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
     """How one tensor is quantized.
 
-    `axis` None gives the tensor one range, 0 gives each output channel of a weight its own. `narrow` leaves out the lowest
-    level: [-127, 127] for INT8 weights, [-128, 127] for activations. `amax` fixes the range instead of calibrating it.
+    `grid` is the number format; a weight's is `grid.of_weights`. `axis` None gives the tensor one range, 0 gives each output
+    channel of a weight its own. `amax` fixes the range instead of calibrating it.
     """
 
-    bits: int = 8
+    grid: Grid = INT8
     axis: int | None = None
-    narrow: bool = False
     calibrator: str = "max"
     amax: float | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits={self.bits} is not supported; choose 2 to 8")
         if self.amax is not None and not 0 < self.amax < float("inf"):
             raise ValueError(f"amax={self.amax} is not a range; give a positive number")
-        check_calibrator(self.calibrator)
-
-    @property
-    def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1
-
-    @property
-    def qmin(self) -> int:
-        return -self.qmax if self.narrow else -self.qmax - 1
+        parse_calibrator(self.calibrator)
 
 
 class Mode(enum.Enum):
@@ -56,21 +54,25 @@ class TensorQuantizer(nn.Module):
     calibrated. With `learn_range` the range becomes _amax * exp(_log_gain), with a trained `_log_gain` that starts at 0: the
     scale stays positive, and one learning rate suits ranges of every magnitude.
 
+    The state dict says whether it quantizes. One with a range does, and one without is off; a quantizer that has a range
+    and does not quantize is marked by one more key, `_off`. A quantizer that has a range and computes in float warns of it.
+
     Args:
         spec: how to quantize.
         site: the site's name in recipes, tables and errors.
-        channels: for a weight with `spec.axis` 0, its shape.
+        weight_shape: the shape of the weight that it quantizes; None for an activation.
     """
 
     def __init__(self, spec: QuantSpec, site: str = "", weight_shape: torch.Size | None = None) -> None:
         super().__init__()
-        self.spec, self.site = spec, site
+        self.spec, self.site, self.weight_shape = spec, site, weight_shape
         self.mode = Mode.OFF
+        self.warns = False  # of computing in float
         self.histogram: Histogram | None = None
         shape: tuple[int, ...] = ()
         if spec.axis is not None and weight_shape is not None:
             shape = tuple(n if i == spec.axis else 1 for i, n in enumerate(weight_shape))
-        self.register_buffer("_amax", torch.full(shape, spec.amax or float("nan")))
+        self.register_buffer("_amax", torch.full(shape, float("nan")))
         self._amax: Tensor
         self._log_gain: nn.Parameter | None = None
 
@@ -79,28 +81,40 @@ class TensorQuantizer(nn.Module):
         """The range, float32, of `_amax`'s shape."""
         return self._amax if self._log_gain is None else self._amax * self._log_gain.exp()
 
+    @property
+    def scale(self) -> Tensor:
+        """The real value of the grid's level 1, of `_amax`'s shape."""
+        return self.spec.grid.scale(self.amax)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode is Mode.OFF:
+        if self.mode is not Mode.QUANTIZING:
+            if self.warns and not torch.compiler.is_compiling():
+                self._warn()
+            if self.mode is Mode.OBSERVING:
+                self._observe(x)
             return x
-        if self.mode is Mode.OBSERVING:
-            self._observe(x)
-            return x
-        scale = self.amax / self.spec.qmax
+        scale = self.scale
         if torch.onnx.is_in_onnx_export():
             return self._export(x, scale)
         if self._log_gain is not None and self.training:
             scale = scale_gradient(scale, self._gradient_scale(x))
-        return fake_quantize(x, scale, self.spec.qmin, self.spec.qmax)
+        return fake_quantize(x, scale, self.spec.grid)
+
+    def _warn(self) -> None:
+        self.warns = False
+        warnings.warn(IN_FLOAT, stacklevel=3)  # Python shows the same text from the same place once
 
     def _gradient_scale(self, x: Tensor) -> float:
         """LSQ's 1 / sqrt(n * qmax), n being the values that share a scale (Esser et al. 2020, section 2.2)."""
-        return (x.numel() / self._amax.numel() * self.spec.qmax) ** -0.5
+        return (x.numel() / self._amax.numel() * self.spec.grid.qmax) ** -0.5
 
     def _export(self, x: Tensor, scale: Tensor) -> Tensor:
-        """INT8's Q saturates by itself; an activation's narrower grid is clipped first (weights are already clipped)."""
-        if self.spec.bits < 8 and not self.spec.narrow:
-            x = torch.clamp(x, self.spec.qmin * scale, self.spec.qmax * scale)
-        return quantize_dequantize(x, scale, self.spec.axis)
+        """Where Q does not saturate at the grid's ends, an activation is clipped first (weights are already clipped)."""
+        grid = self.spec.grid
+        assert grid.torch_dtype is not None  # export_onnx refuses it before
+        if self.weight_shape is None and not grid.saturates:
+            x = torch.clamp(x, grid.qmin * scale, grid.qmax * scale)
+        return quantize_dequantize(x, scale, self.spec.axis, getattr(torch, grid.torch_dtype))
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -124,18 +138,28 @@ class TensorQuantizer(nn.Module):
         except ValueError as error:
             raise ValueError(f"{self.site}: {error}; look for an overflow or a broken weight before this site") from error
 
-    def observe(self) -> None:
-        """Starts counting afresh."""
-        self.mode, self.histogram = Mode.OBSERVING, Histogram()
+    def observe(self, quiet: bool = False) -> None:
+        """Starts counting afresh. `quiet`: it is meant that a calibrated quantizer computes in float."""
+        self.histogram = Histogram()
+        self._switch(Mode.OBSERVING, quiet)
 
     def quantize(self) -> None:
-        """Starts quantizing. Raises ValueError, naming the site, when the range is no range."""
+        """Starts quantizing. Raises ValueError, naming the site, when the range is missing, dead or infinite."""
+        if self.spec.amax is not None and self._amax.isnan().any():
+            self._amax.fill_(self.spec.amax)
         self.check_range()
-        self.mode = Mode.QUANTIZING
+        self._switch(Mode.QUANTIZING)
 
-    def off(self) -> None:
-        """Passes tensors on unchanged from now."""
-        self.mode = Mode.OFF
+    def off(self, quiet: bool = False) -> None:
+        """Passes tensors on unchanged from now. `quiet`: it is meant that a calibrated quantizer computes in float."""
+        self._switch(Mode.OFF, quiet)
+
+    def _switch(self, mode: Mode, quiet: bool = False) -> None:
+        self.mode = mode
+        self.warns = mode is not Mode.QUANTIZING and not quiet and self._calibrated()
+
+    def _calibrated(self) -> bool:
+        return not self._amax.is_meta and not bool(self._amax.isnan().any())
 
     def check_range(self) -> None:
         """Raises ValueError, naming the site, unless every value of the range is positive and finite."""
@@ -151,7 +175,7 @@ class TensorQuantizer(nn.Module):
         if amax.isinf().any():
             return "its range is infinite; look for an overflow before this site"
         if (amax <= 0).any():
-            return "its range is dead (0): mend it with `dead_range` in the recipe, or leave the site out"
+            return "its range is dead (0); set dead_range in the recipe, or leave the site out of it"
         return None
 
     def set_range_from_histogram(self, calibrator: str | None = None) -> None:
@@ -164,21 +188,28 @@ class TensorQuantizer(nn.Module):
             return
         if self.histogram is None or not self.histogram.counts.any():
             raise ValueError(f"{self.site}: nothing was observed; the calibration images never reached this site")
-        self._amax.fill_(find_range(self.histogram, calibrator or self.spec.calibrator, self.spec.bits))
+        self._set_range(torch.tensor(find_range(self.histogram, calibrator or self.spec.calibrator, self.spec.grid)))
 
     def set_range_from_weight(self, weight: Tensor) -> None:
         """Takes the range from a weight by the spec's calibrator, for each channel where the spec says so."""
-        if self.spec.amax is not None:
-            return
-        amax = self.largest(weight)
-        if self.spec.calibrator == "mse":
-            amax = least_squares_amax(weight.detach(), amax, self.spec.qmin, self.spec.qmax)
-        self._amax.copy_(amax)
+        if self.spec.amax is None:
+            self._set_range(weight_ranges(weight, self.spec.axis, self.spec.calibrator, self.spec.grid))
 
-    def largest(self, weight: Tensor) -> Tensor:
-        """The largest |w| of each range, of `_amax`'s shape."""
-        others = [d for d in range(weight.ndim) if d != self.spec.axis]
-        return weight.detach().abs().amax(others, keepdim=self.spec.axis is not None)
+    def _set_range(self, amax: Tensor) -> None:
+        self._amax.copy_(amax)
+        if self.mode is Mode.OBSERVING:  # from here on it should quantize
+            self._switch(Mode.OBSERVING)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.mode is not Mode.QUANTIZING and self._calibrated():
+            destination[f"{prefix}{OFF_KEY}"] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        off = state_dict.pop(f"{prefix}{OFF_KEY}", None) is not None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}_amax" in state_dict:
+            self._switch(Mode.OFF if off or self.range_problem() else Mode.QUANTIZING)
 
     def learn_range(self) -> None:
         """Makes the range a trained parameter that starts where the range is now."""
@@ -193,7 +224,7 @@ class TensorQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        return f"{spec.bits} bits, {'per tensor' if spec.axis is None else f'axis {spec.axis}'}, {self.mode.value}"
+        return f"{spec.grid.name}, {'per tensor' if spec.axis is None else f'axis {spec.axis}'}, {self.mode.value}"
 
 
 def _rows(x: Tensor) -> int:
@@ -207,12 +238,12 @@ def quantizers(model: nn.Module) -> Iterator[TensorQuantizer]:
 
 
 def table(model: nn.Module) -> str:
-    """One line a quantizer: site, bits, range and state."""
-    rows = [("site", "bits", "range", "state")]
+    """One line a quantizer: site, format, range and state."""
+    rows = [("site", "format", "amax", "state")]
     for quantizer in quantizers(model):
         low, high = quantizer.amax.detach().aminmax()
         ends = f"{low:.4g}" if quantizer.amax.numel() == 1 else f"{low:.4g} .. {high:.4g} x{quantizer.amax.numel()}"
         state = quantizer.mode.value if quantizer.range_problem() is None else "uncalibrated"
-        rows.append((quantizer.site, str(quantizer.spec.bits), ends, state))
+        rows.append((quantizer.site, quantizer.spec.grid.name, ends, state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

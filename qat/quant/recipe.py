@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qswin.calib.calibrators import parse_calibrator
+from qswin.calib.grid import grid_of
 from qswin.qat.quant.quantizers import QuantSpec, TensorQuantizer
 
 
@@ -19,11 +21,14 @@ class Rule:
 
     sites: str
     quantize: bool | None = None
-    weight_bits: int | None = None
-    activation_bits: int | None = None
+    weight_format: str | None = None
+    activation_format: str | None = None
     weight_calibrator: str | None = None
     calibrator: str | None = None  # of activations
     amax: float | None = None  # of activations: a fixed range
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def matches(self, site: str) -> bool:
         return f".{self.sites}." in f".{site}." or fnmatch.fnmatchcase(site, self.sites)
@@ -33,19 +38,22 @@ class Rule:
 class Recipe:
     """The quantization of a whole model. `rules` start from nothing quantized.
 
-    Weights have a range for each output channel, unless `per_channel` is false: their largest magnitude, or with
-    `weight_calibrator` "mse" the range of least squared error, which pays below 8 bits. Activations have one range a site,
-    from `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
+    Formats are names that `grid_of` knows. Weights have a range for each output channel, unless `per_channel` is false, from
+    `weight_calibrator`: "max" is the largest magnitude, "mse" pays below 8 bits. Activations have one range a site, from
+    `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
-    weight_bits: int = 8
-    activation_bits: int = 8
+    weight_format: str = "int8"
+    activation_format: str = "int8"
     per_channel: bool = True
     weight_calibrator: str = "max"
     calibrator: str = "mse"
     dead_range: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def settings(self, site: str) -> dict[str, Any] | None:
         """The settings of one site, or None when it stays in float."""
@@ -61,15 +69,13 @@ class Recipe:
         if settings is None:
             return nn.Identity()
         if weight is not None:
-            bits = settings.get("weight_bits", self.weight_bits)
+            grid = grid_of(settings.get("weight_format", self.weight_format)).of_weights
             calibrator = settings.get("weight_calibrator", self.weight_calibrator)
-            if calibrator not in ("max", "mse"):
-                raise ValueError(f"{site}: weight_calibrator {calibrator!r} is not known; choose max or mse")
-            spec = QuantSpec(bits, 0 if self.per_channel else None, narrow=True, calibrator=calibrator)
+            spec = QuantSpec(grid, 0 if self.per_channel else None, calibrator)
             return TensorQuantizer(spec, f"{site}.weight", weight.shape).to(weight.device)
-        bits = settings.get("activation_bits", self.activation_bits)
+        grid = grid_of(settings.get("activation_format", self.activation_format))
         calibrator = settings.get("calibrator", self.calibrator)
-        return TensorQuantizer(QuantSpec(bits, calibrator=calibrator, amax=settings.get("amax")), site)
+        return TensorQuantizer(QuantSpec(grid, calibrator=calibrator, amax=settings.get("amax")), site)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a sidecar, such that from_dict(to_dict()) is the recipe."""
@@ -78,12 +84,30 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """Raises ValueError for a key that is no setting of a recipe or of a rule."""
+        """The recipe of plain data. The old keys, `weight_bits: 4`, stand for `weight_format: int4`.
+
+        Raises:
+            ValueError: a key is not a setting of a recipe or of a rule, or a format or calibrator is not known.
+        """
         rules = tuple(_construct(Rule, rule, "recipe rule") for rule in values.get("rules", ()))
         return _construct(cls, {**values, "rules": rules}, "recipe")
 
 
+def _check(settings: Rule | Recipe) -> None:
+    """Raises ValueError for a format or a calibrator that is not known."""
+    for format_name in (settings.weight_format, settings.activation_format):
+        if format_name is not None:
+            grid_of(format_name)
+    for calibrator in (settings.weight_calibrator, settings.calibrator):
+        if calibrator is not None:
+            parse_calibrator(str(calibrator))
+
+
 def _construct(kind: type, values: dict[str, Any], what: str) -> Any:
+    values = dict(values)
+    for old, new in (("weight_bits", "weight_format"), ("activation_bits", "activation_format")):
+        if old in values and new not in values:
+            values[new] = f"int{values.pop(old)}"
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = [key for key in values if key not in known]
     if unknown:

@@ -63,10 +63,14 @@ def enable(model: nn.Module) -> None:
         quantizer.quantize()
 
 
-def disable(model: nn.Module) -> None:
-    """Switches every quantizer off: the model computes in float."""
+def disable(model: nn.Module, quiet: bool = False) -> None:
+    """Switches every quantizer off: the model computes in float, and warns of it once where it is calibrated.
+
+    Args:
+        quiet: no warning; the model is meant to compute in float.
+    """
     for quantizer in quantizers(model):
-        quantizer.off()
+        quantizer.off(quiet)
 
 
 def fold_biases(model: nn.Module) -> None:
@@ -83,5 +87,5 @@ def clip_weights(model: nn.Module) -> None:
     grid of weights ends at -127.
     """
     for quantizer, weight in weight_quantizers(model):
-        scale = quantizer.amax.detach() / quantizer.spec.qmax
-        weight.data.clamp_(quantizer.spec.qmin * scale, quantizer.spec.qmax * scale)
+        grid, scale = quantizer.spec.grid, quantizer.scale.detach()
+        weight.data.clamp_(grid.qmin * scale, grid.qmax * scale)

@@ -14,9 +14,8 @@ OSCILLATING = 0.005  # the frequency from which the paper calls a weight oscilla
 
 
 def levels(quantizer: TensorQuantizer, weight: Tensor) -> Tensor:
-    """The integers that a weight is rounded to, as floats."""
-    scale = quantizer.amax / quantizer.spec.qmax
-    return (weight / scale).round_().clamp_(quantizer.spec.qmin, quantizer.spec.qmax)
+    """The levels that a weight is rounded to, of the weight's shape."""
+    return quantizer.spec.grid.nearest(weight / quantizer.scale)
 
 
 class _Weight(nn.Module):
@@ -64,7 +63,7 @@ class Oscillations(nn.Module):
     def __init__(self, model: nn.Module, threshold: float) -> None:
         super().__init__()
         if not 0 <= threshold <= 1:
-            raise ValueError(f"train.freeze_oscillating={threshold} is no frequency; give 0 to 1")
+            raise ValueError(f"train.freeze_oscillating={threshold} is not a frequency; give 0 to 1")
         if not weight_quantizers(model):
             raise ValueError("train.freeze_oscillating is set, but no weight is quantized; leave it out")
         self.threshold, self.pairs = threshold, tuple(weight_quantizers(model))
@@ -78,7 +77,7 @@ class Oscillations(nn.Module):
         for known, (quantizer, weight) in zip(self.known, self.pairs, strict=True):
             known.count(levels(quantizer, weight))
             known.freeze(self.threshold)
-            weight.copy_(torch.where(known.frozen, known.mean * (quantizer.amax / quantizer.spec.qmax), weight))
+            weight.copy_(torch.where(known.frozen, known.mean * quantizer.scale, weight))
 
     def shares(self) -> dict[str, float]:
         """{"oscillating", "frozen"}: shares of all quantized weights."""

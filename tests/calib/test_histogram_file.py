@@ -17,7 +17,7 @@ VALUES = npst.arrays(np.float32, st.integers(1, 50), elements=st.floats(-(2.0**1
 
 
 def observed(values, bits=8):
-    return Observation(filled(values), bits)
+    return Observation(filled(values), f"int{bits}")
 
 
 @settings(max_examples=30)
@@ -30,7 +30,7 @@ def test_histograms_come_back(drawn):
         after = load_histograms(path)
     assert list(after) == list(before)
     for name, observation in before.items():
-        assert after[name].bits == observation.bits
+        assert after[name].format == observation.format
         for attribute in ("amax", "exponent", "bin_width"):
             assert getattr(after[name].histogram, attribute) == getattr(observation.histogram, attribute)
         assert np.array_equal(after[name].histogram.counts, observation.histogram.counts)
@@ -40,7 +40,7 @@ def columns():
     histogram = filled(np.float32([1.5, -3.0]))
     return {
         "names": np.array(["fc1"]),
-        "bits": np.array([8]),
+        "formats": np.array(["int8"]),
         "amax": np.array([histogram.amax]),
         "counts": histogram.counts[None],
     }
@@ -52,12 +52,27 @@ def test_these_columns_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("bits", "name"),
+    [(np.array([4]), "int4"), (np.array([9]), None), (np.array([8, 8]), None), (np.array([8.5]), None), (np.array(8), None)],
+)
+def test_files_with_bits_instead_of_formats_are_read(tmp_path, bits, name):
+    old = {key: value for key, value in columns().items() if key != "formats"} | {"bits": bits}
+    np.savez(tmp_path / "a.npz", **old)
+    if name is None:
+        with pytest.raises(ValueError, match=r"a\.npz: .*calibrate again"):
+            load_histograms(tmp_path / "a.npz")
+    else:
+        assert load_histograms(tmp_path / "a.npz")["fc1"].format == name
+
+
+@pytest.mark.parametrize(
     ("column", "value"),
     [
         ("names", np.array([["fc1"]])),
         ("names", np.array(["fc1"], dtype=object)),
-        ("bits", np.array([9])),
-        ("bits", np.array([8, 8])),
+        ("formats", np.array(["int9"])),
+        ("formats", np.array(["int8", "int8"])),
+        ("formats", np.array([8])),
         ("amax", np.array([np.nan])),
         ("amax", np.array([0.0])),
         ("amax", np.array([4.0])),
@@ -107,7 +122,7 @@ def test_damaged_files_are_read_or_refused(random):
 
 def test_a_missing_column_and_a_missing_file(tmp_path):
     np.savez(tmp_path / "a.npz", names=np.array(["fc1"]))
-    with pytest.raises(ValueError, match=r"a\.npz: truncated, or no histograms"):
+    with pytest.raises(ValueError, match=r"a\.npz: truncated, or not a file of histograms"):
         load_histograms(tmp_path / "a.npz")
     with pytest.raises(FileNotFoundError):
         load_histograms(tmp_path / "b.npz")

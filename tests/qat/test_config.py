@@ -63,7 +63,7 @@ def test_recipes_are_names_or_mappings(config_file):
     assert recipe_of(load_config(config_file, ["recipe=gemm"])).name == "gemm"
     written = "{name: mine, weight_bits: 4, rules: [{sites: fc1, quantize: true}]}"
     recipe = recipe_of(load_config(config_file, [f"recipe={written}", "calibration.calibrator=max"]))
-    assert isinstance(recipe, Recipe) and (recipe.weight_bits, recipe.calibrator) == (4, "max")
+    assert isinstance(recipe, Recipe) and (recipe.weight_format, recipe.calibrator) == ("int4", "max")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from qswin.calib.calibrators import CALIBRATORS, find_range
 from qswin.calib.files import write_atomic
+from qswin.calib.grid import grid_of
 from qswin.calib.histogram_file import HISTOGRAMS, Observation, load_histograms
 from qswin.trt.report import plots
 from qswin.trt.report.webpage import Part, Picture, table
@@ -168,13 +169,13 @@ def pictures(found: list[tuple[str, Observation]], stages: Stages, calibrators: 
 
 def panel(name: str, observation: Observation, stages: Stages, calibrators: Collection[str]) -> Callable[[Any], None]:
     """Draws one quantizer's histogram."""
-    bits = observation.bits
-    candidates = {calibrator: find_range(observation.histogram, calibrator, bits) for calibrator in calibrators}
+    grid = grid_of(observation.format)
+    candidates = {calibrator: find_range(observation.histogram, calibrator, grid) for calibrator in calibrators}
     taken = {stage: found[name] for stage, found in stages.items() if name in found}
 
     def plot(axes: Any) -> None:
         plots.histogram(axes, observation, candidates, taken)
-        axes.set_title(f"{name.removesuffix('_quantizer')}, {bits} bits", fontsize=7)
+        axes.set_title(f"{name.removesuffix('_quantizer')}, {grid.name}", fontsize=7)
 
     return plot
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from qswin.calib import grid
 from qswin.calib.data.images import Preprocessing
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
@@ -79,7 +80,7 @@ def test_int8_graphs_agree_with_torch(images, name, opset):
     """A value on the edge of two levels may round either way; apart from that the graph computes what torch does."""
     twin, graph = model_and_graph(name, "int8", opset)
     expected = twin(images).numpy()
-    disable(float_twin := copy.deepcopy(twin))
+    disable(float_twin := copy.deepcopy(twin), quiet=True)
     quantization_error = np.abs(expected - float_twin(images).numpy()).mean()
     assert np.abs(run(graph, images) - expected).mean() < 0.1 * quantization_error
     assert graph.opset_import[0].version == opset
@@ -152,7 +153,7 @@ def test_batches_are_free_or_fixed(images, quantized):
 @pytest.mark.parametrize("bits", [6, 3])
 @torch.no_grad()
 def test_fewer_bits_are_exact_in_int8_nodes(images, bits):
-    recipe = dataclasses.replace(RECIPES["gemm"], weight_bits=bits, activation_bits=bits)
+    recipe = dataclasses.replace(RECIPES["gemm"], weight_format=f"int{bits}", activation_format=f"int{bits}")
     twin = calibrated(small_swin(depths=[1], num_heads=[2]), images, recipe)
     expected = twin(images).numpy()
     graph = saved(export_onnx(twin, dataclasses.replace(DESCRIPTION, recipe=recipe)))
@@ -205,3 +206,28 @@ def test_what_cannot_be_exported_says_why(images):
         export_onnx(small_swin(), FLOAT, "fp32", opset=16)
     with pytest.raises(ValueError, match="int8, fp32, fp16"):
         export_onnx(small_swin(), FLOAT, "int4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preprocessing": Preprocessing(size=(48, 32))}, "does not take an image of 3 x 48 x 32.*preprocessing: .*height"),
+        ({"model": {**DESCRIPTION.model, "num_classes": 7}}, "gives 5 classes, but .* num_classes says 7"),
+        ({"classes": ("a", "b")}, "gives 5 classes, but .* classes says 2"),
+    ],
+)
+def test_a_description_of_another_model_is_refused_before_tracing(changes, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        export_onnx(small_swin(), dataclasses.replace(FLOAT, **changes), "fp32")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_format_that_onnx_does_not_have_is_named(images, monkeypatch):
+    monkeypatch.setattr(grid, "_GRIDS", dict(grid._GRIDS))
+    grid.register_grid(grid.IntegerGrid("int9", 9, -256, 255))
+    recipe = dataclasses.replace(RECIPES["gemm"], weight_format="int9")
+    twin = calibrated(small_swin(depths=[1], num_heads=[2]), images, recipe)
+    description = dataclasses.replace(DESCRIPTION, recipe=recipe)
+    with pytest.raises(ValueError, match=r"patch_embed\.weight: format 'int9' has no type in ONNX; export .* fp32"):
+        export_onnx(twin, description)
+    export_onnx(twin, description, "fp32")

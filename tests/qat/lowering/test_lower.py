@@ -84,7 +84,7 @@ def test_every_token_is_in_one_window(images):
     [
         ("gemm", r"attn\.q is in float; .*recipe=attention"),
         ("full", r"add1 is quantized; .*recipe=attention"),
-        (dataclasses.replace(named_recipe("attention"), weight_bits=4), r"patch_embed\.proj is of 4 bits"),
+        (dataclasses.replace(named_recipe("attention"), weight_format="int4"), r"patch_embed\.proj is in int4"),
     ],
 )
 def test_sites_that_do_not_fit_are_named(images, recipe, message):

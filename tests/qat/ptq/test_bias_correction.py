@@ -15,7 +15,7 @@ from tests.helpers import small_swin
 
 
 def low_bit_twin(images):
-    twin = quantize(small_swin(), dataclasses.replace(RECIPES["full"], weight_bits=3)).eval()
+    twin = quantize(small_swin(), dataclasses.replace(RECIPES["full"], weight_format="int3")).eval()
     calibrate(twin, [images])
     return twin
 

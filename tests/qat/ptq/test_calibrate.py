@@ -18,7 +18,7 @@ from qswin.qat.ptq.calibrate import activation_quantizers, calibrate, set_ranges
 from qswin.qat.ptq.job import run_calibration
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
-from qswin.qat.quant.rewrite import quantize
+from qswin.qat.quant.rewrite import disable, quantize
 from tests.helpers import V2, small_swin
 
 
@@ -73,6 +73,56 @@ def test_no_images_is_an_error():
         calibrate(quantize(small_swin(), named_recipe("full")), [])
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_batches_of_images_and_labels_are_taken(images, kind):
+    labels = torch.zeros(2, dtype=torch.long)
+    twins = [quantize(small_swin(), named_recipe("full")) for _ in range(2)]
+    assert calibrate(twins[0], [kind((part, labels)) for part in images.split(2)]) == 4
+    calibrate(twins[1], images.split(2))
+    assert ranges(twins[0]) == ranges(twins[1])
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"), [({"pixel_values": torch.zeros(1)}, "dict"), ((), "tuple"), (["image.png"], "list"), (3, "int")]
+)
+def test_other_batches_are_refused_in_one_line(batch, kind):
+    with pytest.raises(ValueError, match=rf"a calibration batch is a {kind}; give tensors \(N, 3, H, W\)"):
+        calibrate(quantize(small_swin(), named_recipe("full")), [batch])
+
+
+def failing_loader(images):
+    yield images * 100
+    raise OSError("a worker died")
+
+
+@pytest.mark.parametrize("earlier", ["calibrated", "uncalibrated", "off"])
+@pytest.mark.parametrize(
+    ("loader", "error"),
+    [
+        (failing_loader, OSError),
+        (lambda images: [], ValueError),
+        (lambda images: [images * 100, {"x": images}], ValueError),
+        (lambda images: [images * 0], ValueError),  # dead ranges, after all ranges were set
+        (lambda images: [images[:, :1]], RuntimeError),
+        (lambda images: [images * float("nan")], ValueError),
+    ],
+    ids=["loader", "empty", "batch", "dead", "model", "nan"],
+)
+def test_a_calibration_that_fails_changes_no_quantizer(images, earlier, loader, error):
+    twin = quantize(small_swin(depths=[1], num_heads=[2]), named_recipe("full"))
+    torch.nn.init.zeros_(twin.patch_embed.proj.bias)
+    if earlier != "uncalibrated":
+        calibrate(twin, [images])
+    if earlier == "off":
+        disable(twin)
+    known = [(q.mode, q.warns, q.histogram, q._amax.clone()) for q in quantizers(twin)]
+    with pytest.raises(error):
+        calibrate(twin, loader(images))
+    for quantizer, (mode, warns, histogram, amax) in zip(quantizers(twin), known, strict=True):
+        assert (quantizer.mode, quantizer.warns) == (mode, warns) and quantizer.histogram is histogram
+        assert torch.equal(quantizer._amax.nan_to_num(-1), amax.nan_to_num(-1))
+
+
 def test_dead_ranges_are_an_error_unless_the_recipe_mends_them(images):
     model = small_swin(V2)
     torch.nn.init.zeros_(model.layers[0].blocks[0].norm1.weight)
@@ -112,8 +162,8 @@ def test_the_command_leaves_its_histograms(config_file):
         assert (observation.histogram.counts[: BINS // 4].sum()) == (shares < 0.5).sum()  # the bins reach to 2
     for name, observation in found.items():
         spec = observed[name].spec
-        assert observation.bits == spec.bits
-        expected = find_range(observation.histogram, spec.calibrator, spec.bits)
+        assert observation.format == spec.grid.name
+        expected = find_range(observation.histogram, spec.calibrator, spec.grid)
         assert observed[name].amax.item() == pytest.approx(expected, rel=1e-6)
 
 

@@ -13,7 +13,7 @@ from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.rewrite import disable, quantize
 from tests.helpers import lively_swin
 
-LOW = dataclasses.replace(RECIPES["full"], weight_bits=4, activation_bits=4)
+LOW = dataclasses.replace(RECIPES["full"], weight_format="int4", activation_format="int4")
 
 
 def test_each_site_gets_what_is_best_for_its_block(images):

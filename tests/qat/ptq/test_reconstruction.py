@@ -12,7 +12,7 @@ from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.rewrite import quantize
 from tests.helpers import VARIANTS, lively_swin
 
-LOW = dataclasses.replace(RECIPES["full"], weight_bits=4, activation_bits=4, weight_calibrator="mse")
+LOW = dataclasses.replace(RECIPES["full"], weight_format="int4", activation_format="int4", weight_calibrator="mse")
 
 
 def test_what_is_captured_is_what_flows(images):

@@ -1,11 +1,18 @@
 """TensorQuantizer: states, ranges, what it refuses."""
 
+import copy
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from qswin.calib.calibrators import Histogram, find_range
-from qswin.qat.quant.quantizers import Mode, QuantSpec, TensorQuantizer, quantizers, table
+from qswin.calib.grid import INT8, grid_of
+from qswin.qat.quant.quantizers import IN_FLOAT, Mode, QuantSpec, TensorQuantizer, quantizers, table
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import disable, enable, quantize
+from tests.helpers import small_swin
 
 
 def calibrated(spec: QuantSpec, x: torch.Tensor) -> TensorQuantizer:
@@ -41,7 +48,7 @@ def test_observing_and_off_pass_the_input_on():
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_grid_is_the_specs(bits):
     x = torch.linspace(-1.5, 1.5, 4001)
-    quantizer = TensorQuantizer(QuantSpec(bits, amax=1.0))
+    quantizer = TensorQuantizer(QuantSpec(grid_of(f"int{bits}"), amax=1.0))
     quantizer.quantize()
     qmax = 2 ** (bits - 1) - 1
     levels = quantizer(x).unique() * qmax
@@ -49,7 +56,7 @@ def test_the_grid_is_the_specs(bits):
 
 
 def test_weights_leave_out_the_lowest_level():
-    quantizer = TensorQuantizer(QuantSpec(4, narrow=True, amax=1.0))
+    quantizer = TensorQuantizer(QuantSpec(grid_of("int4").of_weights, amax=1.0))
     quantizer.quantize()
     assert len(quantizer(torch.linspace(-2, 2, 1001)).unique()) == 15
 
@@ -65,7 +72,7 @@ def test_the_range_is_the_calibrators(calibrator):
 
 def test_weights_take_the_largest_magnitude_of_each_channel():
     weight = torch.randn(6, 3, 2, 2)
-    quantizer = TensorQuantizer(QuantSpec(axis=0, narrow=True), weight_shape=weight.shape)
+    quantizer = TensorQuantizer(QuantSpec(INT8.of_weights, axis=0), weight_shape=weight.shape)
     quantizer.set_range_from_weight(weight)
     assert quantizer._amax.shape == (6, 1, 1, 1)
     assert quantizer._amax.flatten().tolist() == [channel.abs().max().item() for channel in weight]
@@ -74,7 +81,7 @@ def test_weights_take_the_largest_magnitude_of_each_channel():
 @pytest.mark.parametrize(
     ("value", "words"), [(float("nan"), "never calibrated"), (0.0, "dead"), (float("inf"), "infinite"), (-1.0, "dead")]
 )
-def test_a_range_that_is_none_never_quantizes(value, words):
+def test_a_range_that_is_not_one_never_quantizes(value, words):
     quantizer = TensorQuantizer(QuantSpec(), "layers.0.fc1")
     quantizer._amax.fill_(value)
     with pytest.raises(ValueError, match=rf"layers\.0\.fc1.*{words}"):
@@ -96,7 +103,7 @@ def test_a_site_that_was_never_reached_is_an_error():
         quantizer.set_range_from_histogram()
 
 
-@pytest.mark.parametrize("settings", [{"bits": 1}, {"bits": 9}, {"amax": 0.0}, {"amax": -1.0}, {"calibrator": "none"}])
+@pytest.mark.parametrize("settings", [{"amax": 0.0}, {"amax": -1.0}, {"calibrator": "none"}])
 def test_specs_that_cannot_be_are_refused(settings):
     with pytest.raises(ValueError):
         QuantSpec(**settings)
@@ -104,7 +111,7 @@ def test_specs_that_cannot_be_are_refused(settings):
 
 def test_a_learned_range_starts_where_it_was_and_stays_positive():
     x = torch.randn(1000)
-    quantizer = calibrated(QuantSpec(4, calibrator="max"), x).train()
+    quantizer = calibrated(QuantSpec(grid_of("int4"), calibrator="max"), x).train()
     before, output = quantizer.amax.clone(), quantizer(x)
     quantizer.learn_range()
     torch.testing.assert_close(quantizer(x), output)
@@ -119,7 +126,7 @@ def test_a_learned_range_starts_where_it_was_and_stays_positive():
 
 def test_the_learned_gradient_is_scaled_as_in_lsq():
     x = torch.randn(1000)
-    quantizer = calibrated(QuantSpec(4, calibrator="max"), x).train()
+    quantizer = calibrated(QuantSpec(grid_of("int4"), calibrator="max"), x).train()
     quantizer.learn_range()
     gradients = []
     for training in (True, False):
@@ -143,4 +150,117 @@ def test_freezing_keeps_the_learned_range():
 def test_the_table_lists_every_quantizer(quantized):
     lines = table(quantized).splitlines()
     assert len(lines) == 1 + len(list(quantizers(quantized)))
-    assert any(line.split() == ["layers.0.blocks.0.attn.probs", "8", "1", "quantizing"] for line in lines)
+    assert any(line.split() == ["layers.0.blocks.0.attn.probs", "int8", "1", "quantizing"] for line in lines)
+
+
+def modes(model) -> set[Mode]:
+    return {quantizer.mode for quantizer in quantizers(model)}
+
+
+@torch.no_grad()
+def test_a_calibrated_state_quantizes_where_it_is_loaded(quantized, images):
+    fresh = quantize(small_swin(seed=1), named_recipe("full"))
+    state = quantized.state_dict()
+    assert not [key for key in state if key.endswith("_off")]
+    fresh.load_state_dict(state, strict=True)
+    assert modes(fresh) == {Mode.QUANTIZING} and torch.equal(fresh.eval()(images), quantized.eval()(images))
+
+
+@torch.no_grad()
+def test_a_state_without_ranges_is_off_where_it_is_loaded(quantized, images):
+    uncalibrated = quantize(small_swin(), named_recipe("full"))
+    quantized.load_state_dict(uncalibrated.state_dict(), strict=True)
+    assert modes(quantized) == {Mode.OFF} and torch.equal(quantized.eval()(images), small_swin()(images))
+
+
+def test_quantizers_that_were_switched_off_come_back_off(quantized):
+    first, second, *_ = quantizers(quantized)
+    first.off()
+    second.observe()
+    names = [name for name, module in quantized.named_modules() if module in (first, second)]
+    state = quantized.state_dict()
+    assert sorted(key for key in state if key.endswith("_off")) == sorted(f"{name}._off" for name in names)
+    fresh = quantize(small_swin(), named_recipe("full"))
+    fresh.load_state_dict(state, strict=True)
+    off = [name for name, module in fresh.named_modules() if isinstance(module, TensorQuantizer) and module.mode is Mode.OFF]
+    assert off == names and torch.equal(next(quantizers(fresh))._amax, first._amax)
+    fresh.load_state_dict(quantize_all(quantized).state_dict(), strict=True)
+    assert modes(fresh) == {Mode.QUANTIZING}
+
+
+def quantize_all(model):
+    enable(model)
+    return model
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf")])
+def test_a_loaded_range_that_is_not_one_does_not_quantize(value, quantized, images):
+    state = quantized.state_dict()
+    key = next(key for key in state if key.endswith("fc1._input_quantizer._amax"))
+    state[key] = torch.full_like(state[key], value)
+    fresh = quantize(small_swin(), named_recipe("full"))
+    fresh.load_state_dict(state)
+    assert fresh.get_submodule(key.removesuffix("._amax")).mode is Mode.OFF
+    with pytest.warns(UserWarning, match="computes in float"):
+        fresh(images)
+
+
+def warned(model, images) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        model(images)
+    return [str(warning.message) for warning in caught if str(warning.message) == IN_FLOAT]
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        disable,
+        lambda model: next(quantizers(model)).off(),
+        lambda model: next(quantizers(model)).observe(),
+        lambda model: [quantizer.observe() for quantizer in quantizers(model)],
+    ],
+    ids=["disabled", "one off", "one observing", "all observing"],
+)
+def test_a_calibrated_model_that_computes_in_float_says_so_once(quantized, images, switch):
+    switch(quantized)
+    assert len(warned(quantized, images)) == 1 and not warned(quantized, images)
+    enable(quantized)
+    assert not warned(quantized, images)
+
+
+def test_a_model_that_is_calibrated_but_not_switched_on_says_so(images):
+    twin = quantize(small_swin(), named_recipe("gemm"))
+    for quantizer in quantizers(twin):
+        quantizer.observe()
+    assert not warned(twin, images)  # there is no range yet
+    for quantizer in quantizers(twin):
+        if quantizer.weight_shape is None:
+            quantizer.set_range_from_histogram()
+    assert len(warned(twin, images)) == 1
+
+
+def test_computing_in_float_on_purpose_says_nothing(quantized, images):
+    uncalibrated = quantize(small_swin(), named_recipe("full"))
+    disable(uncalibrated)
+    disable(quantized, quiet=True)
+    assert not warned(uncalibrated, images) and not warned(quantized, images)
+    assert not warned(copy.deepcopy(quantized), images)
+
+
+def test_nothing_is_said_while_a_model_is_compiled_or_exported(quantized, images):
+    disable(quantized)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this model is calibrated")
+        torch.export.export(quantized.eval(), (images,))
+    assert len(warned(quantized, images)) == 1
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_quantizers_compile_without_a_graph_break(learned):
+    quantizer = calibrated(QuantSpec(grid_of("int4")), torch.randn(100)).train()
+    if learned:
+        quantizer.learn_range()
+    x = torch.randn(4, 8)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), quantizer(x))

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from qswin.calib.grid import grid_of
 from qswin.qat.quant.quantizers import TensorQuantizer
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule, named_recipe
 
@@ -30,9 +31,11 @@ def test_patterns_match_whole_parts_of_a_name(pattern, site, matches):
 
 def test_later_rules_win_setting_by_setting():
     recipe = Recipe(
-        "mine", (Rule("*", quantize=True, activation_bits=6), Rule("fc2", calibrator="max"), Rule("head", quantize=False))
+        "mine",
+        (Rule("*", quantize=True, activation_format="int6"), Rule("fc2", calibrator="max"), Rule("head", quantize=False)),
     )
-    assert recipe.settings("mlp.fc2")["activation_bits"] == 6 and recipe.settings("mlp.fc2")["calibrator"] == "max"
+    settings = recipe.settings("mlp.fc2")
+    assert (settings["activation_format"], settings["calibrator"]) == ("int6", "max")
     assert recipe.settings("head") is None and recipe.settings("fc1") is not None
 
 
@@ -46,21 +49,30 @@ def test_gemm_leaves_attention_and_residuals_in_float():
 
 def test_quantizers_follow_the_recipe():
     weight = nn.Parameter(nn.Linear(4, 6).weight)
-    recipe = Recipe("mine", (Rule("fc1", quantize=True),), weight_bits=4, activation_bits=6, per_channel=False)
+    rules = (Rule("fc1", quantize=True),)
+    recipe = Recipe("mine", rules, weight_format="int4", activation_format="int6", per_channel=False)
     activation, of_weight = recipe.quantizer("fc1"), recipe.quantizer("fc1", weight=weight)
     assert isinstance(activation, TensorQuantizer) and isinstance(of_weight, TensorQuantizer)
-    assert (activation.spec.bits, of_weight.spec.bits, of_weight.spec.axis) == (6, 4, None)
+    assert (activation.spec.grid, of_weight.spec.grid) == (grid_of("int6"), grid_of("int4").of_weights)
+    assert of_weight.spec.axis is None
     assert isinstance(recipe.quantizer("fc2"), nn.Identity)
 
 
 rules = st.builds(
-    Rule, st.text(min_size=1), st.booleans(), st.sampled_from([None, 4]), st.none(), st.sampled_from([None, "max"])
+    Rule, st.text(min_size=1), st.booleans(), st.sampled_from([None, "int4"]), st.none(), st.sampled_from([None, "max"])
 )
+formats = st.sampled_from(["int2", "int8"])
 
 
-@given(st.builds(Recipe, st.text(), st.lists(rules).map(tuple), st.integers(2, 8), per_channel=st.booleans()))
+@given(st.builds(Recipe, st.text(), st.lists(rules).map(tuple), formats, per_channel=st.booleans()))
 def test_a_recipe_survives_its_plain_form(recipe):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_the_old_keys_of_bits_are_read():
+    old = {"name": "low", "weight_bits": 4, "activation_bits": 6, "rules": [{"sites": "fc1", "weight_bits": 8}]}
+    new = Recipe("low", (Rule("fc1", weight_format="int8"),), weight_format="int4", activation_format="int6")
+    assert Recipe.from_dict(old) == new and "weight_bits" in old
 
 
 @pytest.mark.parametrize(
@@ -69,6 +81,12 @@ def test_a_recipe_survives_its_plain_form(recipe):
         ({"name": "x", "bitz": 4}, "unknown key 'bitz'"),
         ({"name": "x", "rules": [{"sites": "*", "quantise": True}]}, "unknown key 'quantise'"),
         ({"rules": []}, "name"),
+        ({"name": "x", "weight_format": "int9"}, "format 'int9' is not known; choose int2"),
+        ({"name": "x", "weight_bits": 1}, "format 'int1' is not known"),
+        ({"name": "x", "weight_bits": 4, "weight_format": "int4"}, "unknown key 'weight_bits'"),
+        ({"name": "x", "activation_format": 4}, "format 4 is not known"),
+        ({"name": "x", "calibrator": "maximum"}, "calibrator 'maximum' is not known"),
+        ({"name": "x", "rules": [{"sites": "*", "weight_calibrator": "max:1"}]}, "calibrator 'max:1' is not known"),
     ],
 )
 def test_a_malformed_recipe_says_what_is_wrong(values, words):
@@ -84,7 +102,6 @@ def test_an_unknown_name_lists_the_names():
 def test_weight_ranges_follow_the_recipe():
     weight = nn.Linear(4, 6).weight
     rules = (Rule("*", quantize=True), Rule("fc2", weight_calibrator="mse"))
-    recipe = Recipe("mine", rules)
-    assert [recipe.quantizer(site, weight=weight).spec.calibrator for site in ("fc1", "fc2")] == ["max", "mse"]
-    with pytest.raises(ValueError, match="fc1: weight_calibrator 'entropy' is not known; choose max or mse"):
-        Recipe("mine", rules, weight_calibrator="entropy").quantizer("fc1", weight=weight)
+    for calibrator in ("max", "entropy", "percentile:99"):
+        recipe = Recipe("mine", rules, weight_calibrator=calibrator)
+        assert [recipe.quantizer(site, weight=weight).spec.calibrator for site in ("fc1", "fc2")] == [calibrator, "mse"]

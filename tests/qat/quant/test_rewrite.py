@@ -74,8 +74,9 @@ def test_every_quantizer_does_what_its_layer_says(quantized, images):
     """Each layer against its plain arithmetic with rounding written out."""
 
     def rounded(quantizer, x):
-        scale = quantizer.amax / quantizer.spec.qmax
-        return (x / scale).round().clamp(quantizer.spec.qmin, quantizer.spec.qmax) * scale
+        grid = quantizer.spec.grid
+        scale = quantizer.amax / grid.qmax
+        return (x / scale).round().clamp(grid.qmin, grid.qmax) * scale
 
     seen = {}
 
@@ -106,7 +107,9 @@ def test_quantized_output_is_near_and_nearer_with_more_bits(images):
     model = small_swin()
     errors = []
     for bits in (8, 6, 4):
-        twin = quantize(model, dataclasses.replace(RECIPES["full"], weight_bits=bits, activation_bits=bits))
+        twin = quantize(
+            model, dataclasses.replace(RECIPES["full"], weight_format=f"int{bits}", activation_format=f"int{bits}")
+        )
         calibrate(twin, [images])
         with torch.no_grad():
             errors.append((twin(images) - model(images)).abs().mean() / model(images).abs().mean())

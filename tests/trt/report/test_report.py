@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from qswin.calib.calibrators import CALIBRATORS, find_range
+from qswin.calib.grid import grid_of
 from qswin.calib.histogram_file import HISTOGRAMS, Observation, save_histograms
 from qswin.trt.report import plots
 from qswin.trt.report.report import panel, report, weight_shares
@@ -150,8 +151,8 @@ def test_a_histogram_is_drawn_with_every_range():
     (bars,) = axes.patches
     assert bars.get_data().values.sum() == pytest.approx(1000)
     lines = {line.get_label().split()[0]: line.get_xdata()[0] for line in axes.lines}
-    assert lines == {name: find_range(seen.histogram, name, 4) for name in CALIBRATORS} | {"ptq": 1.25}
-    assert axes.get_title() == "layers.0.blocks.0.attn.qkv._input, 4 bits"
+    assert lines == {name: find_range(seen.histogram, name, grid_of("int4")) for name in CALIBRATORS} | {"ptq": 1.25}
+    assert axes.get_title() == "layers.0.blocks.0.attn.qkv._input, int4"
 
 
 def test_what_cannot_be_reported_says_why(tmp_path):
