@@ -82,9 +82,9 @@ def entry(name: str, member: Any) -> str:
 def face() -> str:
     """What `from qswin import ...` gives, in the order of the modules and by name."""
     members = sorted(FACE.items(), key=lambda item: (item[1].__module__, item[0]))
-    names = textwrap.fill(", ".join(qswin.__all__), 76, initial_indent="    ", subsequent_indent="    ")
+    names = "".join(f"    {name},\n" for name in qswin.__all__)
     entries = "\n".join(entry(*item) for item in members)
-    return f"## qswin\n\n```python\nfrom qswin import (\n{names},\n)\n```\n\n{entries}"
+    return f"## qswin\n\n```python\nfrom qswin import (\n{names})\n```\n\n{entries}"
 
 
 def section(name: str) -> str:
