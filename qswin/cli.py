@@ -40,6 +40,15 @@ def command_module(command: str) -> ModuleType:
     return importlib.import_module(f"qswin.qat.commands.{command.replace('-', '_')}")
 
 
+def whole_parser() -> argparse.ArgumentParser:
+    """All commands in one parser, for completion and the reference page; `qswin` makes that of one command only."""
+    parser = argparse.ArgumentParser(prog="qswin")
+    commands = parser.add_subparsers()
+    for name, summary in COMMANDS.items():
+        command_module(name).add_arguments(commands.add_parser(name, help=summary))
+    return parser
+
+
 def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> None:
     """Parses the command line, runs `main` and exits: 0, or 2 after one line about what the user can mend.
 

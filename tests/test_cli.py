@@ -1,6 +1,7 @@
 """Commands as a user types them: help, exit codes, and one line about what is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,41 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert "example:\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"completion"}))
-def test_what_a_command_did_can_be_had_as_json(command, capsys):
-    """One prints a script."""
-    invoke(command, "--help")
-    assert "--json" in capsys.readouterr().out
+def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
+    """Every command but completion, which prints a script; then the report shows what the others wrote."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    run, val = tmp_path / "run", data / "val"
+    ptq, onnx, probe = run / "ptq.safetensors", run / "fp32.onnx", ("--data", data / "train", "--images", 4)
+    budget = ("--sensitivity", tmp_path / "sensitivity.json", "--budget", "kl<=9")
+    steps = [
+        ("calibrate", "checkpoint report", "--config", config_file),
+        ("train", "checkpoint report", "--config", config_file, f"init={ptq}", "train.epochs=1"),
+        ("convert", "checkpoint report", "--config", config_file, f"model.checkpoint={ptq}", f"run={tmp_path / 'other'}"),
+        ("export", "export", "--checkpoint", ptq, "--onnx", onnx, "--precision", "fp32"),
+        ("build", "build", "--onnx", onnx, "--engine", run / "a.engine", "--target", "tensorrt-rtx"),
+        ("calib-cache", "calibration cache report", "--onnx", onnx, "--cache", run / "a.cache", "--offline", *probe),
+        ("evaluate", "evaluation", "--model", onnx, "--data", val),
+        ("bench", "timing", "--model", onnx, "--batch-sizes", 1),
+        ("compare", "comparison", "--model", onnx, "--reference", onnx, "--images", 2),
+        ("inspect", "layers", "--model", onnx),
+        ("inspect", "quantizers", "--model", ptq),
+        ("sensitivity", "sensitivity", "--checkpoint", ptq, *probe, "--by", "layer"),
+        ("search", "search", "--checkpoint", ptq, *probe, *budget, "--recipe", run / "mixed.yaml"),
+        ("doctor", "doctor"),
+        ("report", "report", tmp_path),
+    ]
+    assert {command for command, *_ in steps} == set(cli.COMMANDS) - {"completion"}
+    for command, kind, *arguments in steps:
+        file = tmp_path / f"{kind}.json"
+        assert invoke(command, *arguments, "--json", file) == 0, command
+        written = json.loads(file.read_text())
+        assert written["kind"] == kind and "python" in written["versions"], command
+    headings = re.findall("<h2>(.*?)</h2>", (tmp_path / "report.html").read_text())
+    assert headings == [
+        *("Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers"),
+        *("Comparisons", "Mixed precision", "Exports", "Builds"),
+    ]
 
 
 def test_the_table_of_commands(capsys, monkeypatch):

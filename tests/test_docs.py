@@ -1,10 +1,13 @@
 """The documentation says what the code says."""
 
+import argparse
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from qswin import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,13 +61,52 @@ def command_lines(page):
             yield found[1], found[2].split()
 
 
-def test_commands_and_options_exist():
-    from qswin.qat.commands.completion import whole_parser
+COMMANDS: dict[str, argparse.ArgumentParser] = next(a for a in cli.whole_parser()._actions if a.choices).choices
 
-    (commands,) = (action for action in whole_parser()._actions if action.choices)
+
+def test_the_page_of_commands_is_what_the_parsers_say():
+    make_cli = script("make_cli")
+    assert make_cli.PAGE.read_text() == make_cli.page(), "run python docs/make_cli.py"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_sentence(command):
+    assert not [name(action) for action in COMMANDS[command]._actions if not (action.help or "").strip()]
+
+
+def name(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else action.dest
+
+
+def test_the_page_shows_what_a_flag_takes():
+    """Choices, defaults, numbers, switches, lists and what is required, of a parser made here."""
+    parser = argparse.ArgumentParser(description="Bakes | sells.", epilog="example:\n  qswin bake cake")
+    parser.add_argument("what", help="a cake")
+    parser.add_argument("more", nargs="*", metavar="KEY=VALUE", help="settings")
+    parser.add_argument("--oven", "-o", required=True, type=Path, help="a file")
+    parser.add_argument("--heat", type=float, default=0.5, help="from 0 to 100 %%; usually %(default)s")
+    parser.add_argument("--shape", choices=("round", "square"), default="round", help="of it")
+    parser.add_argument("--layers", nargs="+", type=int, default=[1, 2], help="of cream | jam")
+    parser.add_argument("--top", action="append", default=[], metavar="FRUIT", help="a fruit")
+    parser.add_argument("--dry-run", action="store_true", help="do nothing <at all>")
+    shown = script("make_cli").section("bake", "bake a cake", parser)
+    assert shown.startswith("## qswin bake\n\nBakes | sells.\n\n```sh\nqswin bake cake\n```\n")
+    assert shown.splitlines()[-8:] == [
+        "| `what` | text | required | a cake |",
+        "| `KEY=VALUE` | text, several | | settings |",
+        "| `--oven`, `-o` | path | required | a file |",
+        "| `--heat` | number | `0.5` | from 0 to 100 %; usually 0.5 |",
+        "| `--shape` | `round`, `square` | `round` | of it |",
+        "| `--layers` | integer, several | `1 2` | of cream \\| jam |",
+        "| `--top` | FRUIT, repeatable | | a fruit |",
+        "| `--dry-run` | switch | | do nothing &lt;at all&gt; |",
+    ]
+
+
+def test_commands_and_options_exist():
     lines = [(page.name, *line) for page in PAGES for line in command_lines(page)]
     assert len(lines) > 20
     for page, command, words in lines:
-        assert command in commands.choices, (page, command)
+        assert command in COMMANDS, (page, command)
         options = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert options <= set(commands.choices[command]._option_string_actions), (page, command)
+        assert options <= set(COMMANDS[command]._option_string_actions), (page, command)

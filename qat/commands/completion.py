@@ -1,4 +1,4 @@
-"""Shell completion, by shtab, of every command's options. The command `qswin completion`."""
+"""`qswin completion`."""
 
 import argparse
 
@@ -7,19 +7,10 @@ from qswin import cli
 SHELLS = ("bash", "zsh", "tcsh")
 
 
-def whole_parser() -> argparse.ArgumentParser:
-    """All commands in one parser; `qswin` itself makes that of one command only."""
-    parser = argparse.ArgumentParser(prog="qswin")
-    commands = parser.add_subparsers()
-    for name, summary in cli.COMMANDS.items():
-        cli.command_module(name).add_arguments(commands.add_parser(name, help=summary))
-    return parser
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Prints a script that completes qswin's commands and options."
     parser.epilog = "example:\n  qswin completion --shell bash > ~/.local/share/bash-completion/completions/qswin"
-    parser.add_argument("--shell", choices=SHELLS, default="bash")
+    parser.add_argument("--shell", choices=SHELLS, default="bash", help="the shell that is to complete them")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -27,4 +18,4 @@ def main(args: argparse.Namespace) -> None:
         import shtab
     except ImportError as error:
         raise ValueError("completion needs shtab: pip install shtab") from error
-    print(shtab.complete(whole_parser(), shell=args.shell))
+    print(shtab.complete(cli.whole_parser(), shell=args.shell))

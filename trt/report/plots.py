@@ -1,14 +1,18 @@
-"""Pictures by matplotlib, where it is installed: those that more than one command draws."""
+"""The pictures of the report and of `--plot`, drawn by matplotlib where it is installed."""
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from qswin.calib.histogram_file import Observation
+from qswin.trt.report.webpage import Picture
 
 Row = dict[str, Any]
+Plot = Callable[[Any], None]  # draws on a pair of axes
+PIXELS = 960  # the width of a picture
 HISTOGRAM_BINS = 120  # as many as a panel can show
 
 
@@ -24,33 +28,46 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save(draw: Callable[[Any], None], target: Path | BinaryIO, width: float = 8, height: float = 4) -> None:
-    """Writes what `draw` puts on a pair of axes as a PNG. Raises ValueError where matplotlib is missing."""
-    library = pyplot()
-    figure, axes = library.subplots(figsize=(width, height))
-    draw(axes)
-    figure.savefig(target, format="png", dpi=120, bbox_inches="tight")
-    library.close(figure)
+def save(
+    draw: Plot | Sequence[Plot], target: Path | BinaryIO, width: float = 8, height: float = 4, columns: int = 1
+) -> None:
+    """Writes a PNG of one plot, or of several, row by row.
 
+    Args:
+        draw: the plot, or the plots; each draws on the axes that it is given.
+        width, height: of each plot, in inches.
 
-def save_grid(draws: Sequence[Callable[[Any], None]], target: Path | BinaryIO, columns: int = 3) -> None:
-    """Writes one PNG of several pairs of axes, row by row. Raises ValueError where matplotlib is missing."""
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    draws = [draw] if callable(draw) else draw
     library, rows = pyplot(), -(-len(draws) // columns)
-    figure, panels = library.subplots(rows, columns, figsize=(4 * columns, 2.4 * rows), squeeze=False)
-    figure.subplots_adjust(0.03, 0.12 / rows, 0.99, 1 - 0.12 / rows, 0.12, 0.25)  # a layout engine takes three times as long
-    for axes, draw in zip(panels.flat, draws, strict=False):
-        draw(axes)
+    figure, panels = library.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for axes, drawn in zip(panels.flat, draws, strict=False):
+        drawn(axes)
     for unused in panels.flat[len(draws) :]:
         unused.axis("off")
-    figure.savefig(target, format="png", dpi=80)
+    # Fitting the margins to the labels takes longer than drawing them: a grid has fixed ones.
+    if columns > 1:
+        figure.subplots_adjust(0.03, 0.12 / rows, 0.99, 1 - 0.12 / rows, 0.12, 0.25)
+    fit = "tight" if columns == 1 else None
+    figure.savefig(target, format="png", dpi=PIXELS / (width * columns), bbox_inches=fit)
     library.close(figure)
+
+
+def picture(draw: Plot | Sequence[Plot], caption: str, **options: Any) -> Picture:
+    """A plot, or several, as a picture of the page; the options are those of `save`."""
+    data = BytesIO()
+    save(draw, data, **options)
+    return Picture(data.getvalue(), caption)
 
 
 def throughput(axes: Any, rows: Sequence[Row]) -> None:
     """Images/s over the batch size, a line for each model, backend and precision of `qswin bench`'s rows."""
     for name in dict.fromkeys((row["model"], row["backend"], row["precision"]) for row in rows):
         line = [row for row in rows if (row["model"], row["backend"], row["precision"]) == name]
-        axes.plot([row["batch"] for row in line], [row["images_per_second"] for row in line], "o-", label=" ".join(name))
+        batches, rates = ([row[key] for row in line] for key in ("batch", "images_per_second"))
+        axes.plot(batches, rates, "o-", label=" ".join(name))
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=7)
@@ -72,7 +89,8 @@ def histogram(axes: Any, observation: Observation, candidates: dict[str, float],
         axes.axvline(amax, color=f"C{colour}", label=f"{name} {amax:.3g}")
     for style, (name, amax) in zip(("-", "--"), taken.items(), strict=False):
         axes.axvline(amax, color="black", linewidth=1, linestyle=style, ymax=0.5, label=f"{name} {amax:.3g}")
-    axes.set(yscale="log", ylim=(0.5, None), xlim=(0, 1.35 * observation.histogram.amax))  # the legend stands on the right
+    # The legend stands on the right.
+    axes.set(yscale="log", ylim=(0.5, None), xlim=(0, 1.35 * observation.histogram.amax))
     axes.minorticks_off()
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=6, loc="upper right")

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from qswin import cli
-from qswin.qat.commands.completion import main, whole_parser
+from qswin.qat.commands.completion import main
 
 pytest.importorskip("shtab", reason="shtab is not installed")
 ASK = """
@@ -38,5 +38,5 @@ def test_commands_and_options_are_completed(complete):
 
 
 def test_every_command_is_there():
-    (commands,) = (action for action in whole_parser()._actions if action.choices)
+    (commands,) = (action for action in cli.whole_parser()._actions if action.choices)
     assert list(commands.choices) == list(cli.COMMANDS)

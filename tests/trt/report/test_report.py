@@ -14,13 +14,21 @@ from qswin.calib.calibrators import CALIBRATORS, find_range
 from qswin.calib.grid import grid_of
 from qswin.calib.histogram_file import HISTOGRAMS, Observation, save_histograms
 from qswin.trt.report import plots
-from qswin.trt.report.report import panel, report, weight_shares
+from qswin.trt.report.ranges import panel, read_ranges
+from qswin.trt.report.sections import report
 from qswin.trt.report.webpage import page
-from tests.helpers import filled, invoke
+from tests.helpers import fails, filled, invoke
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 SITE = "layers.0.blocks.0.attn.qkv._input_quantizer"
-EVALUATION = {"backend": "onnxruntime 1", "precision": "int8", "acc1": 47.5, "images": 5000, "images_per_second": 99.0}
+EVALUATION = {
+    **{"kind": "evaluation", "backend": "onnxruntime 1", "precision": "int8"},
+    **{"acc1": 47.5, "images": 5000, "images_per_second": 99.0},
+}
+COMPARISON = {"kind": "comparison", "model": "a.engine", "reference": "a.onnx", "top1_agreement": 99.5}
+SEARCH = {"kind": "search", "recipe": "mixed.yaml", "budget": "kl<=0.01", "in_float": ["fc1", "fc2"]}
+BUILD = {"kind": "build", "target": "tensorrt", "profile": [1, 8, 64], "seconds": 3.5}
+EXPORT = {"kind": "export", "onnx": "a.onnx", "precision": "int8", "nodes": 100, "qdq_nodes": 60}
 LOG = '{"step": 0, "loss": 2.0}\n{"step": 1, "epoch": 1, "acc1": 48.5}\n{"step": 2, "lo'  # the last line is being written
 
 
@@ -70,9 +78,15 @@ def make_run(folder):
     records = {
         "a": EVALUATION,
         "b": {**EVALUATION, "backend": "<script>alert(1)</script>", "acc1": 48.25},
-        "bench": {"rows": [{**row, "batch": 1}, {**row, "batch": 8}]},
-        "sensitivity": {"job": {}, "rows": [sensitive("fc1", 0.001), sensitive("fc2", 0.01)]},
-        "layers": {"model": "a.engine", "layers": [layer]},
+        "bench": {"kind": "timing", "rows": [{**row, "batch": 1}, {**row, "batch": 8}]},
+        "sensitivity": {
+            **{"kind": "sensitivity", "job": {}, "float": {"acc1": 48.0, "kl": 0.0}, "all": {"acc1": 45.0, "kl": 0.5}},
+            "rows": [sensitive("fc1", 0.001), sensitive("fc2", 0.01)],
+        },
+        "inspected": {"kind": "layers", "model": "a.engine", "layers": [layer]},
+        **{"compared": COMPARISON, "searched": SEARCH, "built": BUILD, "exported": EXPORT},
+        "a.engine": {"kind": "engine", "layers": "its own", "rows": 1, "precision": "int8", "acc1": 1.0},
+        "of another program": {"rows": [1], "layers": [], "precision": 1},
     }
     for name, record in records.items():
         (folder / f"{name}.json").write_text(json.dumps(record))
@@ -95,16 +109,26 @@ def html(run):
 def test_everything_is_shown(run):
     shown = Page(html(run))
     assert shown.headings == [
-        *("Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images")
+        *("Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images"),
+        *("Comparisons", "Mixed precision", "Exports", "Builds"),
     ]
-    accuracy, speed, epochs, sensitivity, ranges, layers = shown.tables
+    accuracy, speed, epochs, sensitivity, ranges, layers, comparisons, searches, exports, builds = shown.tables
     assert accuracy[1] == ["a.json", "onnxruntime 1", "int8", "47.5", "5000", "99"]
     assert accuracy[2] == ["b.json", "<script>alert(1)</script>", "int8", "48.25", "5000", "99"]
     assert [line[3] for line in speed[1:]] == ["1", "8"]
     assert epochs == [["step", "epoch", "acc1"], ["1", "1", "48.5"]]
-    assert [line[0] for line in sensitivity[1:]] == ["fc2", "fc1"]
+    assert sensitivity[0] == ["quantized", "alone: acc1", "alone: kl", "all but it: acc1", "all but it: kl"]
+    assert [line[0] for line in sensitivity[1:]] == ["fc2", "fc1", "everything"]
+    assert sensitivity[3][1:] == ["45", "0.5", "48", "0"]
     assert ranges[1:] == [[SITE, "2", "3", "1.5"]]
-    assert layers[1:] == [["conv", "Conv", "INT8", "INT8", "0.25"]] and shown.classes[-1] == "int8"
+    assert layers[1:] == [["conv", "Conv", "INT8", "INT8", "0.25"]] and shown.classes.count("int8") == 1
+    assert comparisons == [
+        ["file", "model", "reference", "top1 agreement"],
+        ["compared.json", "a.engine", "a.onnx", "99.5"],
+    ]
+    assert searches[1] == ["searched.json", "mixed.yaml", "kl<=0.01", "fc1, fc2"]
+    assert exports[1] == ["exported.json", "a.onnx", "int8", "100", "60"]
+    assert builds[1] == ["built.json", "tensorrt", "1, 8, 64", "3.5"]
 
 
 def test_it_is_one_file_that_loads_nothing(run):
@@ -122,7 +146,8 @@ def test_the_command_writes_it_and_its_pictures_beside_the_files(run):
     assert invoke("report", run, "--json", made) == 0
     written = run / "report.html"
     assert written.read_text() == html(run)
-    assert json.loads(made.read_text()) == {"page": str(written), "bytes": written.stat().st_size, "pictures": 7}
+    expected = {"kind": "report", "page": str(written), "bytes": written.stat().st_size, "pictures": 7}
+    assert json.loads(made.read_text()).items() >= expected.items()
     embedded = [base64.b64decode(source.partition(",")[2]) for source in Page(written.read_text()).pictures]
     assert [path.read_bytes() for path in sorted((run / "report-pictures").iterdir())] == embedded
 
@@ -133,10 +158,11 @@ def test_weights_are_drawn_by_channel(tmp_path):
     amax = np.array([[2.0], [2.0], [1.0], [0.75]], np.float32)
     save_file({"fc.weight": weight, "fc._weight_quantizer._amax": amax}, tmp_path / "ptq.safetensors")
     save_histograms(tmp_path / HISTOGRAMS, {"fc._weight_quantizer": observation(), "fc._input_quantizer": observation()})
-    assert weight_shares(tmp_path / "ptq.safetensors") == {"fc._weight_quantizer": 0.75}
+    read = read_ranges(tmp_path / "ptq.safetensors")
+    assert read.shares == {"fc._weight_quantizer": 0.75} and read.largest == {"fc._weight_quantizer": 2.0}
     save_file({"fc._weight_quantizer._amax": amax}, tmp_path / "cut.safetensors")
-    with pytest.raises(ValueError, match="_amax has no fc.weight"):
-        weight_shares(tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match=r"fc\._weight_quantizer is there, but not fc\.weight"):
+        read_ranges(tmp_path / "cut.safetensors")
     captions = [part.caption for part in report(tmp_path)["Histograms"]]
     assert captions == [
         "histograms of |x|, from fc._input_quantizer on",
@@ -155,6 +181,55 @@ def test_a_histogram_is_drawn_with_every_range():
     assert axes.get_title() == "layers.0.blocks.0.attn.qkv._input, int4"
 
 
+def test_results_without_a_kind_are_named(run):
+    """Their keys are not guessed from: an older qswin made them."""
+    old = {key: value for key, value in EVALUATION.items() if key != "kind"} | {"command": ["qswin", "evaluate"]}
+    (run / "old.json").write_text(json.dumps(old))
+    text = html(run)
+    shown = Page(text)
+    assert len(shown.tables[0]) == 3 and shown.headings[-1] == "Skipped"
+    assert "<p>old.json: made by an older qswin; run the command again</p>" in text
+
+
+def test_old_results_alone_are_nothing_to_report(tmp_path):
+    (tmp_path / "old.json").write_text('{"rows": [], "command": []}')
+    with pytest.raises(ValueError, match=r"nothing to report \(old\.json: made by an older qswin"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("timing", "rows"), ("sensitivity", "rows"), ("layers", "layers")])
+@pytest.mark.parametrize("rows", [None, 1, [1], [{"model": "a.onnx"}]])
+def test_a_result_without_its_rows_is_named(tmp_path, kind, key, rows):
+    (tmp_path / "a.json").write_text(json.dumps({"kind": kind, key: rows}))
+    with pytest.raises(ValueError, match=f"a.json: its '{key}' are not rows"):
+        report(tmp_path)
+
+
+def test_the_page_must_be_called_html(run, capsys):
+    """A slip must not write the page over a checkpoint."""
+    before = (run / "ptq.safetensors").read_bytes()
+    assert "--out" in (line := fails(capsys, "report", run, "--out", run / "ptq.safetensors")) and ".html" in line
+    assert (run / "ptq.safetensors").read_bytes() == before
+
+
+def test_one_function_draws_one_plot_or_a_grid(tmp_path):
+    """A grid is as wide as a single plot; a place that is left over stays blank."""
+
+    def fill(axes):
+        axes.axis("off")
+        axes.add_patch(plots.pyplot().Rectangle((0, 0), 1, 1, color="black", transform=axes.transAxes))
+
+    plots.save([fill] * 4, tmp_path / "grid.png", width=4, height=2.4, columns=3)
+    with Image.open(tmp_path / "grid.png") as image:
+        dark = np.asarray(image.convert("L")) < 128
+    assert dark.shape[1] == plots.PIXELS
+    thirds = [np.array_split(row, 3, axis=1) for row in np.array_split(dark, 2)]
+    assert [[part.any() for part in row] for row in thirds] == [[True] * 3, [True, False, False]]
+    plots.save(fill, tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as image:
+        assert (np.asarray(image.convert("L")) < 128).mean() > 0.9
+
+
 def test_what_cannot_be_reported_says_why(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         report(tmp_path / "x")
@@ -165,5 +240,5 @@ def test_what_cannot_be_reported_says_why(tmp_path):
         report(tmp_path)
     (tmp_path / "a.json").unlink()
     (tmp_path / "ptq.safetensors").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match=r"ptq\.safetensors: truncated, or no checkpoint"):
+    with pytest.raises(ValueError, match=r"ptq\.safetensors: truncated, or not a checkpoint"):
         report(tmp_path)

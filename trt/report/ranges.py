@@ -1,0 +1,142 @@
+"""The ranges of a run's checkpoints, and the histograms that they were chosen from, as sections of the report."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qswin.calib.calibrators import CALIBRATORS, find_range
+from qswin.calib.grid import grid_of
+from qswin.calib.histogram_file import HISTOGRAMS, Observation, load_histograms
+from qswin.trt.report import plots
+from qswin.trt.report.webpage import Part, table
+
+STAGES = ("ptq", "qat")
+PANELS = 12  # histograms in a picture
+WEIGHT = "_weight_quantizer"
+RANGE = "._amax"
+
+
+class Ranges(NamedTuple):
+    """The ranges of a checkpoint, by quantizer."""
+
+    largest: dict[str, float]  # over the channels
+    shares: dict[
+        str, float
+    ]  # of weights: the range as a share of the channel's largest weight, the median over the channels
+
+
+Stages = dict[str, Ranges]
+
+
+def stage_ranges(run: Path) -> Stages:
+    """The ranges of `ptq.safetensors` and `qat.safetensors`, by stage, of those that the folder holds."""
+    return {stage: read_ranges(path) for stage in STAGES if (path := run / f"{stage}.safetensors").is_file()}
+
+
+def read_ranges(path: Path) -> Ranges:
+    """The ranges of a checkpoint.
+
+    Raises:
+        ValueError: the file is truncated or not a checkpoint, or a quantizer has no weight beside it.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            ranges = {name.removesuffix(RANGE): file.get_tensor(name) for name in names if is_range(name)}
+            weights = {name: name.removesuffix(WEIGHT) + "weight" for name in ranges if name.endswith(WEIGHT)}
+            for name, weight in weights.items():
+                if weight not in names:
+                    raise ValueError(f"{path}: {name} is there, but not {weight}; calibrate or train again")
+            found = {name: share(ranges[name], file.get_tensor(weight)) for name, weight in weights.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or not a checkpoint") from error
+    largest = {name: float(np.max(amax)) for name, amax in ranges.items()}
+    return Ranges(largest, {name: value for name, value in found.items() if value is not None})
+
+
+def is_range(name: str) -> bool:
+    """Whether a tensor's name is that of a quantizer's range."""
+    return name.endswith(f"_quantizer{RANGE}")
+
+
+def share(amax: np.ndarray, weight: np.ndarray) -> float | None:
+    """A weight's range as a share of the largest weight, the median over the channels; None where all weights are 0.
+
+    Args:
+        amax: a value for each channel, or one.
+        weight: the channels are its first dimension.
+    """
+    ranges = amax.ravel()
+    largest = np.abs(weight).reshape(ranges.size, -1).max(axis=1)
+    used = largest > 0
+    return float(np.median(ranges[used] / largest[used])) if used.any() else None
+
+
+def range_table(stages: Stages) -> list[Part]:
+    """Each quantizer's range after calibration and after training."""
+    if not stages:
+        return []
+    found = {stage: ranges.largest for stage, ranges in stages.items()}
+    names = list(dict.fromkeys(name for ranges in found.values() for name in ranges))
+    both = [name for name in names if all(name in found.get(stage, ()) for stage in STAGES)]
+    ratio = {name: found["qat"][name] / found["ptq"][name] for name in both}
+    rows = [[name, *(found[stage].get(name) for stage in found), ratio.get(name)] for name in names]
+    listed = table(["quantizer", *found, "qat / ptq"], rows)
+    if not ratio:
+        return [listed]
+
+    def plot(axes: Any) -> None:
+        axes.bar(range(len(ratio)), [value - 1 for value in ratio.values()], width=1)
+        axes.set(xlabel="quantizer, in the model's order", ylabel="change of its range by training")
+
+    return [plots.picture(plot, "ranges before and after training", height=3), listed]
+
+
+def histograms(run: Path, stages: Stages) -> list[Part]:
+    """What calibration saw at each quantizer, with the range of each calibrator and of each checkpoint."""
+    if not (run / HISTOGRAMS).is_file():
+        return []
+    found = list(load_histograms(run / HISTOGRAMS).items())
+    weights = [item for item in found if item[0].endswith(WEIGHT)]
+    activations = [item for item in found if not item[0].endswith(WEIGHT)]
+    largest = {stage: ranges.largest for stage, ranges in stages.items()}
+    shares = {stage: ranges.shares for stage, ranges in stages.items()}
+    return [
+        *pictures(activations, largest, CALIBRATORS, "|x|"),
+        *pictures(weights, shares, ["max", "mse"], "|w| as a share of its channel's largest"),
+    ]
+
+
+def pictures(
+    found: list[tuple[str, Observation]], taken: dict[str, dict[str, float]], calibrators: Collection[str], what: str
+) -> list[Part]:
+    """The histograms of some quantizers, several to a picture.
+
+    Args:
+        taken: {stage: {quantizer: its range}} of the checkpoints.
+    """
+    parts: list[Part] = []
+    for start in range(0, len(found), PANELS):
+        shown = found[start : start + PANELS]
+        panels = [panel(name, observation, taken, calibrators) for name, observation in shown]
+        caption = f"histograms of {what}, from {shown[0][0]} on"
+        parts.append(plots.picture(panels, caption, width=4, height=2.4, columns=3))
+    return parts
+
+
+def panel(
+    name: str, observation: Observation, taken: dict[str, dict[str, float]], calibrators: Collection[str]
+) -> plots.Plot:
+    """Draws one quantizer's histogram."""
+    grid = grid_of(observation.format)
+    candidates = {calibrator: find_range(observation.histogram, calibrator, grid) for calibrator in calibrators}
+    own = {stage: ranges[name] for stage, ranges in taken.items() if name in ranges}
+
+    def plot(axes: Any) -> None:
+        plots.histogram(axes, observation, candidates, own)
+        axes.set_title(f"{name.removesuffix('_quantizer')}, {grid.name}", fontsize=7)
+
+    return plot
