@@ -1,0 +1,77 @@
+"""The examples of docs/extending.md: what is added from outside the repository works as what is built in."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from qswin import Description, Preprocessing, Recipe, Rule, calibrate, export_onnx, load_checkpoint, quantize, save_checkpoint
+from qswin.calib.calibrators import CALIBRATORS, find_range
+from qswin.calib.grid import grid_of
+from qswin.qat.quant.quantizers import quantizers
+from tests.helpers import SMALL, V1, filled, small_swin
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+
+
+def example(name: str):
+    """A file of docs/examples, imported once: importing it registers what it defines."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "docs" / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_the_page_shows_the_example_as_it_is_tested(file):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    assert file.read_text() in blocks
+
+
+@pytest.fixture(scope="module")
+def fp4():
+    example("format")
+    return grid_of("fp4")
+
+
+def test_the_format_rounds_as_ml_dtypes_does(fp4):
+    x = np.concatenate([np.linspace(-9, 9, 721), [0.25, -0.75, 1.25, 1.75, 2.5, 3.5, 5.0]]).astype(np.float32)
+    expected = x.clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    np.testing.assert_array_equal(fp4.nearest(x), expected)
+    np.testing.assert_array_equal(fp4.nearest(torch.from_numpy(x)).numpy(), expected)
+
+
+def test_the_format_is_calibrated_trained_and_saved(fp4, images, tmp_path):
+    recipe = Recipe("mine", (Rule("fc1", quantize=True),), weight_format="fp4", weight_calibrator="mse")
+    model = small_swin()
+    twin = quantize(model, recipe)
+    calibrate(twin, [images])
+    weights = [q for q in quantizers(twin) if q.site.endswith(".weight")]
+    assert weights and all(q.spec.grid.name == "fp4" for q in weights)
+    twin(images).sum().backward()
+    fc1 = twin.layers[0].blocks[0].mlp.fc1
+    assert fc1.weight.grad.abs().sum() > 0
+    levels = (weights[0](fc1.weight) / weights[0].scale).detach()
+    assert set(levels.abs().flatten().tolist()) <= {0, 0.5, 1, 1.5, 2, 3, 4, 6}
+    description = Description({"name": V1, "num_classes": 5, **SMALL}, "ptq", Preprocessing(size=(32, 32)), recipe=recipe)
+    save_checkpoint(tmp_path / "fp4.safetensors", twin, description)
+    loaded, _ = load_checkpoint(tmp_path / "fp4.safetensors")
+    torch.testing.assert_close(loaded(images), twin.eval()(images), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="fp4"):
+        export_onnx(twin, description)
+
+
+def test_the_calibrator_clips_at_the_root_mean_square():
+    if "sigma" not in CALIBRATORS:
+        example("calibrator")
+    values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32) * 3
+    rms = float(np.sqrt((values.astype(np.float64) ** 2).mean()))
+    assert find_range(filled(values), "sigma:2") == pytest.approx(2 * rms, rel=1e-3)
+    assert find_range(filled(values), "sigma:100") == pytest.approx(float(np.abs(values).max()))
+    with pytest.raises(ValueError, match="sigmas must be above 0 and at most 100"):
+        find_range(filled(values), "sigma:0")
