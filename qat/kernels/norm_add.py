@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from qswin.qat.kernels.layer_norm import layer_norm
+
 TILE = 2048  # values that a program holds
 
 
@@ -19,15 +21,13 @@ def _kernel(
     within = (channel < CHANNELS)[None, :]
     inside = (row < rows)[:, None] & within
     y = tl.load(y_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(within, y - (tl.sum(y, axis=1) / CHANNELS)[:, None], 0.0)
-    deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / CHANNELS + tl.cast(eps, tl.float32))
     weight = tl.load(weight_ptr + channel, mask=channel < CHANNELS, other=0.0)
     bias = tl.load(bias_ptr + channel, mask=channel < CHANNELS, other=0.0)
     target = tl.load(index_ptr + row % in_rows, mask=row < rows, other=-1)
     offset = ((row // in_rows).to(tl.int64) * out_rows + target)[:, None] * CHANNELS + channel[None, :]
     kept = (target >= 0)[:, None] & within
     x = tl.load(shortcut_ptr + offset, mask=kept, other=0.0).to(tl.float32)
-    x += centred * deviation[:, None] * weight[None, :] + bias[None, :]
+    x += layer_norm(y, within, weight[None, :], bias[None, :], eps, CHANNELS)
     tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=kept)
 
 

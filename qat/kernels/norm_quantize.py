@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from qswin.qat.kernels.arithmetic import reference_to_int8, to_int8
+from qswin.qat.kernels.layer_norm import layer_norm
 
 
 @triton.jit
@@ -30,13 +31,9 @@ def _kernel(
     x = tl.load(x_ptr + start[:, :, None] + channel[None, None, :], mask=there & within, other=0.0).to(tl.float32)
     column = part[None, :, None] * CHANNELS + channel[None, None, :]
     if NORM:
-        mean = tl.sum(tl.sum(x, axis=2), axis=1) / (PARTS * CHANNELS)
-        centred = tl.where(within, x - mean[:, None, None], 0.0)
-        variance = tl.sum(tl.sum(centred * centred, axis=2), axis=1) / (PARTS * CHANNELS)
-        deviation = tl.rsqrt(variance + tl.cast(eps, tl.float32))
         weight = tl.load(weight_ptr + column, mask=within, other=0.0)
         bias = tl.load(bias_ptr + column, mask=within, other=0.0)
-        x = centred * deviation[:, None, None] * weight + bias
+        x = layer_norm(x, within, weight, bias, eps, PARTS * CHANNELS)
         if PARTS == 1:  # a token that pads a window is 0 behind the norm
             x = tl.where(there, x, 0.0)
     out = out_ptr + first.to(tl.int64) * (PARTS * CHANNELS) + local[:, None, None] * (PARTS * CHANNELS) + column

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from qswin.qat.kernels.arithmetic import reference_to_int8, to_int8
+from qswin.qat.kernels.layer_norm import layer_norm
 
 PATCHES = 64  # that a program takes
 
@@ -36,11 +37,9 @@ def _kernel(
     inside = n < CHANNELS
     scale, bias = tl.load(scale_ptr + n, mask=inside, other=0.0), tl.load(bias_ptr + n, mask=inside, other=0.0)
     y = total.to(tl.float32) * scale[None, :] + bias[None, :]
-    centred = tl.where(inside[None, :], y - (tl.sum(y, axis=1) / CHANNELS)[:, None], 0.0)
-    deviation = tl.rsqrt(tl.sum(centred * centred, axis=1) / CHANNELS + tl.cast(eps, tl.float32))
     norm_weight = tl.load(norm_weight_ptr + n, mask=inside, other=0.0)
     norm_bias = tl.load(norm_bias_ptr + n, mask=inside, other=0.0)
-    y = centred * deviation[:, None] * norm_weight[None, :] + norm_bias[None, :]
+    y = layer_norm(y, inside[None, :], norm_weight[None, :], norm_bias[None, :], eps, CHANNELS)
     out = out_ptr + patch.to(tl.int64)[:, None] * CHANNELS + n[None, :]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
 

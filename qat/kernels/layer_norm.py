@@ -1,0 +1,28 @@
+"""LayerNorm of a tile, for the kernels that have one: before a quantization, before a residual add, after patch embedding."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def layer_norm(x, mask, weight, bias, eps, NUM_CHANNELS: tl.constexpr):
+    """LayerNorm of each row of a float32 tile. It takes loaded values, no pointers: `linear._matmul_tile` says why.
+
+    Args:
+        x: (rows, channels), or (rows, parts, channels) where the channels of several parts make one row; 0 where masked.
+        mask: (1, ..., channels), whether a channel exists.
+        weight, bias: what broadcasts to x, without its rows.
+        NUM_CHANNELS: of a row, in all of its parts, without those that are masked.
+    """
+    centred = tl.where(mask, x - _row_sum(x) / NUM_CHANNELS, 0.0)
+    variance = _row_sum(centred * centred) / NUM_CHANNELS
+    return centred * tl.rsqrt(variance + tl.cast(eps, tl.float32)) * weight + bias
+
+
+@triton.jit
+def _row_sum(x):
+    """The sum of each row, (rows, 1) or (rows, 1, 1)."""
+    total = tl.sum(x, axis=len(x.shape) - 1)
+    if len(x.shape) == 3:
+        total = tl.sum(total, axis=1)[:, None]
+    return total[:, None]
