@@ -65,7 +65,7 @@ class Small(NamedTuple):
 
     @property
     def task(self) -> str:
-        return family_of(self.name).TASK
+        return family_of(self.name).task
 
 
 VARIANTS = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qswin.calib.data.images import Preprocessing, load_image
-from qswin.models.registry import read_state
+from qswin.models.state_dicts import read_state
 from qswin.qat.checkpoint import read_description, save_checkpoint
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.quant.recipe import named_recipe

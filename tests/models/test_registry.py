@@ -5,7 +5,8 @@ import safetensors.torch
 import torch
 
 from qswin.models import swin, vit
-from qswin.models.registry import build_model, family_of, read_state
+from qswin.models.registry import build_model, family_of
+from qswin.models.state_dicts import read_state
 from tests.helpers import SMALL, V1, V2, small_swin
 
 
