@@ -33,7 +33,7 @@ def register_family(family: Family) -> None:
     for other in families():
         shared = set(family.names()) & set(other.names())
         if shared and other.name != family.name:
-            raise ValueError(f"family {family.name!r}: the model name {min(shared)!r} is family {other.name!r}'s already")
+            raise ValueError(f"family {family.name!r}: the model name {min(shared)!r} belongs to family {other.name!r}")
     _known()[family.name] = family
 
 

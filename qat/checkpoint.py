@@ -104,9 +104,10 @@ def check_description(model: nn.Module, description: Description) -> None:
     difference = mismatch(tensors_of(model), tensors_of(described))
     if difference is not None:
         raise ValueError(f"the model is not what description.model and its recipe say: {difference}")
-    side = _input_size(model)
-    if side not in (None, description.preprocessing.size):
-        raise ValueError(f"description.preprocessing.size is {description.preprocessing.size}, but the model takes {side}")
+    size = description.preprocessing.size
+    for taken, who in ((_input_size(model), "the model"), (_input_size(described), "what description.model builds")):
+        if taken not in (None, size):
+            raise ValueError(f"description.preprocessing.size is {size}, but {who} takes {taken}")
     classes, number = description.classes, getattr(model, "num_classes", None)
     if classes is not None and number not in (None, len(classes)):
         raise ValueError(f"description.classes has {len(classes)} names, but the model has {number} classes")
