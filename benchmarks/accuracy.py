@@ -117,7 +117,7 @@ class Bench:
         self.args = args
         settings = [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"]
         config = load_config(args.config, settings)
-        self.name, task = config.model.name, family_of(config.model.name).TASK
+        self.name, task = config.model.name, family_of(config.model.name).task
         self.model, preprocessing = build_float_model(config)
         self.model.to(args.device)
         training = scan_folder(task, args.data / "train")

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qswin.models.family import Family
 from qswin.models.state_dicts import rename
 
-TASK = "classification"
 DEPTHS = {"cvt-13": [1, 2, 10], "cvt-21": [1, 4, 16]}
 
 
@@ -45,7 +45,7 @@ def build(
         kwargs: CvtConfig's settings.
 
     Raises:
-        ValueError: transformers is not installed, or there is no such setting.
+        ValueError: transformers is not installed, or it does not have a setting.
     """
     try:
         from transformers import CvtConfig, CvtForImageClassification
@@ -55,7 +55,7 @@ def build(
     defaults = CvtConfig()
     unknown = [key for key in kwargs if not hasattr(defaults, key)]
     if unknown:
-        raise ValueError(f"model {name!r}: {unknown[0]!r} is no setting of transformers' CvtConfig")
+        raise ValueError(f"model {name!r}: {unknown[0]!r} is not a setting of transformers' CvtConfig")
     if activation not in ("gelu", "quick_gelu"):
         raise ValueError(f"model {name!r}: activation {activation!r} is not known; choose gelu or quick_gelu")
     kwargs = {"num_labels": num_classes or 1000, **kwargs}
@@ -108,6 +108,30 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
 
 
 def preprocessing(model: Any) -> dict[str, Any]:
-    """As the published processor has it: ImageNet's statistics; the size is a config's to change, CvT takes any."""
+    """The published processor's, with ImageNet's statistics. CvT takes any size; a config may set another."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return {"size": (224, 224), "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 0.875}
+
+
+# transformers' module paths as the names that recipes use for every family.
+SITES = (
+    (r"(^|\.)cvt\.encoder\.", r"\1"),
+    (r"\.embedding\.convolution_embeddings\.projection$", ".patch_embed"),
+    (r"\.attention\.attention\.convolution_projection_(\w+)\.convolution_projection\.convolution$", r".attn.conv.\1"),
+    (r"\.attention\.attention\.projection_(\w+)$", r".attn.qkv.\1"),
+    (r"\.attention\.attention$", ".attn"),
+    (r"\.attention\.output\.dense$", ".attn.proj"),
+    (r"\.intermediate\.dense$", ".mlp.fc1"),
+    (r"\.output\.dense$", ".mlp.fc2"),
+    (r"(^|\.)classifier$", r"\1head"),
+)
+FAMILY = Family(
+    name="cvt",
+    task="classification",
+    names=names,
+    build=build,
+    preprocessing=preprocessing,
+    convert_state=convert_state,
+    sites=SITES,
+    fixed={"num_channels": (3, "images have three channels")},
+)

@@ -1,30 +1,55 @@
-"""Model names, builders and checkpoint files. A family is a module like models/swin.py; FAMILIES lists them."""
+"""Model names and builders, over the families that are known."""
 
 import difflib
-import pickle
+import functools
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qswin.models import cvt, swin, swin_unet, vit
-
-FAMILIES: tuple[ModuleType, ...] = (swin, vit, cvt, swin_unet)
-WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
+from qswin import models
+from qswin.models.discovery import offers
+from qswin.models.family import Family
+from qswin.models.state_dicts import check_state, read_state, rename
 
 
-def family_of(name: str) -> ModuleType:
+@functools.cache
+def _known() -> dict[str, Family]:
+    """{name: family}, at first those that the modules of models/ offer as FAMILY."""
+    return {family.name: family for family in offers(models, "FAMILY")}
+
+
+def families() -> tuple[Family, ...]:
+    """Every known family: those of models/, then those that were registered."""
+    return tuple(_known().values())
+
+
+def register_family(family: Family) -> None:
+    """Makes a family known, one that is defined outside models/. Registering a name again replaces that family.
+
+    Raises:
+        ValueError: another family builds a model of the same name.
+    """
+    for other in families():
+        shared = set(family.names()) & set(other.names())
+        if shared and other.name != family.name:
+            raise ValueError(f"family {family.name!r}: the model name {min(shared)!r} belongs to family {other.name!r}")
+    _known()[family.name] = family
+
+
+def family_of(name: str) -> Family:
     """The family that builds `name`. Raises ValueError, listing the nearest names, when none does."""
-    for family in FAMILIES:
+    for family in families():
         if name in family.names():
             return family
-    known = [known for family in FAMILIES for known in family.names()]
+    known = [known for family in families() for known in family.names()]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
     raise ValueError(f"model {name!r} is not known; the nearest names are {', '.join(near)}")
+
+
+def site_name(path: str) -> str:
+    """What recipes call the module at `path`: `backbone.head` for `backbone.head.fc` of a Swin that is part of a model."""
+    return rename(path, (pair for family in families() for pair in family.sites))
 
 
 def build_model(
@@ -46,16 +71,21 @@ def build_model(
         ValueError: the name is not known, a setting is wrong, the weights do not fit or cannot be downloaded.
     """
     family = family_of(name)
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"model {name!r}: num_classes={num_classes} is not supported; give 1 or more")
+    try:
+        family.check_settings(kwargs)
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
     try:
         model = family.build(name, num_classes, pretrained=pretrained and checkpoint is None, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"model {name!r}: its settings do not work: {error}") from error
+    except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ValueError(f"model {name!r}: its settings do not work: {_first_line(error)}") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"model {name!r}: its settings do not work: {_first_line(error)}") from error
         raise ValueError(
-            f"the pretrained weights of {name} cannot be downloaded ({reason}); "
+            f"the pretrained weights of {name} cannot be downloaded ({_first_line(error)}); "
             "download them where there is a network and pass model.checkpoint=FILE"
         ) from error
     if checkpoint is not None:
@@ -63,8 +93,13 @@ def build_model(
     return model.eval()
 
 
-def load_weights(model: nn.Module, family: ModuleType, path: Path) -> None:
-    """Loads a float checkpoint into `model`. Raises ValueError when it is not one, or is another model's."""
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def load_weights(model: nn.Module, family: Family, path: Path) -> None:
+    """Loads a float checkpoint into `model`. Raises ValueError when the file is not a checkpoint, or is another model's."""
     state = read_state(path)
     expected = model.state_dict()
     first = next(iter(state), None)
@@ -76,52 +111,3 @@ def load_weights(model: nn.Module, family: ModuleType, path: Path) -> None:
         raise ValueError(f"{path}: a foreign checkpoint (its first tensor is {first!r}); none fits the model")
     check_state(state, expected, path)
     model.load_state_dict(state)
-
-
-def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """Raises ValueError, naming the first tensor at fault, unless `state` has the names and shapes of `expected`."""
-    for name, tensor in expected.items():
-        if name not in state:
-            raise ValueError(f"{path}: {name} is missing; is it a checkpoint of this model?")
-        if state[name].shape != tensor.shape:
-            found, wanted = tuple(state[name].shape), tuple(tensor.shape)
-            raise ValueError(f"{path}: {name} has shape {found}, the model has {wanted}; check model.name and num_classes")
-    unknown = set(state) - set(expected)
-    if unknown:
-        raise ValueError(f"{path}: {min(unknown)} is not a tensor of this model; check model.name and the recipe")
-
-
-BROKEN = (  # what torch raises over a damaged file
-    *(RuntimeError, EOFError, OSError, ValueError),
-    *(KeyError, IndexError, AttributeError, TypeError),
-)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or PyTorch file, as float32 where they are floating; nothing in it is executed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, is no checkpoint, or holds pickled code.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); copy it again") from error
-    except pickle.UnpicklingError as error:
-        reason = "holds pickled code, which is never run" if "eights" in str(error) else "is truncated or no checkpoint"
-        raise ValueError(f"{path}: {reason}; save only its state dict: torch.save(model.state_dict(), FILE)") from error
-    except BROKEN as error:
-        reason = str(error).partition("\n")[0] or "it ends too early"
-        raise ValueError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: not a checkpoint but a {type(state).__name__}; save model.state_dict()")
-    while (inner := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)) is not None:
-        state = state[inner]
-    tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}

@@ -6,10 +6,8 @@ import timm
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
-from qswin.models.timm_models import build, preprocessing
-
-__all__ = ["TASK", "build", "convert_state", "names", "preprocessing"]
-TASK = "classification"
+from qswin.models.family import Family
+from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
 
 
 def names() -> list[str]:
@@ -21,3 +19,16 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     """The state under timm's names: checkpoints of the original Swin repository are renamed and resized by timm itself."""
     family = swin_transformer_v2 if isinstance(model, swin_transformer_v2.SwinTransformerV2) else swin_transformer
     return family.checkpoint_filter_fn(state, model)
+
+
+FAMILY = Family(
+    name="swin",
+    task="classification",
+    names=names,
+    build=build,
+    preprocessing=preprocessing,
+    convert_state=convert_state,
+    sites=(PATCH_EMBED, (r"(^|\.)head\.fc$", r"\1head")),
+    no_weight_decay=("relative_position_bias_table", "logit_scale"),
+    fixed=FIXED,
+)

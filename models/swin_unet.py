@@ -11,7 +11,9 @@ from timm.layers import to_2tuple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
-TASK = "segmentation"
+from qswin.models.family import Family
+from qswin.models.timm_models import PATCH_EMBED
+
 NAMES = {"swin_unet_tiny_patch4_window7_224": {"img_size": 224, "embed_dim": 96, "window_size": 7}}
 
 
@@ -174,3 +176,15 @@ def preprocessing(model: Any) -> dict[str, Any]:
     zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     size = model.patch_embed.img_size
     return {"size": size, "mean": zero, "std": one, "interpolation": "bicubic", "crop_pct": 1.0}
+
+
+FAMILY = Family(
+    name="swin-unet",
+    task="segmentation",
+    names=names,
+    build=build,
+    preprocessing=preprocessing,
+    convert_state=convert_state,
+    sites=(PATCH_EMBED, (r"^output$", "head")),
+    no_weight_decay=("relative_position_bias_table",),
+)

@@ -1,10 +1,17 @@
-"""What every family of timm's models has in common: how one is built, and its own preprocessing."""
+"""What timm's families have in common: how a model is built, its preprocessing, the settings that do not work here."""
 
 from typing import Any
 
 import timm
 from timm.data import resolve_data_config
 from torch import nn
+
+# The settings of timm's models that timm takes and that end in an error later: in calibration, or in exporting.
+FIXED = {
+    "in_chans": (3, "images have three channels"),
+    "features_only": (False, "only whole classifiers are quantized"),
+}
+PATCH_EMBED = (r"(^|\.)patch_embed\.proj$", r"\1patch_embed")  # of Family.sites
 
 
 def build(name: str, num_classes: int | None = None, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -6,10 +6,9 @@ import timm
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from qswin.models.timm_models import build, preprocessing
+from qswin.models.family import Family
+from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
 
-__all__ = ["TASK", "build", "convert_state", "names", "preprocessing"]
-TASK = "classification"
 # Other blocks, other attention, or a head that pools by attention, under the same prefix.
 OTHERS = r"18x2|dinov3|lingbot|radio|rope|rpn|sapiens|siglip_\d|xp_"
 
@@ -24,3 +23,15 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     """The state under timm's names, as timm itself converts those of the original repositories."""
     assert isinstance(model, vision_transformer.VisionTransformer)
     return vision_transformer.checkpoint_filter_fn(state, model)
+
+
+FAMILY = Family(
+    name="vit",
+    task="classification",
+    names=names,
+    build=build,
+    preprocessing=preprocessing,
+    convert_state=convert_state,
+    sites=(PATCH_EMBED,),
+    fixed=FIXED,
+)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import (
@@ -17,14 +18,16 @@ from qswin.calib.files import (
     write_result,
     write_with_sidecar,
 )
-from qswin.models.registry import build_model, check_state, family_of, read_state
+from qswin.models.registry import build_model, family_of
+from qswin.models.state_dicts import check_state, mismatch, read_state
 from qswin.qat.config import build_float_model, load_config, model_arguments
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import Recipe
-from qswin.qat.quant.rewrite import enable, quantize
+from qswin.qat.quant.rewrite import enable, rewrite
 
 KIND = "checkpoint"
 SUFFIX = ".safetensors"
+OFF = "._off"  # ends the name of a quantizer's flag; a checkpoint does without, for its quantizers quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Description:
     @property
     def task(self) -> str:
         """classification or segmentation."""
-        return family_of(self.model["name"]).TASK
+        return family_of(self.model["name"]).task
 
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -73,15 +76,54 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
         path: the name ends in .safetensors.
 
     Raises:
-        ValueError: a quantizer was never calibrated or its range is dead; or the name ends otherwise.
+        ValueError: a quantizer was never calibrated or its range is dead; the description does not fit the model; or the
+            name ends otherwise.
         OSError: nothing could be written.
     """
     path = Path(path)
     check_suffix("checkpoint", path, (SUFFIX,))
     for quantizer in quantizers(model):
         quantizer.check_range()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        check_description(model, description)
+    except ValueError as error:
+        raise ValueError(f"{path}: not saved: {error}") from error
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(model).items()}
     write_with_sidecar(path, safetensors.torch.save(tensors), KIND, description.to_dict())
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: its state dict without the flags of quantizers that are off."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(OFF)}
+
+
+def check_description(model: nn.Module, description: Description) -> None:
+    """Raises ValueError unless a checkpoint of this model and this description can be loaded and used; says what differs."""
+    with torch.random.fork_rng(devices=()):  # the weights of the model that is built are drawn at random
+        described = _build(description)
+    difference = mismatch(tensors_of(model), tensors_of(described))
+    if difference is not None:
+        raise ValueError(f"the model is not what description.model and its recipe say: {difference}")
+    size = description.preprocessing.size
+    for taken, who in ((_input_size(model), "the model"), (_input_size(described), "what description.model builds")):
+        if taken not in (None, size):
+            raise ValueError(f"description.preprocessing.size is {size}, but {who} takes {taken}")
+    classes, number = description.classes, getattr(model, "num_classes", None)
+    if classes is not None and number not in (None, len(classes)):
+        raise ValueError(f"description.classes has {len(classes)} names, but the model has {number} classes")
+
+
+def _build(description: Description) -> nn.Module:
+    """The model that is described, with random weights, its quantizers not calibrated."""
+    model = build_model(**description.model)
+    return model if description.recipe is None else rewrite(model, description.recipe)
+
+
+def _input_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of the images that a model takes; None where it takes any, or does not say."""
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    return tuple(size) if size is not None and getattr(embed, "strict_img_size", True) else None
 
 
 def write_report(report: Path | None, path: Path) -> None:
@@ -95,8 +137,8 @@ def read_description(path: Path) -> Description:
     """The sidecar of a checkpoint.
 
     Raises:
-        FileNotFoundError: the checkpoint or its sidecar is not there.
-        ValueError: the sidecar is malformed, or it is another file's.
+        FileNotFoundError: the checkpoint or its sidecar is missing.
+        ValueError: the sidecar is malformed, or belongs to another file.
     """
     keys = [field.name for field in dataclasses.fields(Description)]
     values = read_sidecar(path, KIND, keys, "save or copy both again; for bare weights give their --config")
@@ -115,12 +157,10 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
     """
     path = Path(path)
     description = read_description(path)
-    model = build_model(**description.model)
-    if description.recipe is not None:
-        model = quantize(model, description.recipe)
+    model = _build(description)
     state = read_state(path)
-    check_state(state, model.state_dict(), path)
-    model.load_state_dict(state)
+    check_state(state, tensors_of(model), path)
+    model.load_state_dict(state, strict=False)  # but for the quantizers' flags, all names are there
     enable(model)
     return model.eval(), description
 
@@ -130,7 +170,7 @@ def load_model(path: Path, config_file: str | None, overrides: list[str]) -> tup
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the file is no checkpoint, or is not what its sidecar or the config says.
+        ValueError: the file is not a checkpoint, or is not what its sidecar or the config says.
     """
     if config_file is None:
         return load_checkpoint(path)

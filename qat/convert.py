@@ -7,9 +7,9 @@ from absl import logging
 from torch import Tensor, nn
 
 from qswin.calib.files import sha256
-from qswin.models.registry import check_state, family_of, read_state
-from qswin.models.state_dicts import rename
-from qswin.qat.checkpoint import Description, save_checkpoint
+from qswin.models.registry import family_of
+from qswin.models.state_dicts import check_state, read_state, rename
+from qswin.qat.checkpoint import Description, save_checkpoint, tensors_of
 from qswin.qat.config import Config, build_float_model, claim_run, model_arguments, recipe_of
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.rewrite import quantize
@@ -81,8 +81,8 @@ def convert(config: Config) -> Path:
     # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
     aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
     state = convert_ranges({**family_of(config.model.name).convert_state(state, model), **aside}, twin, path)
-    check_state(state, twin.state_dict(), path)
-    twin.load_state_dict(state)
+    check_state(state, tensors_of(twin), path)
+    twin.load_state_dict(state, strict=False)  # but for the quantizers' flags, all names are there
     run = claim_run(config, "convert", ("ptq.safetensors",))
     out = run / "ptq.safetensors"
     description = Description(model_arguments(config), "ptq", preprocessing, recipe=recipe, parent=sha256(path))

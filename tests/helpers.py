@@ -68,7 +68,7 @@ class Small(NamedTuple):
 
     @property
     def task(self) -> str:
-        return family_of(self.name).TASK
+        return family_of(self.name).task
 
 
 VARIANTS = {

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qswin.calib.data.images import Preprocessing, load_image
-from qswin.models.registry import read_state
+from qswin.calib.files import sidecar_path
+from qswin.models.state_dicts import read_state
 from qswin.qat.checkpoint import read_description, save_checkpoint
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.quant.recipe import named_recipe
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
-from tests.helpers import DESCRIPTION, small_swin
+from tests.helpers import DESCRIPTION, small_swin, twin_of
 
 Damage = Callable[[bytes], bytes]
 
@@ -80,16 +81,18 @@ def test_checkpoints(folder, suffix, damage):
 @pytest.fixture(scope="module")
 def sidecar(folder):
     """A checkpoint's sidecar, and its content."""
-    save_checkpoint(folder / "c.safetensors", small_swin(), dataclasses.replace(DESCRIPTION, recipe=named_recipe("full")))
-    return folder / "c.json", (folder / "c.json").read_bytes()
+    twin = twin_of(torch.randn(2, 3, 32, 32), "full", depths=[2, 1])
+    save_checkpoint(folder / "c.safetensors", twin, dataclasses.replace(DESCRIPTION, recipe=named_recipe("full")))
+    path = sidecar_path(folder / "c.safetensors")
+    return path, path.read_bytes()
 
 
 @settings(max_examples=150)
 @given(damage=damages())
-def test_sidecars(sidecar, damage):
+def test_sidecars(folder, sidecar, damage):
     path, content = sidecar
     path.write_bytes(damage(content))
-    read_or_refused(read_description, path.with_suffix(".safetensors"), path.with_suffix(""))
+    read_or_refused(read_description, folder / "c.safetensors", "c.safetensors")
 
 
 @pytest.fixture(scope="module")

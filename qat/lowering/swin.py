@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from qswin.qat.kernels.attention import cosine_window_attention, padded_bias, window_attention
 from qswin.qat.lowering.layers import Int8Linear, Int8Norm, scale_of
 from qswin.qat.quant.quantizers import TensorQuantizer
-from qswin.qat.quant.twins.swin import QuantPatchMerging, QuantSwinBlock, _merge_2x2
+from qswin.qat.quant.twins.swin import (
+    QuantPatchMerging,
+    QuantPatchMergingV2,
+    QuantSwinBlock,
+    QuantSwinV2Block,
+    _merge_2x2,
+)
 
 
 class Int8Block(nn.Module):
@@ -125,3 +131,11 @@ def _places(height: int, width: int) -> Tensor:
 def window_index(block: QuantSwinBlock, height: int, width: int) -> Tensor:
     """(R, 1): the token of each place in the block's windows, rolled and padded as the block does it; -1 where none is."""
     return block.to_windows(_places(height, width)).flatten()[:, None].long() - 1
+
+
+PARTS = {
+    QuantSwinBlock: Int8Block,
+    QuantSwinV2Block: Int8BlockV2,
+    QuantPatchMerging: Int8PatchMerging,
+    QuantPatchMergingV2: Int8PatchMergingV2,
+}

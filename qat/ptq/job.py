@@ -63,7 +63,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     if not recipe.rules:
         raise ValueError("recipe 'none' quantizes nothing; choose gemm or full")
     check(config.calibration, ranks)
-    folder = scan_folder(family_of(config.model.name).TASK, Path(config.data.root) / "train")
+    folder = scan_folder(family_of(config.model.name).task, Path(config.data.root) / "train")
     samples = draw_samples(folder, config.calibration.images, config.seed)
     model, preprocessing = build_float_model(config)
     check_class_count(folder.root, len(folder.classes), model.num_classes)

@@ -1,4 +1,4 @@
-"""What flows through a model's blocks: what block-wise methods work on."""
+"""A model's blocks, and what flows through them: what block-wise methods work on."""
 
 from typing import Any
 
@@ -8,6 +8,14 @@ from torch import Tensor, nn
 from qswin.qat.quant.layers import QuantAdd
 
 Arguments = tuple[Any, ...]  # of a block's forward: the tokens first
+
+
+class FoldingBlock(nn.Module):
+    """A block that computes something which does not depend on its input, and can turn that into a constant."""
+
+    def fold(self) -> None:
+        """Computes it once, for inference: an exported graph then holds a constant instead."""
+        raise NotImplementedError
 
 
 class _Reached(Exception):

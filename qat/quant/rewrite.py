@@ -1,35 +1,72 @@
 """quantize(model, recipe): every module that has a quantized twin is swapped for it."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
 
+from absl import logging
 from torch import Tensor, nn
 
-from qswin.models.state_dicts import rename
+from qswin.models.discovery import offers
+from qswin.models.registry import site_name
+from qswin.qat.quant import twins
+from qswin.qat.quant.blocks import FoldingBlock
+from qswin.qat.quant.coverage import coverage
 from qswin.qat.quant.layers import MakeQuantizer, QuantConv2d, QuantLinear, weight_quantizers
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES, Recipe
-from qswin.qat.quant.twins import cvt, swin, swin_unet, vit
 
-# Keys are types, or their names where importing the type is expensive.
-TWINS: dict[Any, Callable[..., nn.Module]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
-for family in (swin, vit, swin_unet, cvt):
-    TWINS.update(family.TWINS)
-# Sites that are not named as their module is: (pattern of the module's path, what it becomes).
-SITES = (
-    (r"^patch_embed\.proj$", "patch_embed"),
-    (r"^head\.fc$", "head"),
-    (r"^output$", "head"),
-    *cvt.SITES,
-)
+# What makes a twin of a float module whose children are twins by now: twin(module, site, quantizer).
+MakeTwin = Callable[..., nn.Module]
+# Keys are types, or their dotted names where importing the type is expensive.
+Twins = Mapping[type | str, MakeTwin]
+
+
+@functools.cache
+def _twins() -> dict[type | str, MakeTwin]:
+    """The twin of each type of module: at first those of the layers, and what the modules of twins/ offer as TWINS."""
+    found: dict[type | str, MakeTwin] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
+    for more in offers(twins, "TWINS"):
+        found |= more
+    return found
+
+
+def register_twins(more: Twins) -> None:
+    """Makes twins known that are defined outside twins/. A type that had a twin gets the new one.
+
+    Args:
+        more: {type of a float module, or its dotted name: what makes its twin, as twin(module, site, quantizer)}. The type
+            must be the module's own, not a base class of it. `quantizer(site)` makes the quantizer of an activation.
+    """
+    _twins().update(more)
 
 
 def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
     """A copy of `model` made of quantized twins, its quantizers off and not yet calibrated.
 
     The copy computes what `model` computes until its quantizers are switched on. Calibrate it (`calibrate`) or load
-    calibrated ranges, then `enable` it.
+    calibrated ranges, then `enable` it. What the recipe covers is logged, and so is attention that it cannot reach.
+
+    Raises:
+        ValueError: the recipe quantizes no site of this model, or one of its rules matches none.
+    """
+    twin = rewrite(copy.deepcopy(model), recipe)
+    if not recipe.rules:
+        return twin
+    covered = coverage(twin)
+    if not any(quantizers(twin)):
+        kind, rest = type(model).__name__, ", ".join(covered.in_float[:3])
+        raise ValueError(
+            f"recipe {recipe.name!r} quantizes nothing of this {kind}; write rules for its layers ({rest}, ...)"
+        )
+    logging.info("recipe %s: %s", recipe.name, covered)
+    for kind, path in covered.attention.items():
+        logging.warning("%s (first at %s) has no quantized twin: its matmuls stay in float; see register_twins", kind, path)
+    return twin
+
+
+def rewrite(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """`quantize`, but in place and without a word about what is covered. Use what is returned.
 
     Raises:
         ValueError: a rule of the recipe matches no site of this model.
@@ -40,8 +77,8 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
         sites.append(site)
         return recipe.quantizer(site, weight)
 
-    twin = _rewrite(copy.deepcopy(model), "", quantizer)
-    # A named recipe serves every family and may name sites that this model has not; a written one is meant for it.
+    twin = _rewrite(model, "", quantizer)
+    # A named recipe serves every family and may name sites that this model lacks; a written one is meant for it.
     for rule in recipe.rules:
         if recipe.name not in RECIPES and rule.quantize and not any(map(rule.matches, sites)):
             raise ValueError(f"recipe {recipe.name!r}: {rule.sites!r} matches no site of this model")
@@ -53,8 +90,8 @@ def _rewrite(module: nn.Module, path: str, quantizer: MakeQuantizer) -> nn.Modul
     for name, child in module.named_children():
         setattr(module, name, _rewrite(child, f"{path}.{name}".lstrip("."), quantizer))
     kind = type(module)
-    twin = TWINS.get(kind) or TWINS.get(f"{kind.__module__}.{kind.__qualname__}")
-    return module if twin is None else twin(module, rename(path, SITES), quantizer).train(module.training)
+    twin = _twins().get(kind) or _twins().get(f"{kind.__module__}.{kind.__qualname__}")
+    return module if twin is None else twin(module, site_name(path), quantizer).train(module.training)
 
 
 def enable(model: nn.Module) -> None:
@@ -76,7 +113,7 @@ def disable(model: nn.Module, quiet: bool = False) -> None:
 def fold_biases(model: nn.Module) -> None:
     """Turns each block's position bias and shift mask into one constant, for inference."""
     for module in model.modules():
-        if isinstance(module, swin.QuantSwinBlock):
+        if isinstance(module, FoldingBlock):
             module.fold()
 
 

@@ -65,7 +65,7 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         check(config)
         self.config, self.ranks, self.options = config, ranks, config.train
-        self.task = family_of(config.model.name).TASK
+        self.task = family_of(config.model.name).task
         self.folder = scan_folder(self.task, Path(config.data.root) / "train")
         self.validation = scan_folder(self.task, Path(config.data.root) / "val", self.folder.classes)
         model, self.description = starting_model(config, self.folder)
@@ -336,7 +336,7 @@ def check(config: Config) -> None:
         raise ValueError(f"resume={config.resume} is not known; choose auto or never")
     if config.data.decoder not in DECODERS:
         raise ValueError(f"data.decoder={config.data.decoder} is not known; choose {', '.join(DECODERS)}")
-    if config.data.decoder == "dali" and family_of(config.model.name).TASK != "classification":
+    if config.data.decoder == "dali" and family_of(config.model.name).task != "classification":
         raise ValueError("data.decoder=dali is for classification; set data.decoder=pillow")
     if not 0 <= config.train.distill <= 1:
         raise ValueError(f"train.distill={config.train.distill} is not a weight; give 0 to 1")
@@ -378,10 +378,11 @@ def starting_model(config: Config, folder: ImageFolder) -> tuple[nn.Module, Desc
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Weight decay for matrices only; learned ranges have their own learning rate and no decay."""
     ranges, plain, decayed = [], [], []
+    no_decay = family_of(config.model.name).no_weight_decay
     for name, parameter in model.named_parameters():
         if name.endswith("_log_gain"):
             ranges.append(parameter)
-        elif parameter.ndim < 2 or name.endswith(("relative_position_bias_table", "logit_scale")):
+        elif parameter.ndim < 2 or name.endswith(no_decay):
             plain.append(parameter)
         else:
             decayed.append(parameter)

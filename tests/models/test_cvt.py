@@ -61,7 +61,7 @@ def test_its_weights_with_the_other_activation_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"), [({"activation": "relu"}, "gelu or quick_gelu"), ({"widths": 3}, "'widths' is no setting")]
+    ("settings", "words"), [({"activation": "relu"}, "gelu or quick_gelu"), ({"widths": 3}, "'widths' is not a setting")]
 )
 def test_wrong_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):

@@ -1,11 +1,16 @@
 """Model names and checkpoint files, the original repository's among them."""
 
+import importlib
+
 import pytest
 import safetensors.torch
 import torch
 
 from qswin.models import swin, vit
-from qswin.models.registry import build_model, family_of, read_state
+from qswin.models.discovery import offers
+from qswin.models.family import Family
+from qswin.models.registry import build_model, families, family_of, site_name
+from qswin.models.state_dicts import read_state
 from tests.helpers import SMALL, V1, V2, small_swin
 
 
@@ -60,9 +65,77 @@ def test_preprocessing_is_the_models_own():
     assert values["size"] == (32, 32) and values["mean"] == (0.485, 0.456, 0.406) and values["interpolation"] == "bicubic"
 
 
-def test_settings_that_do_not_work_say_so():
-    with pytest.raises(ValueError, match="embed_dimension"):
-        build_model(V1, embed_dimension=3)
+VIT_NAME, UNET_NAME = "vit_tiny_patch16_224", "swin_unet_tiny_patch4_window7_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        (V1, {"embed_dimension": 3}, "embed_dimension"),
+        (V1, {"in_chans": 1}, "in_chans=1 is not supported: images have three channels; leave it at 3"),
+        (V2, {"features_only": True}, "features_only=True is not supported: only whole classifiers"),
+        (VIT_NAME, {"in_chans": 4}, "in_chans=4 is not supported"),
+        (UNET_NAME, {"in_chans": 1}, "in_chans"),
+        (V1, {"num_heads": [0, 0, 0, 0]}, "settings do not work: .*zero"),
+        (V1, {"embed_dim": -96}, "settings do not work: "),
+        (V1, {"depths": 3}, "settings do not work: "),
+        (V1, {"num_classes": 0}, "num_classes=0 is not supported; give 1 or more"),
+        (UNET_NAME, {"num_classes": -1}, "num_classes=-1 is not supported"),
+    ],
+)
+def test_settings_that_do_not_work_say_so(name, settings, words):
+    """In one line, when the model is built; timm takes some of them, and calibration or exporting failed later."""
+    with pytest.raises(ValueError, match=f"model '{name}': .*{words}") as error:
+        build_model(name, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_say_what_is_so_are_taken():
+    assert build_model(V1, 5, in_chans=3, features_only=False, **SMALL).num_classes == 5
+
+
+def test_every_family_is_found():
+    assert {family.name for family in families()} >= {"cvt", "swin", "swin-unet", "vit"}
+    assert all(family.names() for family in families())
+
+
+def test_a_family_has_a_task_that_is_known():
+    with pytest.raises(ValueError, match="family 'x': task 'detection' is not known; choose classification or segmentation"):
+        Family("x", "detection", list, small_swin, swin.preprocessing)
+
+
+def test_parameters_without_weight_decay_are_the_position_biases_and_scales():
+    for name, expected in ((V1, {"relative_position_bias_table"}), (V2, {"logit_scale"})):
+        ends = family_of(name).no_weight_decay
+        named = [key for key, _ in small_swin(name).named_parameters() if key.endswith(ends)]
+        assert {key.rpartition(".")[2] for key in named} == expected and len(named) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "site"),
+    [
+        ("patch_embed.proj", "patch_embed"),
+        ("model.backbone.patch_embed.proj", "model.backbone.patch_embed"),
+        ("head.fc", "head"),
+        ("backbone.head.fc", "backbone.head"),
+        ("mlp_head.fc", "mlp_head.fc"),
+        ("output", "head"),
+        ("mlp.output", "mlp.output"),
+        ("layers.0.blocks.1.attn.qkv", "layers.0.blocks.1.attn.qkv"),
+        ("net.cvt.encoder.stages.1.layers.0.attention.output.dense", "net.stages.1.layers.0.attn.proj"),
+    ],
+)
+def test_sites_are_named_alike_at_any_depth(path, site):
+    assert site_name(path) == site
+
+
+def test_a_module_that_is_put_into_a_package_is_found(tmp_path, monkeypatch):
+    package = tmp_path / "wares_for_a_test"
+    package.mkdir()
+    for name, text in (("__init__", ""), ("b", "WARE = 2"), ("a", "WARE = 1"), ("c", "OTHER = 3")):
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(offers(importlib.import_module("wares_for_a_test"), "WARE")) == [1, 2]
 
 
 class Evil:

@@ -8,11 +8,12 @@ import torch
 
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import sidecar_path
+from qswin.models.state_dicts import read_state
 from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
-from tests.helpers import SMALL, V1, small_swin
+from tests.helpers import SMALL, V1, V2, small_swin
 
 DESCRIPTION = Description(
     {"name": V1, "num_classes": 5, **SMALL},
@@ -75,6 +76,64 @@ def test_a_sidecar_under_its_old_name_is_read(saved):
     sidecar_path(saved).unlink()
     saved.with_suffix(".json").write_text(json.dumps({key: value for key, value in values.items() if key != "kind"}))
     assert load_checkpoint(saved)[1] == DESCRIPTION
+
+
+OTHERS = (
+    {"name": V2, "num_classes": 5, **SMALL},
+    {**DESCRIPTION.model, "num_classes": 6},
+    {**DESCRIPTION.model, "depths": [2, 1]},
+)
+LARGER = Preprocessing(size=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": OTHERS[0]}, "description.model and its recipe say: .*logit_scale is missing"),
+        ({"model": OTHERS[1]}, r"head.fc.weight has shape \(5, 32\), not \(6, 32\)"),
+        ({"model": OTHERS[2]}, "layers.1.blocks.1.* is not a tensor"),
+        (
+            {"model": {**DESCRIPTION.model, "img_size": 64}},
+            r"size is \(32, 32\), but what description.model builds takes \(64",
+        ),
+        ({"recipe": None}, "_amax is not a tensor"),
+        (
+            {"recipe": dataclasses.replace(named_recipe("full"), per_channel=False)},
+            r"_amax has shape \(16, 1, 1, 1\), not \(\)",
+        ),
+        ({"preprocessing": LARGER}, r"preprocessing.size is \(64, 64\), but the model takes \(32, 32\)"),
+        ({"classes": ("a", "b")}, "description.classes has 2 names, but the model has 5 classes"),
+    ],
+)
+def test_a_description_of_another_model_is_not_saved(tmp_path, quantized, changes, words):
+    with pytest.raises(ValueError, match=f"a.safetensors: not saved: .*{words}") as error:
+        save_checkpoint(tmp_path / "a.safetensors", quantized, dataclasses.replace(DESCRIPTION, **changes))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_model_is_not_described_as_without_its_quantizers(tmp_path):
+    with pytest.raises(ValueError, match="patch_embed.proj._input_quantizer._amax is missing"):
+        save_checkpoint(tmp_path / "a.safetensors", small_swin(), DESCRIPTION)
+
+
+def test_saving_draws_no_random_numbers(tmp_path, quantized):
+    """The check builds a model, whose weights are drawn; a run that saves goes on as one that does not."""
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "a.safetensors", quantized, DESCRIPTION)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_flags_of_quantizers_that_are_off_are_left_out(tmp_path, quantized, images):
+    """They may be part of a module's state, but a checkpoint's quantizers quantize."""
+    quantizer = next(quantizers(quantized))
+    quantizer.register_buffer("_off", torch.tensor(True))
+    save_checkpoint(tmp_path / "a.safetensors", quantized, DESCRIPTION)
+    assert not [name for name in read_state(tmp_path / "a.safetensors") if name.endswith("_off")]
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(tmp_path / "a.safetensors")[0](images), quantized(images))
 
 
 def test_a_path_may_be_text_and_must_be_a_checkpoints(tmp_path, quantized):

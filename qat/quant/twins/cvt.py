@@ -98,15 +98,3 @@ TWINS = {
     f"{MODULE}.CvtSelfAttention": QuantCvtAttention,
     f"{MODULE}.CvtLayer": QuantCvtLayer,
 }
-# transformers' module paths as the names that recipes use for every family.
-SITES = (
-    (r"^cvt\.encoder\.", ""),
-    (r"\.embedding\.convolution_embeddings\.projection$", ".patch_embed"),
-    (r"\.attention\.attention\.convolution_projection_(\w+)\.convolution_projection\.convolution$", r".attn.conv.\1"),
-    (r"\.attention\.attention\.projection_(\w+)$", r".attn.qkv.\1"),
-    (r"\.attention\.attention$", ".attn"),
-    (r"\.attention\.output\.dense$", ".attn.proj"),
-    (r"\.intermediate\.dense$", ".mlp.fc1"),
-    (r"\.output\.dense$", ".mlp.fc2"),
-    (r"^classifier$", "head"),
-)

@@ -15,6 +15,7 @@ from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
+from qswin.qat.quant.blocks import FoldingBlock
 from qswin.qat.quant.layers import MakeQuantizer, QuantAdd, QuantMatMul
 
 TINY = 1e-6  # FP16 can express it
@@ -131,7 +132,7 @@ def _add_bias(attn: Tensor, bias: Tensor) -> Tensor:
     return (attn.view(-1, *bias.shape) + bias).view(attn.shape)
 
 
-class QuantSwinBlock(nn.Module):
+class QuantSwinBlock(FoldingBlock):
     """Swin V1 block: norm, attention, residual; norm, MLP, residual. x: (B, H, W, C)."""
 
     def __init__(self, block: v1.SwinTransformerBlock, site: str, quantizer: MakeQuantizer) -> None:

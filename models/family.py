@@ -1,0 +1,56 @@
+"""Family: all that the rest of the code asks of a family of models, in one object."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+TASKS = ("classification", "segmentation")
+
+
+def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of float models.
+
+    A module of models/ offers its family as `FAMILY`; code outside the package calls `registry.register_family`.
+
+    Args:
+        name: the family's own, such as "swin".
+        task: "classification" or "segmentation".
+        names: gives the names of the models that `build` knows.
+        build: called as build(name, num_classes, pretrained=..., **kwargs), it makes a float model, (N, 3, H, W) -> logits,
+            whose attribute `num_classes` is the number of its classes. `num_classes` None keeps the architecture's own.
+        preprocessing: gives a model's own size, mean, std, interpolation and crop_pct; the keys are those of
+            qswin.calib.data.images.Preprocessing.
+        convert_state: called with a state dict in a layout that people hold and the model it is for, it gives the state
+            under the model's own names.
+        sites: (pattern, replacement) pairs that turn the path of a module into the name that recipes use, as
+            `state_dicts.rename` applies them. Every model is renamed by the pairs of all families.
+        no_weight_decay: how the names of parameters end that have two or more dimensions and take no weight decay.
+        fixed: settings of the architecture that work with one value only: {setting: (value, why)}.
+    """
+
+    name: str
+    task: str
+    names: Callable[[], Collection[str]]
+    build: Callable[..., nn.Module]
+    preprocessing: Callable[[Any], dict[str, Any]]
+    convert_state: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = _as_it_is
+    sites: tuple[tuple[str, str], ...] = ()
+    no_weight_decay: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"family {self.name!r}: task {self.task!r} is not known; choose {' or '.join(TASKS)}")
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError for a setting of the architecture that does not work; it is named."""
+        for setting, (value, reason) in self.fixed.items():
+            if settings.get(setting, value) != value:
+                raise ValueError(f"{setting}={settings[setting]} is not supported: {reason}; leave it at {value}")

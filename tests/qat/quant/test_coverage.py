@@ -1,0 +1,123 @@
+"""What quantize says of a model: how much is covered, what is not, and that something is."""
+
+import logging
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from qswin.qat.quant.coverage import coverage
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import Recipe, Rule, named_recipe
+from qswin.qat.quant.rewrite import quantize
+from tests.helpers import SMALL, V1, V2, VARIANTS, small_swin
+
+
+@pytest.fixture
+def messages(caplog):
+    """The messages of quantize, by level."""
+    caplog.set_level(logging.INFO, logger="absl")
+
+    def of(level: int) -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelno == level]
+
+    return of
+
+
+@pytest.mark.parametrize("name", ["gemm", "full"])
+def test_a_recipe_that_quantizes_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=rf"'{name}' quantizes nothing of this ResNet.*\(conv1, layer1") as error:
+        quantize(torchvision.models.resnet18(), named_recipe(name))
+    assert "\n" not in str(error.value)
+
+
+def test_rules_for_its_layers_quantize_it():
+    twin = quantize(torchvision.models.resnet18(), Recipe("mine", (Rule("layer1", quantize=True),)))
+    covered = coverage(twin)
+    assert covered.convolutions == (4, 20) and covered.linears == (0, 1) and len(covered.in_float) == 17
+
+
+@pytest.mark.parametrize(("recipe", "matmuls"), [("gemm", 0), ("attention", 8), ("full", 8)])
+def test_a_swin_is_covered(messages, recipe, matmuls):
+    covered = coverage(quantize(small_swin(V1), named_recipe(recipe)))
+    adds = 8 if recipe == "full" else 0
+    assert (covered.linears, covered.convolutions) == ((18, 18), (1, 1))
+    assert (covered.matmuls, covered.adds) == ((matmuls, 8), (adds, 8))
+    assert not covered.in_float and not covered.attention
+    (line,) = messages(logging.INFO)
+    assert line == (
+        f"recipe {recipe}: 18 of 18 linears, 1 of 1 convolutions, {matmuls} of 8 matmuls, {adds} of 8 adds are quantized;"
+        " no layer with weights stays in float"
+    )
+    assert not messages(logging.WARNING)
+
+
+def test_layers_that_stay_in_float_are_counted_and_named():
+    """V2's position MLPs, two linears a block."""
+    covered = coverage(quantize(small_swin(V2), named_recipe("full")))
+    assert covered.linears == (18, 26) and len(covered.in_float) == 8
+    assert "in float stay 8 layers with weights (layers.0.blocks.0.attn.cpb_mlp.0, " in str(covered)
+    assert str(covered).endswith(", ...)")
+
+
+@pytest.mark.parametrize("variant", ["vit, class token", "cvt", "swin-unet"])
+def test_attention_with_a_twin_is_no_matter_for_a_warning(messages, variant):
+    """CvT's twin stands inside a module of transformers that is called attention too."""
+    twin = quantize(VARIANTS[variant].build(), named_recipe("gemm"))
+    assert not coverage(twin).attention and not messages(logging.WARNING)
+
+
+def test_a_swin_of_another_library_is_covered_in_part(messages):
+    """Its MLPs, patch mergings and head have names that recipes know; its attention has no twin."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4, "num_heads": [1, 2, 4, 8]}
+    config = transformers.SwinConfig(**sizes, depths=[2, 2, 6, 2])
+    covered = coverage(quantize(transformers.SwinForImageClassification(config), named_recipe("full")))
+    quantized, layers = (sum(pair) for pair in zip(covered.linears, covered.convolutions, strict=True))
+    assert (quantized, layers) == (28, 77) and covered.matmuls == (0, 0)
+    assert "SwinAttention" in covered.attention
+    assert covered.attention["SwinAttention"].startswith("swin.encoder.layers.0.blocks.0.attention")
+    warning = next(line for line in messages(logging.WARNING) if line.startswith("SwinAttention "))
+    assert "swin.encoder.layers.0.blocks.0.attention" in warning and "no quantized twin" in warning
+
+
+def test_torchs_own_attention_is_named(messages):
+    """Its weight is a parameter of its own, and its projection a class that is not nn.Linear."""
+    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(16, 2, 32), "head": nn.Linear(16, 3)})
+    covered = coverage(quantize(model, named_recipe("gemm")))
+    assert covered.attention == {"MultiheadAttention": "encoder.self_attn"}
+    assert covered.linears == (1, 5) and {"encoder.self_attn", "encoder.self_attn.out_proj"} < set(covered.in_float)
+    assert ["MultiheadAttention (first at encoder.self_attn)" in line for line in messages(logging.WARNING)] == [True]
+
+
+def test_no_rules_are_no_matter_for_a_word(messages):
+    quantize(torchvision.models.resnet18(), named_recipe("none"))
+    assert not messages(logging.INFO) and not messages(logging.WARNING)
+
+
+class Detector(nn.Module):
+    """A model of a user's own around a timm Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(V1, num_classes=5, **SMALL)
+        self.boxes = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.boxes(self.backbone(x))
+
+
+@torch.no_grad()
+def test_a_swin_within_another_model_is_rewritten_too(images):
+    """The sites are the Swin's own behind the path to it, and recipes find them."""
+    model = Detector().eval()
+    twin = quantize(model, named_recipe("full"))
+    torch.testing.assert_close(twin(images), model(images), rtol=1e-5, atol=1e-6)
+    alone = {quantizer.site for quantizer in quantizers(quantize(model.backbone, named_recipe("full")))}
+    assert {quantizer.site for quantizer in quantizers(twin)} == {f"backbone.{site}" for site in alone}
+    assert {"backbone.patch_embed", "backbone.head", "backbone.layers.0.blocks.0.attn.qkv.weight"} < {
+        quantizer.site for quantizer in quantizers(twin)
+    }
+    assert coverage(twin).in_float == ("boxes",)
