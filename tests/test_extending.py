@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qswin import Description, Preprocessing, Recipe, Rule, calibrate, export_onnx, load_checkpoint, quantize, save_checkpoint
+import qswin
 from qswin.calib.calibrators import CALIBRATORS, find_range
 from qswin.calib.grid import grid_of
 from qswin.qat.quant.quantizers import quantizers
@@ -47,10 +47,10 @@ def test_the_format_rounds_as_ml_dtypes_does(fp4):
 
 
 def test_the_format_is_calibrated_trained_and_saved(fp4, images, tmp_path):
-    recipe = Recipe("mine", (Rule("fc1", quantize=True),), weight_format="fp4", weight_calibrator="mse")
+    recipe = qswin.Recipe("mine", (qswin.Rule("fc1", quantize=True),), weight_format="fp4", weight_calibrator="mse")
     model = small_swin()
-    twin = quantize(model, recipe)
-    calibrate(twin, [images])
+    twin = qswin.quantize(model, recipe)
+    qswin.calibrate(twin, [images])
     weights = [q for q in quantizers(twin) if q.site.endswith(".weight")]
     assert weights and all(q.spec.grid.name == "fp4" for q in weights)
     twin(images).sum().backward()
@@ -58,12 +58,14 @@ def test_the_format_is_calibrated_trained_and_saved(fp4, images, tmp_path):
     assert fc1.weight.grad.abs().sum() > 0
     levels = (weights[0](fc1.weight) / weights[0].scale).detach()
     assert set(levels.abs().flatten().tolist()) <= {0, 0.5, 1, 1.5, 2, 3, 4, 6}
-    description = Description({"name": V1, "num_classes": 5, **SMALL}, "ptq", Preprocessing(size=(32, 32)), recipe=recipe)
-    save_checkpoint(tmp_path / "fp4.safetensors", twin, description)
-    loaded, _ = load_checkpoint(tmp_path / "fp4.safetensors")
+    description = qswin.Description(
+        {"name": V1, "num_classes": 5, **SMALL}, "ptq", qswin.Preprocessing(size=(32, 32)), recipe=recipe
+    )
+    qswin.save_checkpoint(tmp_path / "fp4.safetensors", twin, description)
+    loaded, _ = qswin.load_checkpoint(tmp_path / "fp4.safetensors")
     torch.testing.assert_close(loaded(images), twin.eval()(images), rtol=0, atol=0)
     with pytest.raises(ValueError, match="fp4"):
-        export_onnx(twin, description)
+        qswin.export_onnx(twin, description)
 
 
 def test_the_calibrator_clips_at_the_root_mean_square():

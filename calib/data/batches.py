@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from qswin.calib.data.folders import Sample
 from qswin.calib.data.images import Preprocessing, load_image, load_mask
@@ -43,6 +44,12 @@ def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := upcoming.result()) is not None:
             upcoming = thread.submit(next, batches, None)
             yield batch
+
+
+def warn_of_skipped(skipped: Sequence[ImageFile] | None) -> None:
+    """Says how many unreadable images `image_batches` left out, and names the first."""
+    if skipped:
+        logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
 
 
 def image_batches(

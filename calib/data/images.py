@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 UNREADABLE = (
-    "missing, or cannot be read as an image; mend or remove it, or skip it (--skip-unreadable, or"
-    " data.skip_unreadable=true in a config)"
+    "missing, or cannot be read as an image; mend or remove it, or skip it"
+    " (--skip-unreadable, or data.skip_unreadable=true in a config)"
 )
 
 

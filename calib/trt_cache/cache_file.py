@@ -1,18 +1,20 @@
 """TensorRT's calibration caches: text files of one range a tensor.
 
-A header, `TRT-8600-EntropyCalibration2`, then lines `tensor: 3c010a14`: the big-endian bits of the float32 amax / 127.
-A sidecar, `<cache>.json`, binds a cache to the ONNX file it was made from.
+A header, `TRT-8600-EntropyCalibration2`, then lines `tensor: 3c010a14`: the big-endian bits of the float32 scale,
+amax / 127. The sidecar binds a cache to the ONNX file it was made from.
 """
 
-import json
 import math
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
-from qswin.calib.files import sha256, write_atomic, write_json
+from qswin.calib.files import read_sidecar, sha256, write_with_sidecar
+from qswin.calib.grid import INT8
 
+KIND = "calibration cache"
+SUFFIX = ".cache"
 ALGORITHMS = {"entropy2": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
 LINE = re.compile(r"(.+): ([0-9a-f]{8}|0)")  # TensorRT leaves leading zeros out: a scale of 0 is "0"
@@ -38,7 +40,7 @@ def format_cache(ranges: dict[str, float], version: str, algorithm: str) -> byte
     for tensor, amax in ranges.items():
         if not 0 < amax < math.inf:
             raise ValueError(f"{tensor}: its range is {amax}; TensorRT needs a positive, finite one")
-    lines = [f"{tensor}: {struct.pack('>f', amax / 127).hex()}\n" for tensor, amax in ranges.items()]
+    lines = [f"{tensor}: {struct.pack('>f', amax / INT8.qmax).hex()}\n" for tensor, amax in ranges.items()]
     return "".join([f"TRT-{version_number(version)}-{ALGORITHMS[algorithm]}\n", *lines]).encode()
 
 
@@ -68,20 +70,18 @@ def parse_cache(data: bytes, name: str = "cache") -> tuple[str, str, dict[str, f
         (scale,) = struct.unpack(">f", bytes.fromhex(entry[2].zfill(8)))
         if not 0 <= scale < math.inf:
             raise ValueError(f"{name}, line {number}: the scale of {entry[1]} is {scale}; make the cache again")
-        ranges[entry[1]] = 127 * scale
+        ranges[entry[1]] = INT8.qmax * scale
     return header[1], header[2], ranges
 
 
-def sidecar_path(path: Path) -> Path:
-    """`<cache>.json`: a cache may have any suffix."""
-    return path.with_name(path.name + ".json")
-
-
 def write_cache(path: Path, data: bytes, onnx: Path, details: dict[str, Any]) -> None:
-    """Writes a cache and the sidecar that binds it to `onnx`, each atomically, the sidecar last."""
+    """Writes a cache and the sidecar that binds it to `onnx`, each atomically, the sidecar last.
+
+    Raises:
+        ValueError: the data is malformed, or the sidecar's name belongs to a file of another kind.
+    """
     parse_cache(data, str(path))
-    write_atomic(path, data)
-    write_json(sidecar_path(path), {**details, "onnx": onnx.name, "onnx_sha256": sha256(onnx), "sha256": sha256(path)})
+    write_with_sidecar(path, data, KIND, {**details, "onnx": onnx.name, "onnx_sha256": sha256(onnx)})
 
 
 def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
@@ -95,23 +95,10 @@ def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
         FileNotFoundError: the cache or its sidecar is missing.
         ValueError: it is malformed, of another version, or of another ONNX file.
     """
-    sidecar = sidecar_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such calibration cache; make it with qswin calib-cache")
-    if not sidecar.is_file():
-        raise FileNotFoundError(
-            f"{sidecar}: missing, so nothing says which ONNX file {path.name} is of; make the cache again"
-        )
+    bound = read_sidecar(path, KIND, ("onnx", "onnx_sha256"), "make the cache again with qswin calib-cache")
     made_by, _, ranges = parse_cache(path.read_bytes(), str(path))
     if made_by != version_number(version):
         raise ValueError(f"{path}: made for TensorRT {made_by}, here is {version_number(version)}; make the cache again")
-    try:
-        bound = json.loads(sidecar.read_text())
-        onnx, own = bound["onnx_sha256"], bound["sha256"]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{sidecar}: not a cache's sidecar ({error}); make the cache again") from error
-    if own != sha256(path):
-        raise ValueError(f"{path}: changed since its sidecar was written; make the cache again")
-    if onnx != onnx_sha256:
-        raise ValueError(f"{path}: stale: made for another ONNX file, {bound.get('onnx')}; make the cache again")
+    if bound["onnx_sha256"] != onnx_sha256:
+        raise ValueError(f"{path}: stale: made for another ONNX file, {bound['onnx']}; make the cache again")
     return ranges

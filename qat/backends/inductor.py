@@ -1,15 +1,16 @@
 """The target `inductor`: a calibrated checkpoint as an AOTInductor package (.pt2) that runs the project's INT8 kernels.
 
 A package holds compiled code and integer weights: running it needs torch and a GPU of its compute capability, but neither
-qswin nor timm. It is code: load only packages you built yourself. The command `qswin build`, which does this target itself
-and leaves the others to qswin.trt.engines.build.
+qswin nor timm. It is code: load only packages you built yourself.
 """
 
+import dataclasses
 import io
 import os
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,39 @@ import numpy as np
 
 from qswin.calib.data.batches import fill_up
 from qswin.calib.files import sha256
+from qswin.qat.backends.findings import Finding, library
+from qswin.qat.backends.registry import Backend, OpenOptions, register
+from qswin.qat.backends.torch_timing import captured, torch_timer
 from qswin.trt.engines.engine import BuiltModel
+from qswin.trt.evaluation.timing import CUDA_GRAPH, Subject, Timer, TimingOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SUFFIX = ".pt2"
 TARGET = "inductor"
+KIND = "package"
 OLDEST_CAPABILITY = (8, 0)  # of the kernels' INT8 instructions
-NOT_HERE = ("onnx", "calib_cache", "override", "workspace", "level", "fold")  # arguments of the other targets
+
+
+@dataclasses.dataclass(frozen=True)
+class PackageOptions:
+    """How to build a package. The names are those of the flags of `qswin build`.
+
+    Attributes:
+        precision: int8, or best, which is the same here.
+        batch_sizes: smallest, usual and largest batch. One fixed batch runs faster: tiles are then chosen for it.
+    """
+
+    target: str = TARGET
+    precision: str = "best"
+    batch_sizes: tuple[int, int, int] = (1, 8, 64)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("int8", "best"):
+            raise ValueError(
+                f"--precision {self.precision} is not for --target {TARGET}, which builds INT8 from a --checkpoint"
+            )
 
 
 def compile_package(model: "nn.Module", size: tuple[int, int], profile: tuple[int, int, int]) -> bytes:
@@ -65,15 +90,15 @@ def check_linkage(package: bytes) -> None:
                 )
 
 
-def build(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:
+def build_package(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:
     """Builds a package from a checkpoint that was calibrated with recipe `attention`.
 
     Returns:
-        The package, and its sidecar but for the package's own checksum.
+        The package, and what its sidecar says of it.
 
     Raises:
         FileNotFoundError: the checkpoint or its sidecar is missing.
-        ValueError: there is no GPU that can run it, or the kernels have not what the checkpoint needs (it is named).
+        ValueError: there is no GPU that can run it, or the kernels lack what the checkpoint needs (it is named).
     """
     import torch
 
@@ -100,7 +125,7 @@ def build(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, A
 
 
 def check_gpu() -> str:
-    """The GPU's compute capability, "9.0". Raises ValueError without a GPU, and for one that has not what is needed."""
+    """The GPU's compute capability, "9.0". Raises ValueError without a GPU, and for one that is too old."""
     import torch
 
     if not torch.cuda.is_available():
@@ -120,7 +145,7 @@ class Package(BuiltModel):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        super().__init__(path, KIND)
         import torch
         from torch._inductor import aoti_load_package
 
@@ -139,3 +164,47 @@ class Package(BuiltModel):
         padded = torch.from_numpy(fill_up(images, self.smallest)).cuda()
         logits: Tensor = self.run(padded)
         return logits[: len(images)].cpu().numpy()
+
+
+class PackageSubject(Subject):
+    """A package with its input on the GPU, by CUDA events."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        self.package = package = Package(path)
+        device = torch.cuda.get_device_name()
+        self.row = {"model": path.name, "backend": package.backend, "precision": package.precision, "device": device}
+        self.preprocessing, self.smallest, self.largest = package.preprocessing, package.smallest, package.largest
+
+    def timers(self, images: np.ndarray, cuda_graph: bool) -> Iterator[tuple[str, Timer]]:
+        import torch
+
+        on_gpu = torch.from_numpy(images).cuda()
+        yield "", torch_timer(self.package.run, on_gpu)
+        if cuda_graph:
+            yield CUDA_GRAPH, torch_timer(captured(self.package.run, on_gpu), on_gpu)
+
+
+class Inductor(Backend):
+    name = TARGET
+    suffixes = (SUFFIX,)
+    targets = (TARGET,)
+    build_options = PackageOptions
+    source = "checkpoint"
+    kind = KIND
+
+    def open(self, path: Path, options: OpenOptions) -> Package:
+        return Package(path)
+
+    def subjects(self, path: Path, opening: OpenOptions, timing: TimingOptions) -> Iterator[Subject]:
+        yield PackageSubject(path)
+
+    def build(self, source: Path, output: Path, options: PackageOptions) -> tuple[bytes, dict[str, Any]]:
+        return build_package(source, options.batch_sizes)
+
+    def findings(self) -> list[Finding]:
+        return [library("triton", "build --target inductor")]
+
+
+register(Inductor())

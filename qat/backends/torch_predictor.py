@@ -1,4 +1,4 @@
-"""The command `qswin evaluate`: a checkpoint or package with torch, or an ONNX file or engine without importing it."""
+"""A torch model as what is evaluated: NumPy in, NumPy out."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class TorchPredictor:
-    """A torch model as qswin.trt.evaluation.evaluate.Predictor: NumPy in, NumPy out."""
+    """A torch model on a device, as a qswin.trt.evaluation.evaluate.Predictor."""
 
     def __init__(self, model: "nn.Module", description: "Description", device: str) -> None:
         import torch

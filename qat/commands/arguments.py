@@ -21,3 +21,13 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or another torch device")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What opens a model file of any kind: qswin.qat.backends.registry.OpenOptions."""
+    parser.add_argument("--threads", type=int, default=0, help="compute threads of ONNX Runtime; 0: all cores")
+    parser.add_argument("--device", default="auto", help="of a checkpoint: auto, cpu, cuda, ...")
+    parser.add_argument("--config", help="for bare weights, which have no sidecar: the YAML file that describes them")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting over --config's"
+    )

@@ -2,47 +2,41 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qswin.calib.files import write_json
-from qswin.qat.backends.inductor import SUFFIX, Package
-from qswin.trt.evaluation.compare import first_parting, layer_errors, output_errors, read_images
-from qswin.trt.evaluation.evaluate import open_predictor
+from qswin.calib.files import write_result
+from qswin.qat.backends.registry import backend_of, open_predictor
+from qswin.trt.evaluation.compare import first_parting, layer_errors, logits_of, output_errors, read_images, worst_layers
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Errors of an engine or ONNX file against an ONNX file in ONNX Runtime, on the same images."
+    parser.description = "Errors of a model against an ONNX file in ONNX Runtime, on the same images."
     parser.epilog = (
         "example:\n  qswin compare --model runs/x/fp16.engine --reference runs/x/fp32.onnx --data DIR/val --layers"
     )
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--reference", required=True, type=Path, help="an .onnx file")
+    parser.add_argument("--model", required=True, type=Path, help="an engine, an ONNX file, a package or a checkpoint")
+    parser.add_argument("--reference", required=True, type=Path, help="an ONNX file")
     parser.add_argument("--data", type=Path, help="folder of images; without it, random ones")
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, default=16, help="how many, evenly spread over the folder")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
     parser.add_argument("--layers", action="store_true", help="every activation too, and where they part first")
     parser.add_argument("--tolerance", type=float, default=0.1, help="relative error of a tensor that counts as parting")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the errors here too; - is standard output")
 
 
 def main(args: argparse.Namespace) -> None:
-    ours = Package(args.model) if args.model.suffix == SUFFIX else open_predictor(args.model)
-    theirs = OnnxRuntimePredictor(args.reference)
-    images = read_images(args, theirs.task, theirs.preprocessing)
+    ours, theirs = open_predictor(args.model), OnnxRuntimePredictor(args.reference)
+    images = read_images(args.data, args.images, theirs.task, theirs.preprocessing, args.skip_unreadable)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)
-    logits = [np.concatenate([p(images[i : i + size]) for i in range(0, len(images), size)]) for p in (ours, theirs)]
-    report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **output_errors(*logits)}
+    errors = output_errors(*(logits_of(predictor, images, size) for predictor in (ours, theirs)))
+    report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **errors}
     print(json.dumps(report, indent=1))
     if args.layers:
-        errors = layer_errors(args.model, args.reference, images[:size])
-        report["layers"] = dict(errors)
-        report["parting"] = first_parting(errors, args.tolerance)
-        worst = sorted(errors, key=lambda item: -item[1])[:10]
-        print("\n".join(f"{error:10.5f}  {name}" for name, error in worst))
-        print(report["parting"])
+        values = backend_of(args.model).activations(args.model, args.reference, images[:size])
+        layers = layer_errors(values, args.reference, images[:size])
+        report |= {"layers": dict(layers), "parting": first_parting(layers, args.tolerance)}
+        print(f"{worst_layers(layers)}\n{report['parting']}")
     if args.json:
-        write_json(args.json, {**report, "command": sys.argv})
+        write_result(args.json, "comparison", report)

@@ -1,13 +1,10 @@
 """`qswin inspect`."""
 
 import argparse
-import dataclasses
 from pathlib import Path
-from typing import Any
 
-from qswin.calib.files import write_json
-from qswin.trt.engines.layers import layer_table
-from qswin.trt.engines.listing import read_layers
+from qswin.calib.files import write_result
+from qswin.qat.backends.registry import backend_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,28 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n  qswin inspect --model runs/x/ptq.safetensors\n  qswin inspect --model runs/x/int8.engine --time"
     )
-    parser.add_argument("--model", required=True, type=Path, help="a checkpoint, an .onnx file or an engine")
-    parser.add_argument("--time", action="store_true", help="of each of an engine's layers")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", required=True, type=Path, help="a checkpoint, an ONNX file or an engine")
+    parser.add_argument("--time", action="store_true", help="measure each of an engine's layers")
+    parser.add_argument("--json", type=Path, help="write the list here too; - is standard output")
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.model.suffix == ".safetensors":
-        list_quantizers(args)
-        return
-    layers = read_layers(args.model, args.time)
-    print(layer_table(layers))
+    listing = backend_of(args.model).listing(args.model, args.time)
+    print(listing.table)
     if args.json:
-        rows: list[dict[str, Any]] = [dataclasses.asdict(layer) for layer in layers]
-        write_json(args.json, {"model": str(args.model), "layers": rows})
-
-
-def list_quantizers(args: argparse.Namespace) -> None:
-    from qswin.qat.checkpoint import load_checkpoint
-    from qswin.qat.quant.quantizers import quantizers, table
-
-    model, _ = load_checkpoint(args.model)
-    print(table(model))
-    if args.json:
-        rows = [{"site": q.site, "format": q.spec.grid.name, "amax": q.amax.flatten().tolist()} for q in quantizers(model)]
-        write_json(args.json, {"model": str(args.model), "quantizers": rows})
+        write_result(args.json, listing.kind, {"model": str(args.model), listing.kind: listing.rows})

@@ -1,4 +1,4 @@
-"""LayerNorm of a tile, for the kernels that have one: before a quantization, before a residual add, after patch embedding."""
+"""LayerNorm of a tile, for the kernels that have one: before a quantization, a residual add, after patch embedding."""
 
 import triton
 import triton.language as tl

@@ -1,6 +1,5 @@
 """Latency of a model of which some sites stay in float, measured where it is going to run: exported, built and timed."""
 
-import argparse
 import copy
 import functools
 import tempfile
@@ -10,14 +9,14 @@ from pathlib import Path
 from absl import logging
 from torch import nn
 
+from qswin.qat.backends.registry import OpenOptions, build, time_model
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import DEFAULT_OPSET, OLDEST_OPSET, export_onnx, save_onnx
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
-from qswin.trt.engines.build import BuildOptions, build_engine, save_engine
-from qswin.trt.evaluation.timing import bench_engine, bench_onnx
+from qswin.trt.evaluation.timing import TimingOptions
 
 RUNTIMES = ("onnxruntime", "tensorrt")
-TIMING = argparse.Namespace(threads=0, warmup=10, repeats=50, cpu_repeats=9, cuda_graph=False)
+TIMING = TimingOptions(warmup=10, repeats=50, cpu_repeats=9)
 
 
 def measure_latency(
@@ -39,14 +38,13 @@ def measure_latency(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mixed.onnx"
         save_onnx(path, export_onnx(mixed, description, precision, opset, batch), description.to_dict())
-        if runtime == "onnxruntime":
-            return next(bench_onnx(path, [batch], TIMING))["ms"]
-        engine = path.with_suffix(".engine")
-        options = BuildOptions(
-            "int8" if precision == "int8" else "fp16", profile=(batch, batch, batch), timing_cache=timing_cache
-        )
-        save_engine(engine, *build_engine(path, options))
-        return next(bench_engine(engine, [batch], TIMING))["ms"]
+        if runtime == "tensorrt":
+            onnx, path = path, path.with_suffix(".engine")
+            engine_precision = "int8" if precision == "int8" else "fp16"
+            sizes = (batch, batch, batch)
+            given = {"onnx": onnx, "precision": engine_precision, "batch_sizes": sizes, "timing_cache": timing_cache}
+            build("tensorrt", path, given)
+        return next(time_model(path, [batch], OpenOptions(), TIMING))["ms"]
 
 
 def without_quantizers(model: nn.Module, sites: Collection[str]) -> nn.Module:

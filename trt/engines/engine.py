@@ -3,7 +3,6 @@
 An engine is code: load only engines you built yourself.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ import numpy as np
 
 from qswin.calib.data.batches import fill_up
 from qswin.calib.data.images import Preprocessing
-from qswin.calib.files import sha256
+from qswin.calib.files import read_sidecar
 from qswin.trt.engines.cuda import Gpu, find_gpu
-from qswin.trt.engines.version import Backend, find_backend
+from qswin.trt.engines.version import TensorRT, find_tensorrt
 
+KIND = "engine"
 SUFFIXES = (".engine", ".plan")
+REMEDY = "build it again with qswin build"
 KEYS = (  # that every sidecar of a built model has
     *("target", "version", "capability", "profile"),
     *("engine_precision", "preprocessing", "task", "classes"),
@@ -23,36 +24,15 @@ KEYS = (  # that every sidecar of a built model has
 NO_RTX = ("9.0", "10.0", "10.3")  # compute capabilities of data-centre GPUs that TensorRT-RTX does not run on
 
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """What `qswin build` wrote beside an engine.
-
-    Raises:
-        FileNotFoundError: the engine or its sidecar is missing.
-        ValueError: the sidecar is malformed, or it is another file's.
-    """
-    sidecar = path.with_suffix(".json")
-    for file in (path, sidecar):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; an engine and its sidecar are built with qswin build")
-    try:
-        values = json.loads(sidecar.read_text())
-        checksum, _ = values["sha256"], [values[key] for key in KEYS]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{sidecar}: not an engine's sidecar ({error}); build the engine again") from error
-    if sha256(path) != checksum:
-        raise ValueError(f"{path}: truncated or changed since its sidecar was written; build it again")
-    return values
-
-
-def check_fits(path: Path, sidecar: dict[str, Any], backend: Backend, gpu: Gpu | None) -> None:
+def check_fits(path: Path, sidecar: dict[str, Any], tensorrt: TensorRT, gpu: Gpu | None) -> None:
     """Raises ValueError when this TensorRT or this GPU cannot run the engine, before TensorRT's own error does."""
-    if backend.version != sidecar["version"]:
-        raise ValueError(f"{path}: built by {backend.target} {sidecar['version']}, here is {backend}; build it again here")
+    if tensorrt.version != sidecar["version"]:
+        raise ValueError(f"{path}: built by {tensorrt.target} {sidecar['version']}, here is {tensorrt}; build it again here")
     if gpu is None:
         raise ValueError(f"{path}: running an engine needs an NVIDIA GPU and its driver; evaluate the .onnx file here")
-    if backend.target == "tensorrt-rtx" and gpu.capability in NO_RTX:
+    if tensorrt.target == "tensorrt-rtx" and gpu.capability in NO_RTX:
         raise ValueError(
-            f"{path}: {backend} does not run on compute capability {gpu.capability}; build with --target tensorrt"
+            f"{path}: {tensorrt} does not run on compute capability {gpu.capability}; build with --target tensorrt"
         )
     if gpu.capability != sidecar["capability"]:
         raise ValueError(
@@ -63,6 +43,9 @@ def check_fits(path: Path, sidecar: dict[str, Any], backend: Backend, gpu: Gpu |
 class BuiltModel:
     """What `qswin build` wrote beside a built model, as a qswin.trt.evaluation.evaluate.Predictor shows it.
 
+    Args:
+        kind: of the file, as its sidecar says it: "engine" or "package".
+
     Attributes:
         sidecar: all of it: precision, preprocessing, classes, the source's checksum, ...
         smallest, largest: the batches that it takes.
@@ -72,8 +55,8 @@ class BuiltModel:
         ValueError: the sidecar is malformed, or it is another file's.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.sidecar = sidecar = read_sidecar(path)
+    def __init__(self, path: Path, kind: str) -> None:
+        self.sidecar = sidecar = read_sidecar(path, kind, KEYS, REMEDY)
         self.smallest, _, self.largest = sidecar["profile"]
         self.backend = f"{sidecar['target']} {sidecar['version']}"
         self.precision: str = sidecar["engine_precision"]
@@ -98,8 +81,8 @@ class Engine(BuiltModel):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        super().__init__(path)
-        check_fits(path, self.sidecar, find_backend(self.sidecar["target"]), find_gpu())
+        super().__init__(path, KIND)
+        check_fits(path, self.sidecar, find_tensorrt(self.sidecar["target"]), find_gpu())
         from polygraphy.backend.trt import engine_from_bytes
         from polygraphy.cuda import DeviceArray, Stream
 
@@ -119,7 +102,7 @@ class Engine(BuiltModel):
         """Sets the batch size of what follows, and makes room for it."""
         if not self.smallest <= batch <= self.largest:
             raise ValueError(
-                f"batch {batch}: the engine takes {self.smallest} to {self.largest}; build it with other --shapes"
+                f"batch {batch}: the engine takes {self.smallest} to {self.largest}; build it with other --batch-sizes"
             )
         if batch == self._batch:
             return

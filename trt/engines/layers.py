@@ -1,4 +1,4 @@
-"""What an engine or an ONNX graph consists of: layers, their precisions and what was fused."""
+"""What an engine or an ONNX graph consists of: layers, their precisions, their times and what was fused."""
 
 import dataclasses
 import json
@@ -7,6 +7,10 @@ from collections import Counter
 from typing import Any
 
 import onnx
+
+from qswin.calib.data.images import noise_images
+from qswin.trt.engines.engine import Engine
+from qswin.trt.engines.version import tensorrt_module
 
 # As TensorRT's inspector writes formats, "Row major linear FP16 format" or "Half" or "Int8": the first that is found counts.
 TYPES = {
@@ -18,6 +22,7 @@ TYPES = {
     "int64": ("Int64", "INT64"),
     "bool": ("Bool", "BOOL"),
 }
+RUNS = 20  # of an engine, whose times are averaged
 FLOATING = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -51,10 +56,32 @@ def tensor_type(description: str) -> str:
 
 def engine_layers(engine: Any) -> list[Layer]:
     """The layers of a TensorRT engine that was built with detailed profiling verbosity, as `qswin build` does."""
-    import tensorrt as trt
+    form = tensorrt_module().LayerInformationFormat.JSON
+    return parse_layers(engine.create_engine_inspector().get_engine_information(form))
 
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return parse_layers(text)
+
+def timed_layers(engine: Engine) -> list[Layer]:
+    """An engine's layers with the mean time of each at the largest batch, by TensorRT's own profiler."""
+    trt = tensorrt_module()
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.total: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.total[layer_name] = self.total.get(layer_name, 0.0) + ms
+
+    engine.load(noise_images(engine.largest, engine.preprocessing))
+    for _ in range(3):  # warms up unmeasured
+        engine.run_loaded()
+    engine.context.profiler = profiler = Profiler()
+    for _ in range(RUNS):
+        engine.run_loaded()
+    return [
+        dataclasses.replace(layer, ms=profiler.total[layer.name] / RUNS if layer.name in profiler.total else None)
+        for layer in engine_layers(engine.engine)
+    ]
 
 
 def parse_layers(text: str) -> list[Layer]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import onnx
 
+from qswin.trt.engines.version import tensorrt_module
+
 LAYER_PRECISIONS = ("fp32", "fp16", "int8")
 # What FP16 breaks: the squares in variances (the first system put POW and REDUCE back to FP32, which opset 17 has as one
 # node) and in cosine attention's norms. Of a preset's patterns, one at least must match.
@@ -59,7 +61,7 @@ def _matches(model: onnx.ModelProto, pattern: str) -> list[str]:
     try:
         return [node.name for node in nodes if re.search(pattern, node.name)]
     except re.error as error:
-        raise ValueError(f"override {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"override {pattern!r} is not a regular expression: {error}") from error
 
 
 def _near(model: onnx.ModelProto, pattern: str) -> str:
@@ -75,8 +77,7 @@ def set_layer_precisions(network: Any, overrides: dict[str, str]) -> None:
     The parser names a layer as its ONNX node. Output types are set too: a layer that computes in FP32 only to write an FP16
     overflow would help nobody.
     """
-    import tensorrt as trt
-
+    trt = tensorrt_module()
     types = {"fp32": trt.float32, "fp16": trt.float16, "int8": trt.int8}
     for layer in network:
         precision = overrides.get(layer.name)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import sys
+from typing import Any
 
 TARGETS = ("tensorrt", "tensorrt-rtx")
 INSTALL = {
@@ -40,8 +41,8 @@ def capabilities(target: str, version: str) -> Capabilities:
 
 
 @dataclasses.dataclass(frozen=True)
-class Backend:
-    """An installed TensorRT."""
+class TensorRT:
+    """An installed TensorRT or TensorRT-RTX."""
 
     target: str
     version: str
@@ -51,7 +52,7 @@ class Backend:
         return f"{'TensorRT-RTX' if self.target == 'tensorrt-rtx' else 'TensorRT'} {self.version}"
 
 
-def find_backend(target: str) -> Backend:
+def find_tensorrt(target: str) -> TensorRT:
     """Finds the installed TensorRT, and has Polygraphy use it. A process can use one of the two.
 
     Raises:
@@ -74,4 +75,11 @@ def find_backend(target: str) -> Backend:
         raise ValueError("one process cannot use both TensorRT and TensorRT-RTX; run the command again by itself")
     config.USE_TENSORRT_RTX = rtx
     G_LOGGER.module_severity, G_LOGGER.colors = G_LOGGER.ERROR, False
-    return Backend(target, module.__version__, capabilities(target, module.__version__))
+    return TensorRT(target, module.__version__, capabilities(target, module.__version__))
+
+
+def tensorrt_module() -> Any:
+    """The module of the TensorRT that this process uses, tensorrt or tensorrt_rtx: the one that Polygraphy uses."""
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    return lazy_import_trt()

@@ -1,23 +1,31 @@
-"""Where and how much two models differ: an engine or ONNX file against an ONNX file. The command `qswin compare`."""
+"""Where and how much two models differ: their logits, and the activations of two graphs or of an engine and its graph."""
 
-import argparse
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from qswin.calib.data.batches import image_batches
+from qswin.calib.data.batches import image_batches, warn_of_skipped
 from qswin.calib.data.folders import scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing, noise_images
-from qswin.calib.files import sha256
+from qswin.calib.data.shards import ImageFile
+from qswin.calib.files import read_sidecar, sha256
 from qswin.calib.trt_cache.offline import activations, value_sources
-from qswin.trt.engines.build import BuildOptions, build_network, prepare_graph
-from qswin.trt.engines.engine import SUFFIXES, read_sidecar
-from qswin.trt.engines.version import find_backend
+from qswin.trt.engines.build import prepare_graph
+from qswin.trt.engines.engine import KEYS, KIND, REMEDY
+from qswin.trt.engines.network import build_network
+from qswin.trt.engines.options import BuildOptions
+from qswin.trt.engines.version import find_tensorrt
 from qswin.trt.graphs.files import read_onnx
 from qswin.trt.graphs.half_precision import QDQ
+
+
+def logits_of(predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, size: int) -> np.ndarray:
+    """(N, classes) of images (N, 3, H, W), in batches of at most `size`."""
+    return np.concatenate([predict(images[at : at + size]) for at in range(0, len(images), size)])
 
 
 def output_errors(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -48,25 +56,30 @@ def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
     return difference / max(float(np.linalg.norm(reference.astype(np.float64).ravel())), 1e-30)
 
 
-def layer_errors(model: Path, reference: Path, images: np.ndarray) -> list[tuple[str, float]]:
-    """(tensor, relative error) of the activations of two graphs of one network, in the reference's order and by its names.
+def layer_errors(values: dict[str, np.ndarray], reference: Path, images: np.ndarray) -> list[tuple[str, float]]:
+    """The relative errors of activations against those of a reference graph in ONNX Runtime.
 
-    An engine is built again from the reference, which must be the file it was built from, with what its normalizations read,
-    the residual stream, as outputs: with every activation given out, TensorRT 8.6 finds no implementation.
+    Args:
+        values: {tensor of the reference: its values for the images in the other model}.
+        images: (N, 3, H, W).
+
+    Returns:
+        (tensor, error), in the order of `values`.
+    """
+    expected = activations(read_onnx(reference), list(values), images)
+    return [(name, relative_error(values[name], expected[name])) for name in values]
+
+
+def graph_activations(path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """{tensor of the reference: its values in another graph of the same network}, in the reference's order.
 
     Raises:
-        ValueError: the engine was built from another ONNX file, or the graphs are of different networks.
+        ValueError: the graphs are of different networks.
     """
-    graph = read_onnx(reference)
-    if model.suffix in SUFFIXES:
-        values = _engine_activations(model, reference, graph, residual_stream(graph), images)
-    else:
-        other = read_onnx(model)
-        same = same_tensors(other, graph)
-        found = activations(other, [same[name] for name in same], images)
-        values = {name: found[same[name]] for name in same}
-    expected = activations(graph, list(values), images)
-    return [(name, relative_error(values[name], expected[name])) for name in values]
+    other = read_onnx(path)
+    same = same_tensors(other, read_onnx(reference))
+    found = activations(other, list(same.values()), images)
+    return {name: found[same[name]] for name in same}
 
 
 def same_tensors(other: onnx.ModelProto, graph: onnx.ModelProto) -> dict[str, str]:
@@ -96,27 +109,39 @@ def residual_stream(graph: onnx.ModelProto) -> list[str]:
     return [node.input[0] for node in graph.graph.node if node.op_type == "LayerNormalization"]
 
 
-def _engine_activations(
-    model: Path, reference: Path, graph: onnx.ModelProto, names: list[str], images: np.ndarray
-) -> dict[str, np.ndarray]:
+def engine_activations(path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """{tensor of the reference: its values in an engine} of the residual stream.
+
+    The engine is built again from the reference with what its normalizations read as outputs: with every activation given
+    out, TensorRT 8.6 finds no implementation.
+
+    Raises:
+        ValueError: the engine was built from another ONNX file.
+    """
     from polygraphy.backend.trt import TrtRunner, engine_from_bytes
 
-    sidecar = read_sidecar(model)
+    sidecar = read_sidecar(path, KIND, KEYS, REMEDY)
     if sidecar["onnx_sha256"] != sha256(reference):
         raise ValueError(
-            f"{model}: built from {sidecar['onnx']}, not from {reference}; --layers needs the file it was built from"
+            f"{path}: built from {sidecar['onnx']}, not from {reference}; --layers needs the file it was built from"
         )
-    backend, batch = find_backend(sidecar["target"]), len(images)
+    graph, tensorrt, batch = read_onnx(reference), find_tensorrt(sidecar["target"]), len(images)
     options = BuildOptions(
-        precision=sidecar["engine_precision"],
         target=sidecar["target"],
-        profile=(batch, batch, batch),
-        overrides=tuple(sidecar["overrides"]),
+        precision=sidecar["engine_precision"],
+        batch_sizes=(batch, batch, batch),
+        override=tuple(sidecar["overrides"]),
     )
-    prepared, overrides = prepare_graph(graph, options, backend)
-    engine, _ = build_network(reference, prepared, options, backend, overrides, outputs=names)
+    prepared, overrides = prepare_graph(graph, options, tensorrt)
+    engine, _ = build_network(reference, prepared, options, tensorrt, overrides, outputs=residual_stream(graph))
     with TrtRunner(engine_from_bytes(engine)) as runner:
         return {name: np.array(value) for name, value in runner.infer({"input": images}).items()}
+
+
+def worst_layers(errors: list[tuple[str, float]], count: int = 10) -> str:
+    """The tensors with the largest errors, a line each."""
+    worst = sorted(errors, key=lambda item: -item[1])[:count]
+    return "\n".join(f"{error:10.5f}  {name}" for name, error in worst)
 
 
 def first_parting(errors: list[tuple[str, float]], tolerance: float) -> str:
@@ -127,9 +152,20 @@ def first_parting(errors: list[tuple[str, float]], tolerance: float) -> str:
     return f"no tensor's relative error is above {tolerance}"
 
 
-def read_images(args: argparse.Namespace, task: str, preprocessing: Preprocessing) -> np.ndarray:
-    """(N, 3, H, W): images spread evenly over the folder, or noise."""
-    if args.data is None:
-        return noise_images(args.images, preprocessing)
-    samples = spread_samples(scan_folder(task, args.data), args.images)
-    return np.concatenate([batch.images for batch in image_batches(samples, preprocessing, 16)])
+def read_images(
+    data: Path | None, count: int, task: str, preprocessing: Preprocessing, skip_unreadable: bool = False
+) -> np.ndarray:
+    """(N, 3, H, W): images spread evenly over a folder, or noise where there is no folder.
+
+    Raises:
+        ValueError: a file cannot be read and is not to be skipped, or no image is left.
+    """
+    if data is None:
+        return noise_images(count, preprocessing)
+    skipped: list[ImageFile] | None = [] if skip_unreadable else None
+    samples = spread_samples(scan_folder(task, data), count)
+    images = [batch.images for batch in image_batches(samples, preprocessing, 16, skipped=skipped)]
+    warn_of_skipped(skipped)
+    if not images:
+        raise ValueError(f"{data}: 0 images that can be read")
+    return np.concatenate(images)

@@ -1,6 +1,6 @@
-"""Accuracy, or Dice and HD95, of anything that maps images to logits. As a command: of an ONNX file, without torch."""
+"""Accuracy, or Dice and HD95, of anything that maps images to logits. No torch."""
 
-import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
-from qswin.calib.data.batches import Batch, ahead, image_batches
+from qswin.calib.data.batches import Batch, ahead, image_batches, warn_of_skipped
 from qswin.calib.data.folders import scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
-from qswin.calib.files import write_json
 from qswin.trt.evaluation.segmentation import Dice, Overlays, Volumes
 from qswin.trt.evaluation.worst import WorstImages
 
@@ -81,7 +79,7 @@ def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
         labels: (N,) class indices.
 
     Raises:
-        ValueError: a label is no class of the model.
+        ValueError: a label is not a class of the model.
     """
     if labels.max(initial=0) >= logits.shape[1]:
         raise ValueError(f"the images have a label {labels.max()}, but the model has {logits.shape[1]} classes")
@@ -115,34 +113,60 @@ def evaluate(
     return {**results, "images": images, "images_per_second": rate}
 
 
-def evaluate_folder(predictor: Predictor, args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates over the folder `args.data` with the model's own preprocessing, shows progress and a table, writes JSON."""
-    folder = scan_folder(predictor.task, args.data, predictor.classes)
-    samples = spread_samples(folder, args.images)
-    size = predictor.batch_size or args.batch_size
-    skipped: list[ImageFile] | None = [] if args.skip_unreadable else None
-    batches = image_batches(samples, predictor.preprocessing, size, args.workers, skipped)
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """How a model is evaluated over a folder.
+
+    Attributes:
+        images: evaluate this many, evenly spread; 0 for all.
+        batch_size: of models that take any.
+        workers: decoding processes.
+        skip_unreadable: count and skip the files that cannot be read.
+        pictures: a folder for pictures of the worst images.
+        worst: how many pictures.
+    """
+
+    images: int = 0
+    batch_size: int = 32
+    workers: int = 4
+    skip_unreadable: bool = False
+    pictures: Path | None = None
+    worst: int = 8
+
+
+def evaluate_folder(model: Path, predictor: Predictor, data: Path, options: EvaluationOptions) -> dict[str, Any]:
+    """Evaluates over a folder with the model's own preprocessing; shows progress and a table.
+
+    Args:
+        model: the predictor's file, as the table names it.
+        data: laid out as `qswin.calib.data.folders.scan_folder` says.
+
+    Returns:
+        What the table shows, and more.
+    """
+    folder = scan_folder(predictor.task, data, predictor.classes)
+    samples = spread_samples(folder, options.images)
+    size = predictor.batch_size or options.batch_size
+    skipped: list[ImageFile] | None = [] if options.skip_unreadable else None
+    batches = image_batches(samples, predictor.preprocessing, size, options.workers, skipped)
     steps = -(-len(samples) // size)
-    metrics = choose_metrics(predictor, folder.classes, args)
+    metrics = choose_metrics(predictor, folder.classes, options)
     result = evaluate(predictor, tqdm(batches, "evaluate", steps, disable=not sys.stderr.isatty()), metrics)
     kind = {"backend": predictor.backend, "precision": predictor.precision}
-    report = {"model": str(args.model), **kind, "data": str(args.data), **result, "skipped": len(skipped or ())}
+    report = {"model": str(model), **kind, "data": str(data), **result, "skipped": len(skipped or ())}
     print(table(report, {key: heading for metric in metrics for key, heading in metric.headline.items()}))
-    if skipped:
-        logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
-    if args.json:
-        write_json(args.json, {**report, "command": sys.argv})
+    warn_of_skipped(skipped)
     return report
 
 
-def choose_metrics(predictor: Predictor, classes: Sequence[str], args: argparse.Namespace) -> list[Metric]:
+def choose_metrics(predictor: Predictor, classes: Sequence[str], options: EvaluationOptions) -> list[Metric]:
     """Everything that is measured of a model, and pictures of its worst cases on request."""
     metrics: list[Metric] = [main_metric(predictor.task, classes)]
     if predictor.task == "segmentation":
         metrics.append(Volumes(classes))
-    if args.pictures:
+    if options.pictures:
         kind = Overlays if predictor.task == "segmentation" else WorstImages
-        metrics.append(kind(args.pictures, args.worst, classes, predictor.preprocessing))
+        metrics.append(kind(options.pictures, options.worst, classes, predictor.preprocessing))
     return metrics
 
 
@@ -161,18 +185,3 @@ def table(report: dict[str, Any], headline: dict[str, str]) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def open_predictor(path: Path, threads: int = 0) -> Predictor:
-    """An ONNX file or an engine, ready to run. Raises ValueError for a file of another kind."""
-    if path.suffix == ".onnx":
-        from qswin.trt.graphs.runtime import OnnxRuntimePredictor
-
-        return OnnxRuntimePredictor(path, threads)
-    from qswin.trt.engines.engine import SUFFIXES, Engine
-
-    if path.suffix in SUFFIXES:
-        return Engine(path)
-    raise ValueError(
-        f"{path}: not an .onnx file or an engine ({', '.join(SUFFIXES)}); checkpoints need torch: qswin evaluate"
-    )

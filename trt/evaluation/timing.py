@@ -1,29 +1,89 @@
-"""Latency and throughput side by side: engines by CUDA events, ONNX files in ONNX Runtime. The library of `qswin bench`.
+"""Latency and throughput of models side by side: one loop over batch sizes for whatever can be timed.
 
 Images are noise: blank ones would let a GPU that is held to a power limit run faster than it does with photographs.
 """
 
-import argparse
+import dataclasses
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
-from qswin.calib.data.images import noise_images
-from qswin.calib.files import write_json
-from qswin.trt.engines.cuda import Stopwatch, captured, find_gpu
-from qswin.trt.engines.engine import SUFFIXES, Engine
-from qswin.trt.graphs.runtime import OnnxRuntimePredictor
+from qswin.calib.data.images import Preprocessing, noise_images
 from qswin.trt.report import plots
 
 Row = dict[str, Any]
 Timer = Callable[[], float]  # runs once and gives milliseconds
+CUDA_GRAPH = ", CUDA graph"  # of a backend's name
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingOptions:
+    """How models are timed.
+
+    Attributes:
+        warmup: runs that do not count, after the first, on a GPU; a CPU needs fewer.
+        repeats: runs that count.
+        cpu_repeats: runs that count at most, on a CPU.
+        cuda_graph: time engines and packages as CUDA graphs too.
+        compile: time checkpoints under torch.compile too.
+    """
+
+    warmup: int = 20
+    repeats: int = 100
+    cpu_repeats: int = 5
+    cuda_graph: bool = False
+    compile: bool = False
+
+
+class Subject(ABC):
+    """A model in one form that is timed.
+
+    Attributes:
+        row: what is said of it in each row: model, backend, precision and device.
+        preprocessing: of its images.
+        smallest, largest: the batches that it takes; None for any.
+        cpu_warmup: warm-up runs at most, where it runs on the CPU; None on a GPU.
+    """
+
+    row: Row
+    preprocessing: Preprocessing
+    smallest: int = 1
+    largest: int | None = None
+    cpu_warmup: int | None = None
+
+    @abstractmethod
+    def timers(self, images: np.ndarray, cuda_graph: bool) -> Iterator[tuple[str, Timer]]:
+        """What times a batch (N, 3, H, W) float32, and what that adds to the backend's name.
+
+        A timer is valid until the next one is asked for.
+
+        Args:
+            cuda_graph: also as a CUDA graph, of those that can be one.
+        """
+
+    def counts(self, options: TimingOptions) -> tuple[int, int]:
+        """How many runs warm up, and how many count."""
+        if self.cpu_warmup is None:
+            return options.warmup, options.repeats
+        return min(options.warmup, self.cpu_warmup), min(options.repeats, options.cpu_repeats)
+
+
+def time_batches(subject: Subject, batch_sizes: Sequence[int], options: TimingOptions) -> Iterator[Row]:
+    """A row for each batch that the subject takes, and for each way that it runs one; others are skipped with a warning."""
+    for batch in batch_sizes:
+        if batch < subject.smallest or (subject.largest is not None and batch > subject.largest):
+            taken = (subject.row["model"], batch, subject.smallest, subject.largest)
+            logging.warning("%s: skips batch %d, outside its %d to %d", *taken)
+            continue
+        for suffix, timer in subject.timers(noise_images(batch, subject.preprocessing), options.cuda_graph):
+            measured = rates(measure(timer, *subject.counts(options)), batch)
+            yield {**subject.row, "backend": subject.row["backend"] + suffix, **measured}
 
 
 def measure(timer: Timer, warmup: int, repeats: int) -> Row:
@@ -59,42 +119,6 @@ def wall_clock(work: Callable[[], object]) -> Timer:
     return timer
 
 
-def bench_engine(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
-    """An engine with its input on the GPU, by CUDA events; also as a CUDA graph where `args.cuda_graph` asks for it."""
-    engine, gpu = Engine(path), find_gpu()
-    assert gpu is not None
-    watch = Stopwatch(engine.stream)
-    row = {"model": path.name, "backend": engine.backend, "precision": engine.precision, "device": gpu.name}
-    for batch in batches:
-        if not engine.smallest <= batch <= engine.largest:
-            logging.warning("%s: skips batch %d, outside its %d to %d", path, batch, engine.smallest, engine.largest)
-            continue
-        engine.load(noise_images(batch, engine.preprocessing))
-        yield row | rates(measure(lambda: watch.time(engine.enqueue), args.warmup, args.repeats), batch)
-        if args.cuda_graph:
-            with captured(engine.enqueue, engine.stream) as launch:
-                measured = measure(lambda: watch.time(launch), args.warmup, args.repeats)  # noqa: B023
-            yield row | {"backend": f"{engine.backend}, CUDA graph"} | rates(measured, batch)
-
-
-def bench_onnx(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
-    """An ONNX file on the CPU, by the wall clock."""
-    predictor = OnnxRuntimePredictor(path, args.threads)
-    row = {
-        "model": path.name,
-        "backend": "onnxruntime",
-        "precision": predictor.precision,
-        "device": f"CPU, {args.threads or 'all'} threads",
-    }
-    for batch in batches:
-        if predictor.batch_size not in (None, batch):
-            logging.warning("%s: skips batch %d, its batch is fixed to %d", path, batch, predictor.batch_size)
-            continue
-        images = noise_images(batch, predictor.preprocessing)
-        timer = wall_clock(lambda: predictor(images))  # noqa: B023
-        yield row | rates(measure(timer, min(args.warmup, 2), min(args.repeats, args.cpu_repeats)), batch)
-
-
 def table(rows: list[Row]) -> str:
     """One line a model and batch, with the speed-up over ONNX Runtime and over eager PyTorch of the same batch."""
     lines = [
@@ -122,31 +146,12 @@ def plot(rows: list[Row], path: Path) -> None:
     plots.save(lambda axes: plots.throughput(axes, rows), path, height=5)
 
 
-Bench = Callable[[Path, list[int], argparse.Namespace], Iterator[Row]]
-BENCHES: dict[str, Bench] = {".onnx": bench_onnx, **dict.fromkeys(SUFFIXES, bench_engine)}
-
-
-def bench_models(args: argparse.Namespace, benches: dict[str, Bench]) -> list[Row]:
-    """Measures every model at every batch, prints the table, writes JSON and the plot.
-
-    Raises:
-        ValueError: a model is of no kind that can be measured, or nothing could be measured.
-    """
+def parse_batch_sizes(text: str) -> list[int]:
+    """[1, 16, 64] of "1,16,64". Raises ValueError for anything but positive numbers."""
     try:
-        batches = [int(batch) for batch in args.batch.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--batch {args.batch}: give batch sizes, for instance 1,16,64") from error
-    unknown = [path for path in args.model if path.suffix not in benches]
-    if unknown:
-        raise ValueError(f"{unknown[0]}: cannot be measured here; give {', '.join(benches)}")
-    rows: list[Row] = []
-    for path in tqdm(args.model, "bench", disable=not sys.stderr.isatty()):
-        rows += benches[path.suffix](path, batches, args)
-    if not rows:
-        raise ValueError(f"no model takes a batch of {args.batch}")
-    print(table(rows))
-    if args.json:
-        write_json(args.json, {"rows": rows, "command": sys.argv})
-    if args.plot:
-        plot(rows, args.plot)
-    return rows
+        sizes = [int(batch) for batch in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"--batch-sizes {text}: give batch sizes, such as 1,16,64")
+    return sizes

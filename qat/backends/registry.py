@@ -1,0 +1,179 @@
+"""Backends: each opens, times, lists and builds one kind of model file. Files are told apart by their suffix, here alone.
+
+A module of qat/backends that registers a Backend when it is imported is found by itself. Code outside the repository calls
+`register` before it runs a command. Importing a backend imports neither torch nor TensorRT.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from qswin.calib.files import check_replaceable, check_suffix, sidecar_path, write_with_sidecar
+from qswin.qat.backends.findings import Finding
+from qswin.trt.evaluation.evaluate import Predictor
+from qswin.trt.evaluation.timing import Row, Subject, TimingOptions, time_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenOptions:
+    """How a model file is opened; a backend takes of it what concerns it.
+
+    Attributes:
+        threads: compute threads of ONNX Runtime; 0 for all cores.
+        device: of a checkpoint: auto, cpu, cuda, ...
+        config: the YAML file that describes bare weights, which have no sidecar.
+        overrides: settings over the config's, "KEY=VALUE".
+    """
+
+    threads: int = 0
+    device: str = "auto"
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+class Listing(NamedTuple):
+    """What a model file consists of: `kind` is "layers" or "quantizers", `rows` are for JSON and `table` is for people."""
+
+    kind: str
+    rows: list[dict[str, Any]]
+    table: str
+
+
+class Backend(ABC):
+    """What runs one kind of model file.
+
+    Attributes:
+        name: one word, by which backends are sorted.
+        suffixes: of its files.
+        targets: what `qswin build --target` calls what it builds; empty if it builds nothing.
+        build_options: of a backend with targets: a frozen dataclass, `target` and a field for each flag that it takes.
+        source: of a backend with targets: the flag that names what it builds from, onnx or checkpoint.
+        kind: of a backend with targets: what the sidecar of a built file says it is.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    targets: ClassVar[tuple[str, ...]] = ()
+    build_options: ClassVar[Callable[..., Any]]
+    source: ClassVar[str]
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def open(self, path: Path, options: OpenOptions) -> Predictor:
+        """A file, ready to run.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the file is damaged, or does not run on this machine.
+        """
+
+    @abstractmethod
+    def subjects(self, path: Path, opening: OpenOptions, timing: TimingOptions) -> Iterator[Subject]:
+        """What is timed of a file, one after the other. Raises as `open` does."""
+
+    @abstractmethod
+    def findings(self) -> list[Finding]:
+        """What `qswin doctor` says of the libraries that it needs. It must not fail where they are missing."""
+
+    def listing(self, path: Path, time: bool) -> Listing:
+        """What a file consists of. Raises ValueError where that is not known, or cannot be timed.
+
+        Args:
+            time: measure each layer.
+        """
+        raise ValueError(f"{path}: what it consists of is not known; qswin inspect lists the file that it was built from")
+
+    def activations(self, path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+        """{tensor of a reference ONNX file: its values for images (N, 3, H, W) in a file of the same network}.
+
+        Raises:
+            ValueError: the two are not of one network, or the file does not give its activations out.
+        """
+        raise ValueError(f"{path}: --layers is for ONNX files and engines")
+
+    def build(self, source: Path, output: Path, options: Any) -> tuple[bytes, dict[str, Any]]:
+        """Builds the content of `output` from `source`, and what its sidecar says of it; writes neither.
+
+        Args:
+            options: of type `build_options`.
+        """
+        raise NotImplementedError(f"{self.name} builds nothing")
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend. Raises ValueError where another one has its name, a suffix or a target of it."""
+    for other in _backends.values():
+        shared = {other.name, *other.suffixes, *other.targets} & {backend.name, *backend.suffixes, *backend.targets}
+        if shared:
+            raise ValueError(f"backend {backend.name}: {', '.join(sorted(shared))} belongs to backend {other.name}")
+    _backends[backend.name] = backend
+
+
+def backends() -> list[Backend]:
+    """All backends, sorted by name."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return [_backends[name] for name in sorted(_backends)]
+
+
+def backend_of(path: Path) -> Backend:
+    """The backend that runs a file. Raises ValueError, with all suffixes, for a file of another kind."""
+    for backend in backends():
+        if path.suffix in backend.suffixes:
+            return backend
+    known = ", ".join(suffix for backend in backends() for suffix in backend.suffixes)
+    raise ValueError(f"{path}: not a model file that qswin knows; its name must end in one of {known}")
+
+
+def open_predictor(path: Path, options: OpenOptions = OpenOptions()) -> Predictor:  # noqa: B008
+    """A model file of any kind, ready to run. Raises as `Backend.open` and `backend_of` do."""
+    return backend_of(path).open(path, options)
+
+
+def time_model(path: Path, batch_sizes: Sequence[int], opening: OpenOptions, timing: TimingOptions) -> Iterator[Row]:
+    """A row for each form of a model file, batch and way to run it. Raises as `Backend.open` and `backend_of` do."""
+    for subject in backend_of(path).subjects(path, opening, timing):
+        yield from time_batches(subject, batch_sizes, timing)
+
+
+def build_targets() -> list[str]:
+    """What `qswin build --target` may be."""
+    return [target for backend in backends() for target in backend.targets]
+
+
+def build(target: str, output: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Builds a model file and writes it with its sidecar.
+
+    Args:
+        given: {flag of `qswin build`, as in its backend's options: its value}, of the flags that were given.
+
+    Returns:
+        What the sidecar says of it.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a flag is not for this target or is missing, `output` is of another kind, or it cannot be built.
+    """
+    backend = next(backend for backend in backends() if target in backend.targets)
+    taken = {backend.source, *(field.name for field in dataclasses.fields(backend.build_options))}  # type: ignore[arg-type]
+    if foreign := [name for name in given if name not in taken]:
+        raise ValueError(f"--{foreign[0].replace('_', '-')} is not for --target {target}")
+    if backend.source not in given:
+        raise ValueError(f"--target {target} builds from --{backend.source} FILE, which is not given")
+    options = backend.build_options(target=target, **{key: given[key] for key in given if key != backend.source})
+    check_suffix("--engine", output, backend.suffixes)
+    check_replaceable(sidecar_path(output), backend.kind)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    data, values = backend.build(given[backend.source], output, options)
+    write_with_sidecar(output, data, backend.kind, values)
+    return {**values, "bytes": len(data)}

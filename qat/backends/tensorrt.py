@@ -1,0 +1,98 @@
+"""Engines of TensorRT and TensorRT-RTX."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from qswin.qat.backends.findings import Finding, version_of
+from qswin.qat.backends.registry import Backend, Listing, OpenOptions, register
+from qswin.trt.engines.build import build_engine
+from qswin.trt.engines.cuda import Stopwatch, captured, find_gpu
+from qswin.trt.engines.engine import KIND, SUFFIXES, Engine
+from qswin.trt.engines.layers import engine_layers, layer_table, timed_layers
+from qswin.trt.engines.options import BuildOptions
+from qswin.trt.engines.version import INSTALL, TARGETS, capabilities
+from qswin.trt.evaluation.compare import engine_activations
+from qswin.trt.evaluation.timing import CUDA_GRAPH, Subject, Timer, TimingOptions
+
+DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt-rtx": ("tensorrt_rtx_cu13_bindings",),
+}
+
+
+class EngineSubject(Subject):
+    """An engine with its input on the GPU, by CUDA events."""
+
+    def __init__(self, path: Path) -> None:
+        self.engine, gpu = Engine(path), find_gpu()
+        assert gpu is not None  # else Engine raises
+        engine = self.engine
+        self.row = {"model": path.name, "backend": engine.backend, "precision": engine.precision, "device": gpu.name}
+        self.preprocessing, self.smallest, self.largest = engine.preprocessing, engine.smallest, engine.largest
+        self._watch = Stopwatch(engine.stream)
+
+    def timers(self, images: np.ndarray, cuda_graph: bool) -> Iterator[tuple[str, Timer]]:
+        engine, watch = self.engine, self._watch
+        engine.load(images)
+        yield "", lambda: watch.time(engine.enqueue)
+        if cuda_graph:
+            with captured(engine.enqueue, engine.stream) as launch:
+                yield CUDA_GRAPH, lambda: watch.time(launch)
+
+
+class TensorRTBackend(Backend):
+    name = "tensorrt"
+    suffixes = SUFFIXES
+    targets = TARGETS
+    build_options = BuildOptions
+    source = "onnx"
+    kind = KIND
+
+    def open(self, path: Path, options: OpenOptions) -> Engine:
+        return Engine(path)
+
+    def subjects(self, path: Path, opening: OpenOptions, timing: TimingOptions) -> Iterator[Subject]:
+        yield EngineSubject(path)
+
+    def listing(self, path: Path, time: bool) -> Listing:
+        engine = Engine(path)
+        layers = timed_layers(engine) if time else engine_layers(engine.engine)
+        return Listing("layers", [dataclasses.asdict(layer) for layer in layers], layer_table(layers))
+
+    def activations(self, path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+        return engine_activations(path, reference, images)
+
+    def build(self, source: Path, output: Path, options: BuildOptions) -> tuple[bytes, dict[str, Any]]:
+        """TensorRT keeps its measured tactics in timing.cache beside the engine; TensorRT-RTX measures none."""
+        if options.timing_cache is None and options.target == "tensorrt":
+            options = dataclasses.replace(options, timing_cache=output.with_name("timing.cache"))
+        engine, sidecar = build_engine(source, options)
+        for node, instead in sidecar["not_honoured"].items():
+            logging.warning("override not honoured: %s is %s", node, instead)
+        return engine, sidecar
+
+    def findings(self) -> list[Finding]:
+        return [finding(target) for target in TARGETS]
+
+
+def finding(target: str) -> Finding:
+    """A TensorRT, and what its version allows."""
+    found = next((version for version in map(version_of, DISTRIBUTIONS[target]) if version), None)
+    if found is None:
+        return Finding(target, None, f"to build engines: {INSTALL[target]}")
+    can = capabilities(target, found)
+    notes = [
+        "weak typing" if can.weak_typing else "strong typing only",
+        "calibration caches" if can.implicit_int8 else "no calibration caches",
+        "builds on its GPU" if can.needs_gpu else "builds on any machine",
+        f"opset {can.newest_opset} at most",
+    ]
+    return Finding(target, found, ", ".join(notes))
+
+
+register(TensorRTBackend())
