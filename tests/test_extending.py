@@ -10,17 +10,31 @@ import pytest
 import torch
 
 import qswin
+from qswin.calib import grid
 from qswin.calib.calibrators import CALIBRATORS, find_range
+from qswin.calib.files import read_json
 from qswin.calib.grid import grid_of
+from qswin.qat.backends import registry
 from qswin.qat.quant.quantizers import quantizers
-from tests.helpers import SMALL, V1, filled, small_swin
+from tests.helpers import SMALL, V1, filled, invoke, small_swin
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    """What the examples register is forgotten afterwards."""
+    registries = (CALIBRATORS, grid._GRIDS, registry._backends)
+    before = [dict(each) for each in registries]
+    yield
+    for each, old in zip(registries, before, strict=True):
+        each.clear()
+        each.update(old)
+
+
 def example(name: str):
-    """A file of docs/examples, imported once: importing it registers what it defines."""
+    """A file of docs/examples, imported: importing it registers what it defines."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "docs" / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -69,11 +83,34 @@ def test_the_format_is_calibrated_trained_and_saved(fp4, images, tmp_path):
 
 
 def test_the_calibrator_clips_at_the_root_mean_square():
-    if "sigma" not in CALIBRATORS:
-        example("calibrator")
+    example("calibrator")
     values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32) * 3
     rms = float(np.sqrt((values.astype(np.float64) ** 2).mean()))
     assert find_range(filled(values), "sigma:2") == pytest.approx(2 * rms, rel=1e-3)
     assert find_range(filled(values), "sigma:100") == pytest.approx(float(np.abs(values).max()))
     with pytest.raises(ValueError, match="sigmas must be above 0 and at most 100"):
         find_range(filled(values), "sigma:0")
+
+
+def test_the_backend_runs_in_every_command(data, tmp_path, capsys):
+    backend = example("backend")
+    description = qswin.Description(
+        {"name": V1, "num_classes": 5, **SMALL},
+        "float",
+        qswin.Preprocessing(size=(32, 32)),
+        tuple(f"class{i}" for i in range(5)),
+    )
+    model = small_swin().eval()
+    backend.save_program(tmp_path / "a.ep", model, description)
+    qswin.save_checkpoint(tmp_path / "a.safetensors", model, description)
+    scores = []
+    for name in ("a.ep", "a.safetensors"):
+        arguments = ("--model", tmp_path / name, "--data", data / "val", "--json", tmp_path / f"{name}.r.json")
+        assert invoke("evaluate", *arguments) == 0
+        scores.append(read_json(tmp_path / f"{name}.r.json"))
+    assert scores[0]["acc1"] == scores[1]["acc1"] and scores[0]["images"] == 20
+    assert invoke("bench", "--model", tmp_path / "a.ep", "--batch-sizes", "1,2", "--cpu-repeats", 2) == 0
+    assert invoke("doctor") == 0
+    assert "programs of torch.export (.ep)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=".ep belongs to backend torch.export"):
+        registry.register(type("Other", (backend.ExportedProgram,), {"name": "other"})())

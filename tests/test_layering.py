@@ -71,6 +71,18 @@ def test_nothing_imports_from_the_commands():
             assert not [name for name in imported if folder_of(name) == "qat.commands"], module
 
 
+def test_parsed_arguments_stay_in_the_commands():
+    """Libraries take what they need, or a dataclass of options."""
+    for module, file in MODULES.items():
+        if folder_of(module) != "qat.commands" and module != "qswin.cli":
+            assert "argparse" not in file.read_text(), module
+
+
+@pytest.mark.parametrize("folder", ["models", "qat", "trt", "calib"])
+def test_a_folder_holds_few_files(folder):
+    assert len([file for file in (ROOT / folder).glob("*.py") if file.name != "__init__.py"]) <= 9
+
+
 def test_engines_and_images_need_no_torch():
     """All of trt/, calib/ and the commands import with torch, timm and torchvision blocked."""
     free = [
