@@ -4,8 +4,8 @@ On a GPU each is a few machine instructions, written out as PTX: they run once f
 Triton's own form took longer than the matrix products. Triton's interpreter, which tests use, cannot run PTX: there the same
 values come from Triton's operations.
 
-Kernels cast each Python float that they are given to float32: torch 2.11's Inductor compiles such arguments as float64, and
-what they touch would be computed in float64, and end in registers of twice the width that the PTX reads.
+Kernels cast each Python float argument to float32. Torch 2.11's Inductor compiles such arguments as float64: without the
+cast all that depends on them would be computed in float64, in registers of twice the width that the PTX reads.
 """
 
 import torch
@@ -13,15 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Added to a float32 below 2**22 and taken away again, it leaves the nearest integer, ties to even: what rint does, without
-# a library that Triton's interpreter lacks.
-MAGIC = tl.constexpr(1.5 * 2**23)
+from qswin.calib.grid import INT8
 
-# Phi(y) = 1 / (1 + 2**(y * q(y**2))), q being this polynomial in min(y**2, 40), highest power first: fitted on [-6.5, 6.5]
-# so that the largest error of y * Phi(y), which is 2.6e-5, is as small as it gets with three coefficients.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+QMIN, QMAX = tl.constexpr(float(INT8.qmin)), tl.constexpr(float(INT8.qmax))  # int8's own limits, at which PTX saturates
+# Added to a float32 below 2**22 and subtracted again, it leaves the nearest integer, ties to even. This is rint, which
+# Triton's interpreter lacks.
+ROUNDING = tl.constexpr(1.5 * 2**23)
+
+# Phi(y) = 1 / (1 + 2**(y * p(y**2))), where p is this polynomial in min(y**2, 40), highest power first. It is the minimax
+# fit of y * Phi(y) on [-6.5, 6.5] with three coefficients; the largest error is 2.6e-5.
 GELU_2, GELU_1, GELU_0 = (tl.constexpr(-1.4426950408889634 * c) for c in (-7.03636305e-04, 7.40150518e-02, 1.59501155))
-GELU_LARGEST_SQUARE = tl.constexpr(40.0)
+GELU_MAX_SQUARE = tl.constexpr(40.0)
 
 # One line each: Inductor copies such constants into the source of a kernel, and a line break would end the string there.
 _TO_INT8 = tl.constexpr(
@@ -36,18 +39,18 @@ _TIMES_LOGISTIC = tl.constexpr(
 
 @triton.jit
 def to_int8(x):
-    """float32 levels, rounded to even and saturated."""
+    """float32 in units of the scale -> int8, rounded to nearest, ties to even, and saturated."""
     if INTERPRETED:
-        levels = ((tl.minimum(tl.maximum(x, -128.0), 127.0) + MAGIC) - MAGIC).to(tl.int8)
+        q_x = ((tl.minimum(tl.maximum(x, QMIN), QMAX) + ROUNDING) - ROUNDING).to(tl.int8)
     else:
-        levels = tl.inline_asm_elementwise(_TO_INT8, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4)
-    return levels
+        q_x = tl.inline_asm_elementwise(_TO_INT8, "=r,r,r,r,r", [x], dtype=tl.int8, is_pure=True, pack=4)
+    return q_x
 
 
 @triton.jit
 def gelu(y):
     """y * Phi(y) of float32, with an error below 3e-5."""
-    square = tl.minimum(y * y, GELU_LARGEST_SQUARE)
+    square = tl.minimum(y * y, GELU_MAX_SQUARE)
     exponent = y * ((GELU_2 * square + GELU_1) * square + GELU_0)
     if INTERPRETED:
         value = y / (1.0 + tl.exp2(exponent))
@@ -56,6 +59,6 @@ def gelu(y):
     return value
 
 
-def reference_to_int8(x: Tensor) -> Tensor:
-    """`to_int8` in torch."""
-    return x.clamp(-128, 127).round().to(torch.int8)
+def to_int8_reference(x: Tensor) -> Tensor:
+    """`to_int8` in plain torch."""
+    return INT8.nearest(x).to(torch.int8)

@@ -8,111 +8,115 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
-from qswin.qat.kernels.arithmetic import reference_to_int8, to_int8
+from qswin.qat.kernels.arithmetic import to_int8, to_int8_reference
 
 LOG2E = tl.constexpr(1.4426950408889634)
-TINY = tl.constexpr(1e-24)
-WINDOWS = 4  # that a program takes, so that it reads their bias once
-FEW = 2048  # programs, below which each takes one window
+EPS = tl.constexpr(1e-24)  # of a squared length: F.normalize's 1e-12, squared
+WINDOWS_PER_PROGRAM = 4  # so that a program reads their bias once
+SMALL_GRID = 2048  # programs, below which each takes one window
 
 
 @triton.jit
-def _attend(q, k, v, bias, qk_scale, probs_inverse, av_scale):
-    """Levels of a window's result in one head; bias in powers of two, as softmax is computed here."""
+def _attend(q, k, v, bias, qk_scale, probs_inv_scale, av_scale):
+    """int8 result (N, D) of a window in one head; q, k, v: (N, D) int8; bias (N, N) times LOG2E, as softmax is by exp2."""
     scores = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * (qk_scale * LOG2E) + bias
     probs = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-    levels = to_int8(probs * (probs_inverse / tl.sum(probs, axis=1))[:, None])
-    return to_int8(tl.dot(levels, v, out_dtype=tl.int32).to(tl.float32) * av_scale)
+    q_probs = to_int8(probs * (probs_inv_scale / tl.sum(probs, axis=1))[:, None])
+    return to_int8(tl.dot(q_probs, v, out_dtype=tl.int32).to(tl.float32) * av_scale)
 
 
 @triton.jit
-def _unit(x):
-    """Rows of length 1; zeros stay."""
+def _l2_normalize(x):
+    """Rows of length 1; rows of zeros stay."""
     x = x.to(tl.float32)
-    return x * tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), TINY))[:, None]
+    return x * tl.rsqrt(tl.maximum(tl.sum(x * x, axis=1), EPS))[:, None]
 
 
 @triton.jit
-def _kernel(
-    qkv_ptr, bias_ptr, qk_scale_ptr, out_ptr, windows, masks, heads,
-    q_inverse, k_inverse, v_inverse, probs_inverse, av_scale,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, WINDOWS: tl.constexpr,
-    COSINE: tl.constexpr,
+def _window_attention_kernel(
+    qkv_ptr, bias_ptr, qk_scale_ptr, out_ptr, num_windows, num_masks, num_heads,
+    q_inv_scale, k_inv_scale, v_inv_scale, probs_inv_scale, av_scale,
+    NUM_TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    WINDOWS_PER_PROGRAM: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Windows that share a mask, in one head."""
-    place, head = tl.program_id(0) // heads, tl.program_id(0) % heads  # the window's place in its image
-    token, depth = tl.arange(0, BLOCK), tl.arange(0, HEAD)
-    real = (token < TOKENS)[:, None]
-    square = bias_ptr + (place * heads + head) * BLOCK * BLOCK + token[:, None] * BLOCK + token[None, :]
-    bias = tl.load(square).to(tl.float32) * LOG2E
+    """A few windows that share a mask, in one head."""
+    mask_id, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    offs_t, offs_d = tl.arange(0, BLOCK_TOKENS), tl.arange(0, HEAD_DIM)
+    token_mask = (offs_t < NUM_TOKENS)[:, None]
+    bias_ptr += (mask_id * num_heads + head) * BLOCK_TOKENS * BLOCK_TOKENS
+    bias = tl.load(bias_ptr + offs_t[:, None] * BLOCK_TOKENS + offs_t[None, :]).to(tl.float32) * LOG2E
     qk_scale = tl.load(qk_scale_ptr + head)
-    probs_inverse, av_scale = tl.cast(probs_inverse, tl.float32), tl.cast(av_scale, tl.float32)
-    inside = token[:, None] * CHANNELS + head * HEAD + depth[None, :]
-    for step in range(WINDOWS):
-        window = (tl.program_id(1) * WINDOWS + step) * masks + place
-        if window < windows:
-            rows = window.to(tl.int64) * TOKENS * CHANNELS
-            qkv = qkv_ptr + 3 * rows + inside + token[:, None] * (2 * CHANNELS)
-            q = tl.load(qkv, mask=real, other=0)
-            k = tl.load(qkv + CHANNELS, mask=real, other=0)
-            v = tl.load(qkv + 2 * CHANNELS, mask=real, other=0)
+    probs_inv_scale, av_scale = tl.cast(probs_inv_scale, tl.float32), tl.cast(av_scale, tl.float32)
+    head_offsets = offs_t[:, None] * CHANNELS + head * HEAD_DIM + offs_d[None, :]
+    for step in range(WINDOWS_PER_PROGRAM):
+        window = (tl.program_id(1) * WINDOWS_PER_PROGRAM + step) * num_masks + mask_id
+        if window < num_windows:
+            window_offset = window.to(tl.int64) * NUM_TOKENS * CHANNELS
+            qkv_ptrs = qkv_ptr + 3 * window_offset + head_offsets + offs_t[:, None] * (2 * CHANNELS)
+            q = tl.load(qkv_ptrs, mask=token_mask, other=0)
+            k = tl.load(qkv_ptrs + CHANNELS, mask=token_mask, other=0)
+            v = tl.load(qkv_ptrs + 2 * CHANNELS, mask=token_mask, other=0)
             if COSINE:
-                q, k = to_int8(_unit(q) * tl.cast(q_inverse, tl.float32)), to_int8(_unit(k) * tl.cast(k_inverse, tl.float32))
-                v = to_int8(v.to(tl.float32) * tl.cast(v_inverse, tl.float32))
-            tl.store(out_ptr + rows + inside, _attend(q, k, v, bias, qk_scale, probs_inverse, av_scale), mask=real)
+                q = to_int8(_l2_normalize(q) * tl.cast(q_inv_scale, tl.float32))
+                k = to_int8(_l2_normalize(k) * tl.cast(k_inv_scale, tl.float32))
+                v = to_int8(v.to(tl.float32) * tl.cast(v_inv_scale, tl.float32))
+            out = _attend(q, k, v, bias, qk_scale, probs_inv_scale, av_scale)
+            tl.store(out_ptr + window_offset + head_offsets, out, mask=token_mask)
 
 
-def _attention(qkv: Tensor, bias: Tensor, tokens: int, qk_scale: Tensor, cosine: bool, *scales: float) -> Tensor:
-    masks, heads, block, _ = bias.shape
+def _launch(qkv: Tensor, bias: Tensor, num_tokens: int, qk_scale: Tensor, cosine: bool, *scales: float) -> Tensor:
+    num_masks, num_heads, block_tokens, _ = bias.shape
     rows, channels = qkv.shape[0], qkv.shape[1] // 3  # len() would make a constant of a free batch
     out = torch.empty((rows, channels), dtype=torch.int8, device=qkv.device)
-    windows = rows // tokens
-    each = 1 if statically_known_true(windows * heads < FEW) else WINDOWS
-    wrap_triton(_kernel)[(masks * heads, triton.cdiv(windows, masks * each))](
-        qkv, bias, qk_scale, out, windows, masks, heads, *scales,
-        TOKENS=tokens, CHANNELS=channels, HEAD=channels // heads, BLOCK=block, WINDOWS=each, COSINE=cosine, num_warps=4,
+    num_windows = rows // num_tokens
+    windows_per_program = 1 if statically_known_true(num_windows * num_heads < SMALL_GRID) else WINDOWS_PER_PROGRAM
+    grid = (num_masks * num_heads, triton.cdiv(num_windows, num_masks * windows_per_program))
+    wrap_triton(_window_attention_kernel)[grid](
+        qkv, bias, qk_scale, out, num_windows, num_masks, num_heads, *scales,
+        NUM_TOKENS=num_tokens, CHANNELS=channels, HEAD_DIM=channels // num_heads, BLOCK_TOKENS=block_tokens,
+        WINDOWS_PER_PROGRAM=windows_per_program, COSINE=cosine, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton_op("qswin::window_attention", mutates_args={})
 def window_attention(
-    qkv: Tensor, bias: Tensor, tokens: int, qk_scale: Tensor, probs_inverse: float, av_scale: float
+    qkv: Tensor, bias: Tensor, num_tokens: int, qk_scale: Tensor, probs_inv_scale: float, av_scale: float
 ) -> Tensor:
-    """int8(int8(softmax(q k^T * qk_scale + bias) * probs_inverse) v * av_scale).
+    """int8(int8(softmax(q k^T * qk_scale + bias) * probs_inv_scale) v * av_scale).
 
     Args:
-        qkv: (W * N, 3 * heads * D) int8: q, k, v beside each other, heads within each, N tokens a window.
-        bias: (M, heads, P, P), float16 or float32, as `padded_bias` gives it: position bias plus mask of window w in row
+        qkv: (W * N, 3 * heads * D) int8: W windows of N tokens; q, k and v side by side, heads within each.
+        bias: (M, heads, P, P), float16 or float32, as `padded_bias` returns it: position bias plus mask; window w has mask
             w % M.
-        tokens: N.
+        num_tokens: N.
         qk_scale: (heads,) float32: the scale of q times that of k.
-        probs_inverse: 1 / the scale of the probabilities.
+        probs_inv_scale: 1 / the scale of the probabilities.
         av_scale: the scale of the probabilities times that of v, over that of the result.
 
     Returns:
         (W * N, heads * D) int8.
     """
-    return _attention(qkv, bias, tokens, qk_scale, False, 1.0, 1.0, 1.0, probs_inverse, av_scale)
+    return _launch(qkv, bias, num_tokens, qk_scale, False, 1.0, 1.0, 1.0, probs_inv_scale, av_scale)
 
 
 @triton_op("qswin::cosine_window_attention", mutates_args={})
 def cosine_window_attention(
     qkv: Tensor,
     bias: Tensor,
-    tokens: int,
+    num_tokens: int,
     qk_scale: Tensor,
-    q_inverse: float,
-    k_inverse: float,
-    v_inverse: float,
-    probs_inverse: float,
+    q_inv_scale: float,
+    k_inv_scale: float,
+    v_inv_scale: float,
+    probs_inv_scale: float,
     av_scale: float,
 ) -> Tensor:
-    """`window_attention` of int8(q / ||q|| * q_inverse), int8(k / ||k|| * k_inverse) and int8(v * v_inverse).
+    """`window_attention` of int8(q / ||q|| * q_inv_scale), int8(k / ||k|| * k_inv_scale) and int8(v * v_inv_scale).
 
     qkv is float16 or float32, and qk_scale the scale of q times that of k times the head's logit scale.
     """
-    return _attention(qkv, bias, tokens, qk_scale, True, q_inverse, k_inverse, v_inverse, probs_inverse, av_scale)
+    return _launch(qkv, bias, num_tokens, qk_scale, True, q_inv_scale, k_inv_scale, v_inv_scale, probs_inv_scale, av_scale)
 
 
 def padded_bias(bias: Tensor) -> Tensor:
@@ -127,42 +131,44 @@ def padded_bias(bias: Tensor) -> Tensor:
 
 
 @window_attention.register_kernel("cpu")
-def reference(qkv: Tensor, bias: Tensor, tokens: int, qk_scale: Tensor, probs_inverse: float, av_scale: float) -> Tensor:
+def window_attention_reference(
+    qkv: Tensor, bias: Tensor, num_tokens: int, qk_scale: Tensor, probs_inv_scale: float, av_scale: float
+) -> Tensor:
     """`window_attention` in plain torch: the integer sums are exact in float64."""
-    q, k, v = _heads(qkv, tokens, bias.shape[1])
-    return _reference(q, k, v, bias, qk_scale, probs_inverse, av_scale)
+    q, k, v = _split_heads(qkv, num_tokens, bias.shape[1])
+    return _attention_reference(q, k, v, bias, qk_scale, probs_inv_scale, av_scale)
 
 
 @cosine_window_attention.register_kernel("cpu")
-def reference_cosine(
+def cosine_window_attention_reference(
     qkv: Tensor,
     bias: Tensor,
-    tokens: int,
+    num_tokens: int,
     qk_scale: Tensor,
-    q_inverse: float,
-    k_inverse: float,
-    v_inverse: float,
-    probs_inverse: float,
+    q_inv_scale: float,
+    k_inv_scale: float,
+    v_inv_scale: float,
+    probs_inv_scale: float,
     av_scale: float,
 ) -> Tensor:
     """`cosine_window_attention` in plain torch."""
-    q, k, v = _heads(qkv.float(), tokens, bias.shape[1])
-    q = reference_to_int8(F.normalize(q, dim=-1) * q_inverse)
-    k, v = reference_to_int8(F.normalize(k, dim=-1) * k_inverse), reference_to_int8(v * v_inverse)
-    return _reference(q, k, v, bias, qk_scale, probs_inverse, av_scale)
+    q, k, v = _split_heads(qkv.float(), num_tokens, bias.shape[1])
+    q = to_int8_reference(F.normalize(q, dim=-1) * q_inv_scale)
+    k, v = to_int8_reference(F.normalize(k, dim=-1) * k_inv_scale), to_int8_reference(v * v_inv_scale)
+    return _attention_reference(q, k, v, bias, qk_scale, probs_inv_scale, av_scale)
 
 
-def _heads(qkv: Tensor, tokens: int, heads: int) -> Tensor:
-    """(3, W, heads, N, D)."""
-    return qkv.view(-1, tokens, 3, heads, qkv.shape[1] // 3 // heads).permute(2, 0, 3, 1, 4)
+def _split_heads(qkv: Tensor, num_tokens: int, num_heads: int) -> Tensor:
+    """(W * N, 3 * heads * D) -> (3, W, heads, N, D)."""
+    return qkv.view(-1, num_tokens, 3, num_heads, qkv.shape[1] // 3 // num_heads).permute(2, 0, 3, 1, 4)
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, qk_scale: Tensor, probs_inverse: float, av_scale: float
+def _attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, qk_scale: Tensor, probs_inv_scale: float, av_scale: float
 ) -> Tensor:
-    tokens = q.shape[2]
-    bias = bias[:, :, :tokens, :tokens].float()
+    num_tokens = q.shape[2]
+    bias = bias[:, :, :num_tokens, :num_tokens].float()
     scores = (q.double() @ k.double().transpose(-2, -1)).float() * qk_scale[:, None, None]
     probs = (scores.view(-1, *bias.shape) + bias).softmax(-1).view(scores.shape)
-    values = (reference_to_int8(probs * probs_inverse).double() @ v.double()).float() * av_scale
-    return reference_to_int8(values).transpose(1, 2).flatten(2).flatten(0, 1)
+    values = (to_int8_reference(probs * probs_inv_scale).double() @ v.double()).float() * av_scale
+    return to_int8_reference(values).transpose(1, 2).flatten(2).flatten(0, 1)

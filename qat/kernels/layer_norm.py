@@ -6,13 +6,15 @@ import triton.language as tl
 
 @triton.jit
 def layer_norm(x, mask, weight, bias, eps, NUM_CHANNELS: tl.constexpr):
-    """LayerNorm of each row of a float32 tile. It takes loaded values, no pointers: `linear._matmul_tile` says why.
+    """LayerNorm of each row of a float32 tile.
+
+    It takes loaded values. A helper that loads weight and bias itself would load them once for each row of the tile.
 
     Args:
-        x: (rows, channels), or (rows, parts, channels) where the channels of several parts make one row; 0 where masked.
-        mask: (1, ..., channels), whether a channel exists.
-        weight, bias: what broadcasts to x, without its rows.
-        NUM_CHANNELS: of a row, in all of its parts, without those that are masked.
+        x: (rows, channels), or (rows, tokens, channels) where the channels of several tokens are one row; 0 where masked.
+        mask: (1, channels) or (1, 1, channels): which channels exist.
+        weight, bias: (1, channels) or (1, tokens, channels).
+        NUM_CHANNELS: the length of a row, without masked channels.
     """
     centred = tl.where(mask, x - _row_sum(x) / NUM_CHANNELS, 0.0)
     variance = _row_sum(centred * centred) / NUM_CHANNELS

@@ -1,7 +1,5 @@
 """INT8 linear layers whose epilogue does what comes next: requantization, with GELU or without, or the residual add."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -10,83 +8,89 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
-from qswin.qat.kernels.arithmetic import gelu, reference_to_int8, to_int8
+from qswin.qat.kernels.arithmetic import gelu, to_int8, to_int8_reference
 
-MULTIPROCESSORS = 132  # of an H100 or H200
-GROUP = 8  # rows of tiles that share the weight's tiles in the L2 cache
-
-
-@triton.jit
-def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The first row and the first column of a program's tile."""
-    across, down = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
-    program = tl.program_id(0)
-    top = (program // (GROUP_M * across)) * GROUP_M
-    height = tl.minimum(down - top, GROUP_M)
-    within = program % (GROUP_M * across)
-    return (top + within % height) * BLOCK_M, (within // height) * BLOCK_N
+MULTIPROCESSORS = 132  # of an H100 or H200, on which the tiles were chosen
+GROUP_M = 8  # rows of tiles that share the weight's tiles in the L2 cache
 
 
 @triton.jit
-def _product(x_ptr, weight_ptr, scale_ptr, bias_ptr, first, n, M, N: tl.constexpr, K: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """A tile of x @ weight.T * scale + bias in float32: BLOCK_M rows from the first one, columns n.
+def _pid_m_n(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The row and the column of a program's tile: programs go down GROUP_M rows of tiles before the next column."""
+    pid = tl.program_id(0)
+    num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    num_pid_in_group = GROUP_M * num_pid_n
+    first_pid_m = (pid // num_pid_in_group) * GROUP_M
+    group_size_m = tl.minimum(num_pid_m - first_pid_m, GROUP_M)
+    pid_in_group = pid % num_pid_in_group
+    return first_pid_m + pid_in_group % group_size_m, pid_in_group // group_size_m
 
-    It gives values only. What places the tile comes from `_tile`, which sees no tensor: else Inductor, which follows
-    pointers through the source, would believe that a store into the result writes to the inputs, and copy those first.
+
+@triton.jit
+def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: tl.constexpr, K: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """A tile of x @ weight.T * scale + bias in float32: BLOCK_M rows from start_m, columns offs_n.
+
+    It returns values only; offsets come from `_pid_m_n`, which takes no pointer. Inductor follows pointers through helpers:
+    if offsets came from one that takes pointers, it would believe that a store to those offsets writes to the inputs, and
+    would copy the inputs before each call.
     """
-    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    x_ptr += first.to(tl.int64) * K
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for start in range(0, K, BLOCK_K):
-        in_x, in_weight = (first + m < M)[:, None], (n < N)[None, :]
+    offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    x_ptr += start_m.to(tl.int64) * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start_k in range(0, K, BLOCK_K):
+        x_mask, weight_mask = (start_m + offs_m < M)[:, None], (offs_n < N)[None, :]
         if K % BLOCK_K:
-            in_x, in_weight = in_x & (start + k < K)[None, :], in_weight & (start + k < K)[:, None]
-        x = tl.load(x_ptr + m[:, None] * K + (start + k)[None, :], mask=in_x, other=0)
-        weight = tl.load(weight_ptr + n[None, :] * K + (start + k)[:, None], mask=in_weight, other=0)
-        total = tl.dot(x, weight, total, out_dtype=tl.int32)
-    scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)
-    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
-    return total.to(tl.float32) * scale[None, :] + bias[None, :]
+            x_mask, weight_mask = x_mask & (start_k + offs_k < K)[None, :], weight_mask & (start_k + offs_k < K)[:, None]
+        x = tl.load(x_ptr + offs_m[:, None] * K + (start_k + offs_k)[None, :], mask=x_mask, other=0)
+        weight_ptrs = weight_ptr + offs_n[None, :] * K + (start_k + offs_k)[:, None]
+        weight = tl.load(weight_ptrs, mask=weight_mask, other=0)
+        acc = tl.dot(x, weight, acc, out_dtype=tl.int32)
+    scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)
+    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+    return acc.to(tl.float32) * scale[None, :] + bias[None, :]
 
 
 @triton.jit
-def _kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, inverse, M, N: tl.constexpr, K: tl.constexpr, GELU: tl.constexpr,
+def _linear_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, inv_scale, M, N: tl.constexpr, K: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    first, column = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    m, n = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-    y = _product(x_ptr, weight_ptr, scale_ptr, bias_ptr, first, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    out = out_ptr + first.to(tl.int64) * N + m[:, None] * N + n[None, :]
+    pid_m, pid_n = _pid_m_n(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    start_m = pid_m * BLOCK_M
+    offs_m, offs_n = tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
     if GELU:
-        y = gelu(y) * tl.cast(inverse, tl.float32)
+        y = gelu(y) * tl.cast(inv_scale, tl.float32)
     if out_ptr.dtype.element_ty == tl.int8:
         y = to_int8(y)
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(first + m < M)[:, None] & (n < N)[None, :])
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit
-def _add_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, shortcut_ptr, index_ptr, out_ptr, M, in_rows, out_rows,
+def _linear_add_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, shortcut_ptr, token_ids_ptr, out_ptr, M, rows_per_image, num_tokens,
     N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    first, column = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    n = column + tl.arange(0, BLOCK_N)
-    y = _product(x_ptr, weight_ptr, scale_ptr, bias_ptr, first, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    m = first + tl.arange(0, BLOCK_M)
-    target = tl.load(index_ptr + m % in_rows, mask=m < M, other=-1)
-    offset = ((m // in_rows).to(tl.int64) * out_rows + target)[:, None] * N + n[None, :]
-    kept = (target >= 0)[:, None] & (n < N)[None, :]
-    y += tl.load(shortcut_ptr + offset, mask=kept, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=kept)
+    pid_m, pid_n = _pid_m_n(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    start_m = pid_m * BLOCK_M
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    token_ids = tl.load(token_ids_ptr + offs_m % rows_per_image, mask=offs_m < M, other=-1)
+    offsets = ((offs_m // rows_per_image).to(tl.int64) * num_tokens + token_ids)[:, None] * N + offs_n[None, :]
+    mask = (token_ids >= 0)[:, None] & (offs_n < N)[None, :]
+    y += tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def blocks(m: int, n: int, k: int) -> dict[str, int]:
-    """Tiles, from a sweep at batch 64 on an H200 (docs/performance.md): within 3 % of the best ones over a Swin-T.
+def tile_config(m: int, n: int, k: int) -> dict[str, int]:
+    """Block sizes, warps and stages, from a sweep at batch 64 on an H200 (docs/performance.md).
 
-    Where the whole result is so small that large tiles would leave multiprocessors idle, as at batch 1, they are small.
+    They are within 3 % of the best ones over a Swin-T. Where the result is so small that large tiles would leave
+    multiprocessors idle, as at batch 1, tiles are small.
     """
     if statically_known_true(m * n < MULTIPROCESSORS * 64 * 64):
         block_m, block_n = 32, 32
@@ -94,19 +98,25 @@ def blocks(m: int, n: int, k: int) -> dict[str, int]:
         block_m = 64 if statically_known_true(m < 4096) else 128
         block_n = 32 if n % 64 else 128 if n >= 1024 and k >= 384 else 64
     block_k = 64 if k % 128 == 64 else 128  # 96 is padded: one step of 128 is faster than three of 32
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return {**sizes, "GROUP_M": GROUP, "num_warps": 4, "num_stages": 2 if block_n == 32 and block_m > 32 else 3}
+    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    num_stages = 2 if block_n == 32 and block_m > 32 else 3
+    return {**block_sizes, "GROUP_M": GROUP_M, "num_warps": 4, "num_stages": num_stages}
 
 
-def programs(m: int, n: int, sizes: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"]),)
+def grid(m: int, n: int, config: dict[str, int]) -> tuple[int]:
+    """A program for each tile of an (m, n) result."""
+    return (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
 
 
-def _linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, **act: Any) -> Tensor:
+def _launch(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, inv_scale: float = 1.0, gelu: bool = False
+) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
-    sizes = blocks(m, n, k)
-    wrap_triton(_kernel)[programs(m, n, sizes)](x, weight, scale, bias, out, M=m, N=n, K=k, **act, **sizes)
+    config = tile_config(m, n, k)
+    wrap_triton(_linear_kernel)[grid(m, n, config)](
+        x, weight, scale, bias, out, inv_scale=inv_scale, M=m, N=n, K=k, GELU=gelu, **config
+    )
     return out
 
 
@@ -123,70 +133,77 @@ def linear_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> T
     Returns:
         (M, N) int8.
     """
-    return _linear(x, weight, scale, bias, torch.int8, inverse=1.0, GELU=False)
+    return _launch(x, weight, scale, bias, torch.int8)
 
 
 @triton_op("qswin::linear_gelu_quantize", mutates_args={})
-def linear_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inverse: float) -> Tensor:
-    """int8(GELU(x @ weight.T * scale + bias) * inverse), (M, N); inverse is 1 / the scale of the result."""
-    return _linear(x, weight, scale, bias, torch.int8, inverse=inverse, GELU=True)
+def linear_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: float) -> Tensor:
+    """int8(GELU(x @ weight.T * scale + bias) * inv_scale), (M, N).
+
+    The arguments are those of `linear_quantize`, but scale and bias are not over the scale of the result: inv_scale is
+    1 / that scale.
+    """
+    return _launch(x, weight, scale, bias, torch.int8, inv_scale, gelu=True)
 
 
 @triton_op("qswin::linear_float", mutates_args={})
 def linear_float(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """x @ weight.T * scale + bias of a dtype, (M, N)."""
-    return _linear(x, weight, scale, bias, dtype, inverse=1.0, GELU=False)
+    """x @ weight.T * scale + bias, (M, N) of a dtype; scale is that of x times that of each of the weight's rows."""
+    return _launch(x, weight, scale, bias, dtype)
 
 
 @triton_op("qswin::linear_add", mutates_args={})
-def linear_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut: Tensor, index: Tensor) -> Tensor:
-    """shortcut + (x @ weight.T * scale + bias), whose rows go back to where `index` took them from.
+def linear_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut: Tensor, token_ids: Tensor) -> Tensor:
+    """shortcut + (x @ weight.T * scale + bias), each row being added to its token.
 
     Args:
         x: (B * R, K) int8; weight: (N, K) int8; scale, bias: (N,) float32.
         shortcut: (B, L, N) float16 or float32.
-        index: (R,) int32: the row of an image that each row of x belongs to, each of 0..L-1 once; -1 for padding.
+        token_ids: (R,) int32: the token of an image, 0..L-1, that each of its R rows of x belongs to, each token once; -1
+            for a row of padding, which is dropped.
 
     Returns:
         (B, L, N) of the shortcut's dtype.
     """
     (m, k), n = x.shape, len(weight)
     out = torch.empty_like(shortcut)
-    sizes = blocks(m, n, k)
-    wrap_triton(_add_kernel)[programs(m, n, sizes)](
-        x, weight, scale, bias, shortcut, index, out, m, index.shape[0], shortcut.shape[1], N=n, K=k, **sizes
+    config = tile_config(m, n, k)
+    wrap_triton(_linear_add_kernel)[grid(m, n, config)](
+        x, weight, scale, bias, shortcut, token_ids, out, m, token_ids.shape[0], shortcut.shape[1], N=n, K=k, **config
     )
     return out
 
 
-def reference_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def _matmul_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """x @ weight.T * scale + bias in plain torch: the integer sums are exact in float64."""
     return (x.double() @ weight.double().T).float() * scale + bias
 
 
 @linear_quantize.register_kernel("cpu")
-def reference_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def linear_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """`linear_quantize` in plain torch."""
-    return reference_to_int8(reference_linear(x, weight, scale, bias))
+    return to_int8_reference(_matmul_reference(x, weight, scale, bias))
 
 
 @linear_gelu_quantize.register_kernel("cpu")
-def reference_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inverse: float) -> Tensor:
+def linear_gelu_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: float) -> Tensor:
     """`linear_gelu_quantize` in plain torch, GELU being exact."""
-    return reference_to_int8(F.gelu(reference_linear(x, weight, scale, bias)) * inverse)
+    return to_int8_reference(F.gelu(_matmul_reference(x, weight, scale, bias)) * inv_scale)
 
 
 @linear_float.register_kernel("cpu")
-def reference_float(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def linear_float_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """`linear_float` in plain torch."""
-    return reference_linear(x, weight, scale, bias).to(dtype)
+    return _matmul_reference(x, weight, scale, bias).to(dtype)
 
 
 @linear_add.register_kernel("cpu")
-def reference_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut: Tensor, index: Tensor) -> Tensor:
+def linear_add_reference(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut: Tensor, token_ids: Tensor
+) -> Tensor:
     """`linear_add` in plain torch."""
-    y = reference_linear(x, weight, scale, bias).view(len(shortcut), len(index), -1)
-    kept = index >= 0
+    y = _matmul_reference(x, weight, scale, bias).view(len(shortcut), len(token_ids), -1)
+    mask = token_ids >= 0
     out = shortcut.float().clone()
-    out[:, index[kept].long()] += y[:, kept]
+    out[:, token_ids[mask].long()] += y[:, mask]
     return out.to(shortcut.dtype)

@@ -1,4 +1,4 @@
-"""LayerNorm and the residual add of Swin V2 in one pass, over rows that go back to where an index took them from."""
+"""LayerNorm and the residual add of Swin V2 in one pass; each row is added to the token that it came from."""
 
 import torch
 import torch.nn.functional as F
@@ -9,57 +9,59 @@ from torch.library import triton_op, wrap_triton
 
 from qswin.qat.kernels.layer_norm import layer_norm
 
-TILE = 2048  # values that a program holds
+TILE_SIZE = 2048  # values that a program holds
 
 
 @triton.jit
-def _kernel(
-    y_ptr, shortcut_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, rows, in_rows, out_rows, eps,
+def _norm_add_kernel(
+    y_ptr, shortcut_ptr, token_ids_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, rows_per_image, num_tokens, eps,
     CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row, channel = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_CHANNELS)
-    within = (channel < CHANNELS)[None, :]
-    inside = (row < rows)[:, None] & within
-    y = tl.load(y_ptr + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + channel, mask=channel < CHANNELS, other=0.0)
-    bias = tl.load(bias_ptr + channel, mask=channel < CHANNELS, other=0.0)
-    target = tl.load(index_ptr + row % in_rows, mask=row < rows, other=-1)
-    offset = ((row // in_rows).to(tl.int64) * out_rows + target)[:, None] * CHANNELS + channel[None, :]
-    kept = (target >= 0)[:, None] & within
-    x = tl.load(shortcut_ptr + offset, mask=kept, other=0.0).to(tl.float32)
-    x += layer_norm(y, within, weight[None, :], bias[None, :], eps, CHANNELS)
-    tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=kept)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.arange(0, BLOCK_CHANNELS)
+    col_mask = (cols < CHANNELS)[None, :]
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * CHANNELS + cols[None, :]
+    y = tl.load(y_ptrs, mask=(rows < num_rows)[:, None] & col_mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < CHANNELS, other=0.0)
+    bias = tl.load(bias_ptr + cols, mask=cols < CHANNELS, other=0.0)
+    token_ids = tl.load(token_ids_ptr + rows % rows_per_image, mask=rows < num_rows, other=-1)
+    offsets = ((rows // rows_per_image).to(tl.int64) * num_tokens + token_ids)[:, None] * CHANNELS + cols[None, :]
+    mask = (token_ids >= 0)[:, None] & col_mask
+    x = tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x += layer_norm(y, col_mask, weight[None, :], bias[None, :], eps, CHANNELS)
+    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton_op("qswin::norm_add", mutates_args={})
-def norm_add(y: Tensor, shortcut: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """shortcut + LayerNorm(y), whose rows go back to where `index` took them from.
+def norm_add(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """shortcut + LayerNorm(y), each row of y being added to its token.
 
     Args:
         y: (B * R, C) float16 or float32.
-        shortcut: (B, L, C), likewise.
-        index: (R,) int32, as of `linear_add`: the row of an image that each row of y belongs to; -1 for padding.
+        shortcut: (B, L, C), float16 or float32.
+        token_ids: (R,) int32: the token of an image, 0..L-1, that each of its R rows of y belongs to, each token once; -1
+            for a row of padding, which is dropped.
         weight, bias: (C,) float32.
 
     Returns:
         (B, L, C) of the shortcut's dtype.
     """
-    rows, channels = y.shape
+    num_rows, channels = y.shape
     out = torch.empty_like(shortcut)
-    columns = triton.next_power_of_2(channels)
-    block = max(1, TILE // columns)
-    wrap_triton(_kernel)[(triton.cdiv(rows, block),)](
-        y, shortcut, index, weight, bias, out, rows, index.shape[0], shortcut.shape[1], eps,
-        CHANNELS=channels, BLOCK_ROWS=block, BLOCK_CHANNELS=columns, num_warps=1,
+    block_channels = triton.next_power_of_2(channels)
+    block_rows = max(1, TILE_SIZE // block_channels)
+    wrap_triton(_norm_add_kernel)[(triton.cdiv(num_rows, block_rows),)](
+        y, shortcut, token_ids, weight, bias, out, num_rows, token_ids.shape[0], shortcut.shape[1], eps,
+        CHANNELS=channels, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels, num_warps=1,
     )  # fmt: skip
     return out
 
 
 @norm_add.register_kernel("cpu")
-def reference(y: Tensor, shortcut: Tensor, index: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def norm_add_reference(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`norm_add` in plain torch."""
-    normed = F.layer_norm(y.float(), weight.shape, weight, bias, eps).view(shortcut.shape[0], index.shape[0], -1)
-    kept = index >= 0
+    normed = F.layer_norm(y.float(), weight.shape, weight, bias, eps).view(shortcut.shape[0], token_ids.shape[0], -1)
+    mask = token_ids >= 0
     out = shortcut.float().clone()
-    out[:, index[kept].long()] += normed[:, kept]
+    out[:, token_ids[mask].long()] += normed[:, mask]
     return out.to(shortcut.dtype)

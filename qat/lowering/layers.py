@@ -1,4 +1,4 @@
-"""Layers on integers: linear, LayerNorm, patch embedding, head. Each is made of its calibrated twin."""
+"""INT8 layers: linear, LayerNorm, patch embedding, head. Each is built from its calibrated twin."""
 
 from typing import Any
 
@@ -23,7 +23,10 @@ def scale_of(quantizer: Any, site: str) -> Tensor:
 
 
 class Int8Weight(nn.Module):
-    """A weight's integers, the scale of each channel's sums, and the bias. Made of a QuantLinear or QuantConv2d."""
+    """The int8 weight, scale and bias of a QuantLinear or QuantConv2d.
+
+    `scale` (N,) is the input's scale times each output channel's weight scale: what the integer sums are multiplied by.
+    """
 
     def __init__(self, layer: Any, site: str) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class Int8Weight(nn.Module):
         self.input_scale = float(scale_of(layer._input_quantizer, site))
         scale = scale_of(layer._weight_quantizer, site).to(weight.device).reshape(-1, *[1] * (weight.ndim - 1))
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().clone()
-        self.register_buffer("weight", (weight / scale).round().clamp(-127, 127).to(torch.int8))
+        self.register_buffer("weight", INT8.of_weights.nearest(weight / scale).to(torch.int8))
         self.register_buffer("scale", (scale.flatten() * self.input_scale).expand(len(weight)).contiguous())
         self.register_buffer("bias", bias)
         self.weight: Tensor
@@ -40,54 +43,54 @@ class Int8Weight(nn.Module):
 
 
 class Int8Linear(Int8Weight):
-    """A linear layer. x: (M, K) int8, levels of `input_scale`; its methods end in what comes next."""
+    """A linear layer. x: (M, K) int8 in units of `input_scale`; a method for each of the kernels' epilogues."""
 
-    def give_levels(self, scales: Tensor) -> None:
-        """Makes `quantize` give levels of these scales, one a column: they become part of its own."""
-        self.scale /= scales
-        self.bias /= scales
+    def fold_output_scale(self, output_scale: Tensor) -> None:
+        """Divides scale and bias by each output channel's scale, (N,), so that `requantize` gives int8 in units of it."""
+        self.scale /= output_scale
+        self.bias /= output_scale
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """(M, N) int8, levels of the scales that `give_levels` got."""
+    def requantize(self, x: Tensor) -> Tensor:
+        """(M, N) int8, in units of the scale given to `fold_output_scale`."""
         return linear_quantize(x, self.weight, self.scale, self.bias)
 
-    def gelu_quantize(self, x: Tensor, scale: float) -> Tensor:
-        """(M, N) int8: GELU's result as levels of a scale."""
-        return linear_gelu_quantize(x, self.weight, self.scale, self.bias, 1 / scale)
+    def gelu_requantize(self, x: Tensor, output_scale: float) -> Tensor:
+        """(M, N) int8 in units of output_scale: the result of GELU."""
+        return linear_gelu_quantize(x, self.weight, self.scale, self.bias, 1 / output_scale)
 
-    def to_float(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(M, N) of a dtype."""
+    def dequantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(M, N) of a float dtype."""
         return linear_float(x, self.weight, self.scale, self.bias, dtype)
 
-    def add(self, x: Tensor, shortcut: Tensor, index: Tensor) -> Tensor:
-        """shortcut (B, L, N) plus the result, whose rows belong where `index` says; see `linear_add`."""
-        return linear_add(x, self.weight, self.scale, self.bias, shortcut, index.flatten())
+    def add(self, x: Tensor, shortcut: Tensor, token_ids: Tensor) -> Tensor:
+        """shortcut (B, L, N) plus the result, each row being added to its token; see `linear_add`."""
+        return linear_add(x, self.weight, self.scale, self.bias, shortcut, token_ids.flatten())
 
 
 class Int8Norm(nn.Module):
-    """A LayerNorm, and the rows that it reads or writes: index (R, P); see `norm_quantize`."""
+    """A LayerNorm, and the tokens that its rows are read from or added to: token_ids (R, T); see `norm_quantize`."""
 
-    def __init__(self, norm: Any, index: Tensor) -> None:
+    def __init__(self, norm: Any, token_ids: Tensor) -> None:
         super().__init__()
         self.eps = norm.eps
         self.register_buffer("weight", norm.weight.detach().float())
         self.register_buffer("bias", norm.bias.detach().float())
-        self.register_buffer("index", index.to(norm.weight.device, torch.int32))
+        self.register_buffer("token_ids", token_ids.to(norm.weight.device, torch.int32))
         self.weight: Tensor
         self.bias: Tensor
-        self.index: Tensor
+        self.token_ids: Tensor
 
-    def quantize(self, x: Tensor, scale: float) -> Tensor:
-        """(B, L, C) float -> (B * R, P * C) int8, levels of a scale."""
-        return norm_quantize(x, self.index, self.weight, self.bias, self.eps, 1 / scale)
+    def norm_quantize(self, x: Tensor, scale: float) -> Tensor:
+        """(B, L, C) float -> (B * R, T * C) int8 in units of scale."""
+        return norm_quantize(x, self.token_ids, self.weight, self.bias, self.eps, 1 / scale)
 
-    def quantize_input(self, x: Tensor, scale: float) -> Tensor:
-        """The same of x itself."""
-        return gather_quantize(x, self.index, 1 / scale)
+    def gather_quantize(self, x: Tensor, scale: float) -> Tensor:
+        """The same without the norm: Swin V2 normalizes behind attention and MLP."""
+        return gather_quantize(x, self.token_ids, 1 / scale)
 
     def add(self, y: Tensor, shortcut: Tensor) -> Tensor:
-        """shortcut (B, L, C) plus the norm of y (B * R, C), whose rows belong where the index says."""
-        return norm_add(y, shortcut, self.index.flatten(), self.weight, self.bias, self.eps)
+        """shortcut (B, L, C) plus the norm of y (B * R, C), each row being added to its token."""
+        return norm_add(y, shortcut, self.token_ids.flatten(), self.weight, self.bias, self.eps)
 
 
 class Int8PatchEmbed(Int8Weight):
@@ -95,7 +98,7 @@ class Int8PatchEmbed(Int8Weight):
 
     def __init__(self, embed: Any, site: str) -> None:
         super().__init__(embed.proj, f"{site}.proj")
-        self.grid, self.eps = embed.grid_size, embed.norm.eps
+        self.grid_size, self.eps = embed.grid_size, embed.norm.eps
         self.register_buffer("norm_weight", embed.norm.weight.detach().float())
         self.register_buffer("norm_bias", embed.norm.bias.detach().float())
         self.norm_weight: Tensor
@@ -103,21 +106,21 @@ class Int8PatchEmbed(Int8Weight):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = (self.weight, self.scale, self.bias, self.norm_weight, self.norm_bias)
-        return patch_embed(x, *weights, 1 / self.input_scale, self.eps).view(x.shape[0], *self.grid, -1)
+        return patch_embed(x, *weights, 1 / self.input_scale, self.eps).view(x.shape[0], *self.grid_size, -1)
 
 
 class Int8Head(Int8Linear):
     """The classifier. (B, C) float -> (B, classes)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        levels = (x.float() / self.input_scale).round().clamp(-128, 127).to(torch.int8)
-        return self.to_float(levels, x.dtype)
+        q_x = INT8.nearest(x.float() / self.input_scale).to(torch.int8)
+        return self.dequantize(q_x, x.dtype)
 
 
 class Float32Interface(nn.Module):
-    """Takes float32 images and gives float32 logits, as engines do, around a model whose parameters are of another dtype.
+    """A model of another dtype with float32 images and logits, as engines have them.
 
-    The model is not converted: its scales are float32, and FP16 could not hold them.
+    The model itself is not converted: its scales are float32, and FP16 could not hold them.
     """
 
     def __init__(self, model: nn.Module) -> None:

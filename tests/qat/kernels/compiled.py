@@ -22,45 +22,49 @@ DTYPES = {"*i8": torch.int8, "*i32": torch.int32, "*fp16": torch.float16, "*fp32
 LINEAR = {"N": 384, "K": 96, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
 NORM = {"CHANNELS": 96, "BLOCK_ROWS": 4, "BLOCK_CHANNELS": 128}
 IMAGE = {
-    "COLOURS": 3,
+    "IN_CHANNELS": 3,
     "HEIGHT": 32,
     "WIDTH": 32,
-    "SIDE": 4,
-    "CHANNELS": 96,
-    "BLOCK": 64,
+    "PATCH": 4,
+    "N": 96,
+    "BLOCK_M": 64,
     "BLOCK_K": 64,
-    "BLOCK_CHANNELS": 128,
+    "BLOCK_N": 128,
 }
-WINDOWS = {"CHANNELS": 96, "HEAD": 32, "BLOCK": 64, "WINDOWS": 1}
-FLOATS = {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "index_ptr": "*i32", "qk_scale_ptr": "*fp32"}
+WINDOWS = {"CHANNELS": 96, "HEAD_DIM": 32, "BLOCK_TOKENS": 64, "WINDOWS_PER_PROGRAM": 1}
+FLOATS = {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "token_ids_ptr": "*i32", "qk_scale_ptr": "*fp32"}
 WEIGHTS = FLOATS | {"weight_ptr": "*i8"}
 NORMS = FLOATS | {"weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32"}
 # name: (kernel, its pointers' types, its constants)
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-    "linear": (linear._kernel, WEIGHTS | {"x_ptr": "*i8", "out_ptr": "*i8"}, LINEAR | {"GELU": True}),
-    "add": (linear._add_kernel, WEIGHTS | {"x_ptr": "*i8", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"}, LINEAR),
+    "linear": (linear._linear_kernel, WEIGHTS | {"x_ptr": "*i8", "out_ptr": "*i8"}, LINEAR | {"GELU": True}),
+    "add": (linear._linear_add_kernel, WEIGHTS | {"x_ptr": "*i8", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"}, LINEAR),
     "norm_quantize": (
-        norm_quantize._kernel,
+        norm_quantize._norm_quantize_kernel,
         NORMS | {"x_ptr": "*fp16", "out_ptr": "*i8"},
-        NORM | {"PARTS": 1, "NORM": True},
+        NORM | {"TOKENS": 1, "NORM": True},
     ),
-    "norm_add": (norm_add._kernel, NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"}, NORM),
-    "patch_embed": (patch_embed._kernel, NORMS | {"image_ptr": "*fp16", "weight_ptr": "*i8", "out_ptr": "*fp16"}, IMAGE),
+    "norm_add": (norm_add._norm_add_kernel, NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"}, NORM),
+    "patch_embed": (
+        patch_embed._patch_embed_kernel,
+        NORMS | {"image_ptr": "*fp16", "weight_ptr": "*i8", "out_ptr": "*fp16"},
+        IMAGE,
+    ),
     "attention": (
-        attention._kernel,
+        attention._window_attention_kernel,
         FLOATS | {"qkv_ptr": "*i8", "bias_ptr": "*fp16", "out_ptr": "*i8"},
-        WINDOWS | {"TOKENS": 49, "COSINE": False},
+        WINDOWS | {"NUM_TOKENS": 49, "COSINE": False},
     ),
     "cosine": (
-        attention._kernel,
+        attention._window_attention_kernel,
         FLOATS | {"qkv_ptr": "*fp16", "bias_ptr": "*fp16", "out_ptr": "*i8"},
-        WINDOWS | {"TOKENS": 64, "COSINE": True},
+        WINDOWS | {"NUM_TOKENS": 64, "COSINE": True},
     ),
 }
 
 
 def is_float(name: str) -> bool:
-    return name in ("eps", "inverse", "av_scale") or name.endswith("_inverse")
+    return name in ("eps", "av_scale") or name.endswith("inv_scale")
 
 
 def machine_code(name: str) -> str:

@@ -25,7 +25,7 @@ def compare(operator, reference, *arguments):
     return operator._init_fn(*moved).cpu(), reference(*arguments)
 
 
-def assert_levels(ours, expected, share=0.002):
+def assert_int8_close(ours, expected, share=0.002):
     """INT8 results: equal but for few ties that the order of float sums decides, by one level."""
     difference = (ours.int() - expected.int()).abs()
     assert difference.max() <= 1
@@ -36,38 +36,40 @@ def assert_levels(ours, expected, share=0.002):
 @pytest.mark.parametrize("padded", [False, True])
 def test_norm_quantize(rows, channels, parts, padded):
     x = torch.randn(2, rows * parts, channels) * 3 + 1
-    index = torch.randperm(rows * parts).int().view(rows, parts)
+    token_ids = torch.randperm(rows * parts).int().view(rows, parts)
     if padded:
-        index[1, 0] = -1
+        token_ids[1, 0] = -1
     weight, bias = torch.randn(parts * channels), torch.randn(parts * channels)
-    ours, expected = compare(norm_quantize.norm_quantize, norm_quantize.reference, x, index, weight, bias, 1e-5, 40.0)
+    ours, expected = compare(
+        norm_quantize.norm_quantize, norm_quantize.norm_quantize_reference, x, token_ids, weight, bias, 1e-5, 40.0
+    )
     assert ours.shape == (2 * rows, parts * channels)
-    assert_levels(ours, expected)
+    assert_int8_close(ours, expected)
     if padded and parts == 1:
         assert not ours[1].any() and not ours[rows + 1].any()
 
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_gather_quantize(parts):
-    x, index = torch.randn(2, 7 * parts, 20), torch.randperm(7 * parts).int().view(7, parts)
-    index[2, 0] = -1
-    ours, expected = compare(norm_quantize.gather_quantize, norm_quantize.reference_gather, x, index, 40.0)
+    x, token_ids = torch.randn(2, 7 * parts, 20), torch.randperm(7 * parts).int().view(7, parts)
+    token_ids[2, 0] = -1
+    ours, expected = compare(norm_quantize.gather_quantize, norm_quantize.gather_quantize_reference, x, token_ids, 40.0)
     assert torch.equal(ours, expected)
-    row = torch.cat([x[1, place] if place >= 0 else torch.zeros(20) for place in index[2]])
+    row = torch.cat([x[1, token] if token >= 0 else torch.zeros(20) for token in token_ids[2]])
     assert torch.equal(expected.view(2, 7, -1)[1, 2], (row * 40).clamp(-128, 127).round().to(torch.int8))
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_norm_add(padded):
-    index = torch.randperm(37).int()
+    token_ids = torch.randperm(37).int()
     if padded:
-        index = torch.cat([index[:5], torch.tensor([-1], dtype=torch.int32), index[5:]])
-    y, shortcut = torch.randn(2 * len(index), 24) * 3 + 1, torch.randn(2, 37, 24)
+        token_ids = torch.cat([token_ids[:5], torch.tensor([-1], dtype=torch.int32), token_ids[5:]])
+    y, shortcut = torch.randn(2 * len(token_ids), 24) * 3 + 1, torch.randn(2, 37, 24)
     weight, bias = torch.randn(24), torch.randn(24)
-    arguments = (y, shortcut, index, weight, bias, 1e-5)
-    ours, expected = compare(norm_add.norm_add, norm_add.reference, *arguments)
+    arguments = (y, shortcut, token_ids, weight, bias, 1e-5)
+    ours, expected = compare(norm_add.norm_add, norm_add.norm_add_reference, *arguments)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    row = y.view(2, len(index), -1)[1, (index == 5).nonzero().item()].double()
+    row = y.view(2, len(token_ids), -1)[1, (token_ids == 5).nonzero().item()].double()
     one = shortcut[1, 5] + torch.nn.functional.layer_norm(row, (24,), weight.double(), bias.double())
     torch.testing.assert_close(expected[1, 5].double(), one, rtol=1e-5, atol=1e-5)
 
@@ -77,16 +79,16 @@ def test_patch_embed(side, channels):
     image, weight = torch.randn(2, 3, 8 * side, 9 * side), random_int8(channels, 3, side, side)
     scale, bias, norm = torch.rand(channels) * 1e-4, torch.randn(channels), torch.randn(2, channels)
     arguments = (image, weight, scale, bias, norm[0], norm[1], 40.0, 1e-5)
-    ours, expected = compare(patch_embed.patch_embed, patch_embed.reference, *arguments)
+    ours, expected = compare(patch_embed.patch_embed, patch_embed.patch_embed_reference, *arguments)
     assert ours.shape == (2, 72, channels)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_norm_quantize_is_layer_norm():
     x, weight, bias = torch.randn(1, 10, 32), torch.randn(32), torch.randn(32)
-    levels = norm_quantize.reference(x, torch.arange(10).int()[:, None], weight, bias, 1e-5, 30.0)
+    q_out = norm_quantize.norm_quantize_reference(x, torch.arange(10).int()[:, None], weight, bias, 1e-5, 30.0)
     expected = torch.nn.functional.layer_norm(x.double(), (32,), weight.double(), bias.double(), 1e-5)
-    torch.testing.assert_close(levels.double() / 30, expected[0].clamp(-128 / 30, 127 / 30), rtol=0, atol=0.5 / 30 + 1e-6)
+    torch.testing.assert_close(q_out.double() / 30, expected[0].clamp(-128 / 30, 127 / 30), rtol=0, atol=0.5 / 30 + 1e-6)
 
 
 SIZES = pytest.mark.parametrize(("m", "n", "k"), [(100, 96, 96), (64, 32, 200), (130, 160, 64), (1, 64, 33)])
@@ -95,22 +97,22 @@ SIZES = pytest.mark.parametrize(("m", "n", "k"), [(100, 96, 96), (64, 32, 200), 
 @SIZES
 def test_linear_quantize(m, n, k):
     x, weight, scale, bias = random_int8(m, k), random_int8(n, k), torch.rand(n) * 1e-3, torch.randn(n) * 20
-    ours, expected = compare(linear.linear_quantize, linear.reference_quantize, x, weight, scale, bias)
-    assert_levels(ours, expected)
+    ours, expected = compare(linear.linear_quantize, linear.linear_quantize_reference, x, weight, scale, bias)
+    assert_int8_close(ours, expected)
 
 
 @SIZES
 def test_linear_gelu_quantize(m, n, k):
     x, weight, scale, bias = random_int8(m, k), random_int8(n, k), torch.rand(n) * 1e-4, torch.randn(n)
     arguments = (x, weight, scale, bias, 30.0)
-    ours, expected = compare(linear.linear_gelu_quantize, linear.reference_gelu_quantize, *arguments)
-    assert_levels(ours, expected, share=0.005)  # GELU's error is a thousandth of a level here
+    ours, expected = compare(linear.linear_gelu_quantize, linear.linear_gelu_quantize_reference, *arguments)
+    assert_int8_close(ours, expected, share=0.005)  # GELU's error is a thousandth of a level here
 
 
 @triton.jit
 def _gelu_kernel(y_ptr, out_ptr, BLOCK: tl.constexpr):
-    place = tl.arange(0, BLOCK)
-    tl.store(out_ptr + place, gelu(tl.load(y_ptr + place)))
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, gelu(tl.load(y_ptr + offsets)))
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -127,7 +129,7 @@ def test_integer_sums_are_exact():
     """With scales of 1 and no bias the result is the integer sum, to the bit, saturated."""
     x, weight = torch.randint(-5, 6, (70, 40), dtype=torch.int8), torch.randint(-3, 4, (32, 40), dtype=torch.int8)
     one, zero = torch.ones(32), torch.zeros(32)
-    ours, expected = compare(linear.linear_quantize, linear.reference_quantize, x, weight, one, zero)
+    ours, expected = compare(linear.linear_quantize, linear.linear_quantize_reference, x, weight, one, zero)
     assert torch.equal(ours, expected)
     sums = x.int() @ weight.int().T
     assert torch.equal(ours, sums.clamp(-128, 127).to(torch.int8)) and sums.abs().max() > 128
@@ -137,7 +139,7 @@ def test_ties_go_to_even():
     """x is the identity times 2, so that half of the weight's levels come out."""
     weight, half = torch.arange(-16, 16, dtype=torch.int8).view(1, 32).expand(32, 32).contiguous(), torch.full((32,), 0.25)
     x = 2 * torch.eye(32, dtype=torch.int8)
-    ours, expected = compare(linear.linear_quantize, linear.reference_quantize, x, weight, half, torch.zeros(32))
+    ours, expected = compare(linear.linear_quantize, linear.linear_quantize_reference, x, weight, half, torch.zeros(32))
     assert torch.equal(ours, expected)
     assert ours[:, 0].tolist() == [round(level / 2) for level in range(-16, 16)]  # Python rounds ties to even
 
@@ -145,7 +147,7 @@ def test_ties_go_to_even():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_linear_float(dtype):
     x, weight, scale, bias = random_int8(70, 384), random_int8(96, 384), torch.rand(96) * 1e-4, torch.randn(96)
-    ours, expected = compare(linear.linear_float, linear.reference_float, x, weight, scale, bias, dtype)
+    ours, expected = compare(linear.linear_float, linear.linear_float_reference, x, weight, scale, bias, dtype)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(expected.double(), (x.double() @ weight.double().T) * scale + bias, rtol=1e-3, atol=1e-3)
@@ -155,14 +157,14 @@ def test_linear_float(dtype):
 def test_linear_add(padded):
     batch, rows, n, k = 2, 37, 64, 96
     x, weight, scale, bias = random_int8(batch * rows, k), random_int8(n, k), torch.rand(n) * 1e-4, torch.randn(n)
-    index = torch.randperm(rows).int()
+    token_ids = torch.randperm(rows).int()
     if padded:
-        index = torch.cat([index[:20], torch.tensor([-1], dtype=torch.int32), index[20:]])
+        token_ids = torch.cat([token_ids[:20], torch.tensor([-1], dtype=torch.int32), token_ids[20:]])
         x = random_int8(batch * (rows + 1), k)
     shortcut = torch.randn(batch, rows, n)
-    ours, expected = compare(linear.linear_add, linear.reference_add, x, weight, scale, bias, shortcut, index)
+    ours, expected = compare(linear.linear_add, linear.linear_add_reference, x, weight, scale, bias, shortcut, token_ids)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    image = x.view(batch, -1, k)[1, (index == 5).nonzero().item()]
+    image = x.view(batch, -1, k)[1, (token_ids == 5).nonzero().item()]
     one = shortcut[1, 5].double() + (image.double() @ weight.double().T) * scale.double() + bias.double()
     torch.testing.assert_close(expected[1, 5].double(), one, rtol=1e-5, atol=1e-5)
 
@@ -175,9 +177,9 @@ def test_window_attention(windows, masks, heads, tokens):
     if masks > 1:
         bias[1, :, : tokens // 2, tokens // 2 :] = -100.0
     arguments = (qkv, attention.padded_bias(bias), tokens, torch.rand(heads) * 3e-4, 127.0, 0.007)
-    ours, expected = compare(attention.window_attention, attention.reference, *arguments)
+    ours, expected = compare(attention.window_attention, attention.window_attention_reference, *arguments)
     assert ours.shape == (windows * tokens, heads * 32)
-    assert_levels(ours, expected, share=0.01)
+    assert_int8_close(ours, expected, share=0.01)
 
 
 def test_window_attention_is_attention():
@@ -185,8 +187,10 @@ def test_window_attention_is_attention():
     qkv, bias = random_int8(2 * 49, 3 * 2 * 32), torch.randn(1, 2, 49, 49)
     q, k, v = (qkv.float() / 127).view(2, 49, 3, 2, 32).permute(2, 0, 3, 1, 4)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    levels = attention.reference(qkv, attention.padded_bias(bias), 49, torch.full((2,), 32**-0.5 / 127**2), 127.0, 1 / 127.0)
-    found = levels.float().view(2, 49, 2, 32).transpose(1, 2) / 127
+    q_out = attention.window_attention_reference(
+        qkv, attention.padded_bias(bias), 49, torch.full((2,), 32**-0.5 / 127**2), 127.0, 1 / 127.0
+    )
+    found = q_out.float().view(2, 49, 2, 32).transpose(1, 2) / 127
     bound = v.abs().sum(dim=-2, keepdim=True) / 254 + 0.5 / 127 + 1e-5  # of rounding each probability, and the result
     assert ((found - expected).abs() <= bound).all()
     assert (found - expected).abs().mean() < 0.01
@@ -196,8 +200,8 @@ def test_cosine_window_attention():
     qkv, bias = torch.randn(9 * 49, 3 * 2 * 32) * 3, torch.randn(3, 2, 49, 49)
     qkv[5] = 0.0  # a token whose q and k have no direction
     arguments = (qkv, attention.padded_bias(bias), 49, torch.tensor([2.0, 10.0]) / 250**2, 250.0, 250.0, 12.0, 127.0, 0.007)
-    ours, expected = compare(attention.cosine_window_attention, attention.reference_cosine, *arguments)
-    assert_levels(ours, expected, share=0.01)
+    ours, expected = compare(attention.cosine_window_attention, attention.cosine_window_attention_reference, *arguments)
+    assert_int8_close(ours, expected, share=0.01)
 
 
 def test_cosine_window_attention_is_attention():
@@ -206,8 +210,8 @@ def test_cosine_window_attention_is_attention():
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=7.0)
     scale = torch.full((2,), 7.0 / 127**2)
-    levels = attention.reference_cosine(
+    q_out = attention.cosine_window_attention_reference(
         qkv, attention.padded_bias(bias), 49, scale, 127.0, 127.0, 30.0, 127.0, 50 / 127 / 30
     )
-    found = levels.float().view(2, 49, 2, 32).transpose(1, 2) / 50
+    found = q_out.float().view(2, 49, 2, 32).transpose(1, 2) / 50
     assert (found - expected).abs().mean() < 0.02

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from qswin.models.registry import build_model  # noqa: E402
 from qswin.qat.lowering.layers import Float32Interface, Int8Head, Int8PatchEmbed  # noqa: E402
 from qswin.qat.lowering.lower import lower  # noqa: E402
-from qswin.qat.lowering.swin import Int8Block, Int8PatchMerging, window_index  # noqa: E402
+from qswin.qat.lowering.swin import Int8Block, Int8PatchMerging, window_token_ids  # noqa: E402
 from qswin.qat.ptq.calibrate import calibrate  # noqa: E402
 from qswin.qat.quant.recipe import named_recipe  # noqa: E402
 from qswin.qat.quant.rewrite import quantize  # noqa: E402
@@ -74,9 +74,9 @@ def test_weights_are_stored_as_integers(images):
 def test_every_token_is_in_one_window(images):
     twin = twin_of(images)
     block = twin.layers[0].blocks[1]  # a shifted one
-    index = window_index(block, 16, 16).flatten()
-    assert index.sort().values.tolist() == list(range(256))
-    assert index[0] == 2 * 16 + 2  # rolled by half a window of four
+    token_ids = window_token_ids(block, 16, 16).flatten()
+    assert token_ids.sort().values.tolist() == list(range(256))
+    assert token_ids[0] == 2 * 16 + 2  # rolled by half a window of four
 
 
 @pytest.mark.parametrize(
