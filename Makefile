@@ -6,8 +6,8 @@ BIN := .venv/bin
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
-	@echo 'Making .venv: about 4 GB to download and 7.5 GB of disk, for PyTorch with CUDA, TensorRT-RTX, DALI and the tools of the tests.'
-	@echo 'Three minutes with a fast network. (pip install . brings only what a user needs: about 5.5 GB of disk.)'
+	@echo 'Making .venv: 8 GB of disk, about half of it to download: PyTorch with CUDA, TensorRT-RTX, DALI, and the tools of the tests.'
+	@echo 'It takes about three minutes on a fast network. (pip install . brings what a user needs: 6 GB, and no tools of the tests.)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[rtx]' \
@@ -53,5 +53,6 @@ coverage: setup
 demo: setup
 	$(BIN)/python benchmarks/demo.py
 
+# What can be made again; runs/ is the user's
 clean:
-	rm -rf .venv .floors .browser runs build *.egg-info
+	rm -rf .venv .floors .browser build *.egg-info runs/demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
