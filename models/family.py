@@ -17,7 +17,8 @@ def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 class Family:
     """A family of float models.
 
-    A module of models/ offers its family as `FAMILY`; code outside the package calls `registry.register_family`.
+    A module of models/ offers its family as `FAMILY`. Code outside the package calls `registry.register_family`, or is
+    installed with an entry point of the group `qswin.families`, for the commands to know it.
 
     Args:
         name: the family's own, such as "swin".

@@ -2,6 +2,8 @@
 
 import difflib
 import functools
+import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,26 @@ from qswin.models.discovery import offers
 from qswin.models.family import Family
 from qswin.models.state_dicts import check_state, read_state, rename
 
+ENTRY_POINTS = "qswin.families"  # each is the place of a Family, `package.module:FAMILY`
+
 
 @functools.cache
 def _known() -> dict[str, Family]:
-    """{name: family}, at first those that the modules of models/ offer as FAMILY."""
-    return {family.name: family for family in offers(models, "FAMILY")}
+    """{name: family}, at first those that the modules of models/ offer as FAMILY, and those of installed packages."""
+    return {family.name: family for family in (*offers(models, "FAMILY"), *_installed())}
+
+
+def _installed() -> Iterator[Family]:
+    """The families that other installed packages declare, so that commands know them too."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            yield entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{ENTRY_POINTS}: {entry.name} = {entry.value} cannot be loaded: {error}") from error
 
 
 def families() -> tuple[Family, ...]:
-    """Every known family: those of models/, then those that were registered."""
+    """Every known family: those of models/, of installed packages, and those that were registered."""
     return tuple(_known().values())
 
 

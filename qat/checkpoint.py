@@ -34,8 +34,13 @@ OFF = "._off"  # ends the name of a quantizer's flag; a checkpoint does without,
 class Description:
     """What a checkpoint is, apart from its tensors: the sidecar.
 
-    `model` is build_model's arguments, `stage` float, ptq or qat, `recipe` None for a float model, `parent` the SHA-256 of
-    the checkpoint this one was made from, `metrics` what was measured when it was saved.
+    Args:
+        model: build_model's arguments; where its weights once came from does not count.
+        stage: "float", "ptq" or "qat".
+        classes: names, in the order of the logits.
+        recipe: None for a float model.
+        parent: the SHA-256 of the checkpoint that this one was made from.
+        metrics: what was measured when it was saved.
     """
 
     model: dict[str, Any]
@@ -115,7 +120,8 @@ def check_description(model: nn.Module, description: Description) -> None:
 
 def _build(description: Description) -> nn.Module:
     """The model that is described, with random weights, its quantizers not calibrated."""
-    model = build_model(**description.model)
+    arguments = {key: value for key, value in description.model.items() if key not in ("checkpoint", "pretrained")}
+    model = build_model(**arguments)
     return model if description.recipe is None else rewrite(model, description.recipe)
 
 
