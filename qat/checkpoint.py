@@ -81,8 +81,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
         path: the name ends in .safetensors.
 
     Raises:
-        ValueError: a quantizer was never calibrated or its range is dead; the description does not fit the model; or the
-            name ends otherwise.
+        ValueError: a quantizer was never calibrated or its range is dead; the description does not fit the model; or
+            the name ends otherwise.
         OSError: nothing could be written.
     """
     path = Path(path)
@@ -103,7 +103,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_description(model: nn.Module, description: Description) -> None:
-    """Raises ValueError unless a checkpoint of this model and this description can be loaded and used; says what differs."""
+    """Raises ValueError, which says what differs, unless a checkpoint of this model and description can be loaded."""
     with torch.random.fork_rng(devices=()):  # the weights of the model that is built are drawn at random
         described = _build(description)
     difference = mismatch(tensors_of(model), tensors_of(described))

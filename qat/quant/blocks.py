@@ -28,7 +28,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 class BlockOutputs:
-    """Records the output of each block of a model, with its gradient, until it is taken. A copy of the model does not."""
+    """Records the output of each block of a model, with its gradient, until it is taken; not that of a copy's."""
 
     def __init__(self, model: nn.Module) -> None:
         self._outputs: list[Tensor] = []
