@@ -17,14 +17,15 @@ def _as_it_is(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 class Family:
     """A family of float models.
 
-    A module of models/ offers its family as `FAMILY`; code outside the package calls `registry.register_family`.
+    A module of models/ offers its family as `FAMILY`. Code outside the package calls `registry.register_family`, or is
+    installed with an entry point of the group `qswin.families`, for the commands to know it.
 
     Args:
         name: the family's own, such as "swin".
         task: "classification" or "segmentation".
         names: gives the names of the models that `build` knows.
-        build: called as build(name, num_classes, pretrained=..., **kwargs), it makes a float model, (N, 3, H, W) -> logits,
-            whose attribute `num_classes` is the number of its classes. `num_classes` None keeps the architecture's own.
+        build: called as build(name, num_classes, pretrained=..., **kwargs), it makes a float model, (N, 3, H, W) ->
+            logits, whose attribute `num_classes` is the number of its classes. None keeps the architecture's own number.
         preprocessing: gives a model's own size, mean, std, interpolation and crop_pct; the keys are those of
             qswin.calib.data.images.Preprocessing.
         convert_state: called with a state dict in a layout that people hold and the model it is for, it gives the state
@@ -49,8 +50,9 @@ class Family:
         if self.task not in TASKS:
             raise ValueError(f"family {self.name!r}: task {self.task!r} is not known; choose {' or '.join(TASKS)}")
 
-    def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError for a setting of the architecture that does not work; it is named."""
+    def check_settings(self, model: str, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming the model and the setting, for a setting of the architecture that does not work."""
         for setting, (value, reason) in self.fixed.items():
-            if settings.get(setting, value) != value:
-                raise ValueError(f"{setting}={settings[setting]} is not supported: {reason}; leave it at {value}")
+            found = settings.get(setting, value)
+            if found != value:
+                raise ValueError(f"model {model!r}: {setting}={found} is not supported: {reason}; leave it at {value}")

@@ -2,6 +2,8 @@
 
 import difflib
 import functools
+import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,26 @@ from qswin.models.discovery import offers
 from qswin.models.family import Family
 from qswin.models.state_dicts import check_state, read_state, rename
 
+ENTRY_POINTS = "qswin.families"  # each is the place of a Family, `package.module:FAMILY`
+
 
 @functools.cache
 def _known() -> dict[str, Family]:
-    """{name: family}, at first those that the modules of models/ offer as FAMILY."""
-    return {family.name: family for family in offers(models, "FAMILY")}
+    """{name: family}, at first those that the modules of models/ offer as FAMILY, and those of installed packages."""
+    return {family.name: family for family in (*offers(models, "FAMILY"), *_installed())}
+
+
+def _installed() -> Iterator[Family]:
+    """The families that other installed packages declare, so that commands know them too."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            yield entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{ENTRY_POINTS}: {entry.name} = {entry.value} cannot be loaded: {error}") from error
 
 
 def families() -> tuple[Family, ...]:
-    """Every known family: those of models/, then those that were registered."""
+    """Every known family: those of models/, of installed packages, and those that were registered."""
     return tuple(_known().values())
 
 
@@ -48,7 +61,7 @@ def family_of(name: str) -> Family:
 
 
 def site_name(path: str) -> str:
-    """What recipes call the module at `path`: `backbone.head` for `backbone.head.fc` of a Swin that is part of a model."""
+    """What recipes call the module at `path`: `backbone.head` for `backbone.head.fc` of a Swin within a larger model."""
     return rename(path, (pair for family in families() for pair in family.sites))
 
 
@@ -71,18 +84,16 @@ def build_model(
         ValueError: the name is not known, a setting is wrong, the weights do not fit or cannot be downloaded.
     """
     family = family_of(name)
+    family.check_settings(name, kwargs)
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"model {name!r}: num_classes={num_classes} is not supported; give 1 or more")
+    download = pretrained and checkpoint is None
     try:
-        family.check_settings(kwargs)
-    except ValueError as error:
-        raise ValueError(f"model {name!r}: {error}") from error
-    try:
-        model = family.build(name, num_classes, pretrained=pretrained and checkpoint is None, **kwargs)
+        model = family.build(name, num_classes, pretrained=download, **kwargs)
     except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"model {name!r}: its settings do not work: {_first_line(error)}") from error
     except (OSError, RuntimeError) as error:
-        if not pretrained:
+        if not download:
             raise ValueError(f"model {name!r}: its settings do not work: {_first_line(error)}") from error
         raise ValueError(
             f"the pretrained weights of {name} cannot be downloaded ({_first_line(error)}); "
@@ -99,7 +110,7 @@ def _first_line(error: Exception) -> str:
 
 
 def load_weights(model: nn.Module, family: Family, path: Path) -> None:
-    """Loads a float checkpoint into `model`. Raises ValueError when the file is not a checkpoint, or is another model's."""
+    """Loads a float checkpoint into `model`. Raises ValueError for a file that is not one, or is another model's."""
     state = read_state(path)
     expected = model.state_dict()
     first = next(iter(state), None)

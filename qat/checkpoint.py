@@ -34,8 +34,13 @@ OFF = "._off"  # ends the name of a quantizer's flag; a checkpoint does without,
 class Description:
     """What a checkpoint is, apart from its tensors: the sidecar.
 
-    `model` is build_model's arguments, `stage` float, ptq or qat, `recipe` None for a float model, `parent` the SHA-256 of
-    the checkpoint this one was made from, `metrics` what was measured when it was saved.
+    Args:
+        model: build_model's arguments; where its weights once came from does not count.
+        stage: "float", "ptq" or "qat".
+        classes: names, in the order of the logits.
+        recipe: None for a float model.
+        parent: the SHA-256 of the checkpoint that this one was made from.
+        metrics: what was measured when it was saved.
     """
 
     model: dict[str, Any]
@@ -76,8 +81,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
         path: the name ends in .safetensors.
 
     Raises:
-        ValueError: a quantizer was never calibrated or its range is dead; the description does not fit the model; or the
-            name ends otherwise.
+        ValueError: a quantizer was never calibrated or its range is dead; the description does not fit the model; or
+            the name ends otherwise.
         OSError: nothing could be written.
     """
     path = Path(path)
@@ -98,7 +103,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_description(model: nn.Module, description: Description) -> None:
-    """Raises ValueError unless a checkpoint of this model and this description can be loaded and used; says what differs."""
+    """Raises ValueError, which says what differs, unless a checkpoint of this model and description can be loaded."""
     with torch.random.fork_rng(devices=()):  # the weights of the model that is built are drawn at random
         described = _build(description)
     difference = mismatch(tensors_of(model), tensors_of(described))
@@ -115,7 +120,8 @@ def check_description(model: nn.Module, description: Description) -> None:
 
 def _build(description: Description) -> nn.Module:
     """The model that is described, with random weights, its quantizers not calibrated."""
-    model = build_model(**description.model)
+    arguments = {key: value for key, value in description.model.items() if key not in ("checkpoint", "pretrained")}
+    model = build_model(**arguments)
     return model if description.recipe is None else rewrite(model, description.recipe)
 
 

@@ -34,13 +34,14 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
     """A copy that computes in INT8.
 
     Args:
-        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2), calibrated with recipe `attention` (8 bits).
+        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2), calibrated with recipe `attention`
+            (8 bits).
         image: (1, 3, H, W) float32 of the size that the model is for: each block's place in it becomes an index.
         dtype: of the images that it will get, of the residual stream and of what is not lowered (last norm, pooling).
 
     Raises:
-        ValueError: a site that the kernels need is in float, of other bits or not calibrated, or a site that they lack is
-            quantized (it is named); or no block of the model is among `parts`.
+        ValueError: a site that the kernels need is in float, of other bits or not calibrated, or a site that they lack
+            is quantized (it is named); or no block of the model is among `parts`.
     """
     lowered = copy.deepcopy(twin).eval()
     sizes = _input_sizes(lowered, image)

@@ -23,12 +23,12 @@ class _Reached(Exception):
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, in order: what has residual adds."""
+    """The transformer blocks, in order: the modules that have residual adds."""
     return [module for module in model.modules() if any(isinstance(child, QuantAdd) for child in module.children())]
 
 
 class BlockOutputs:
-    """Records what each block of a model gives, with its gradient, until it is taken; not what a copy's give."""
+    """Records the output of each block of a model, with its gradient, until it is taken; not that of a copy's."""
 
     def __init__(self, model: nn.Module) -> None:
         self._outputs: list[Tensor] = []
@@ -49,7 +49,7 @@ class BlockOutputs:
 
 @torch.no_grad()
 def block_arguments(model: nn.Module, block: nn.Module, batch: Tensor) -> Arguments:
-    """What a block is called with when the model sees a batch."""
+    """The arguments of a block when the model sees a batch."""
     found: list[Arguments] = []
 
     def stop(_: nn.Module, arguments: Arguments) -> None:
@@ -62,7 +62,7 @@ def block_arguments(model: nn.Module, block: nn.Module, batch: Tensor) -> Argume
 
 @torch.no_grad()
 def block_output(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
-    """What a block gives when the model sees a batch."""
+    """The output of a block when the model sees a batch."""
     found: list[Tensor] = []
 
     def stop(_: nn.Module, arguments: Arguments, output: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What of a rewritten model is quantized, and what stays in float."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class Coverage:
     matmuls: tuple[int, int]
     adds: tuple[int, int]
     in_float: tuple[str, ...]
-    attention: dict[str, str]
+    attention: Mapping[str, str]
 
     def __str__(self) -> str:
         """One line: the counts, and the first layers that stay in float."""
@@ -44,7 +44,8 @@ def coverage(twin: nn.Module) -> Coverage:
     """What is quantized of a model that `quantize` made."""
     weighted = {name: module for name, module in twin.named_modules() if _has_weight(module)}
     convolutions = {name for name, module in weighted.items() if _is_convolution(module)}
-    quantized = {name for name, module in weighted.items() if _is_quantized(module, "_input_quantizer", "_weight_quantizer")}
+    quantizers = ("_input_quantizer", "_weight_quantizer")
+    quantized = {name for name, module in weighted.items() if _is_quantized(module, *quantizers)}
     return Coverage(
         linears=(len(quantized - convolutions), len(weighted.keys() - convolutions)),
         convolutions=(len(quantized & convolutions), len(convolutions)),

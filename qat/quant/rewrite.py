@@ -35,8 +35,8 @@ def register_twins(more: Twins) -> None:
     """Makes twins known that are defined outside twins/. A type that had a twin gets the new one.
 
     Args:
-        more: {type of a float module, or its dotted name: what makes its twin, as twin(module, site, quantizer)}. The type
-            must be the module's own, not a base class of it. `quantizer(site)` makes the quantizer of an activation.
+        more: {type of a float module, or its dotted name: what makes its twin, as twin(module, site, quantizer)}. The
+            type must be the module's own, not a base class. `quantizer(site)` makes the quantizer of an activation.
     """
     _twins().update(more)
 
@@ -55,10 +55,8 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
         return twin
     covered = coverage(twin)
     if not any(quantizers(twin)):
-        kind, rest = type(model).__name__, ", ".join(covered.in_float[:3])
-        raise ValueError(
-            f"recipe {recipe.name!r} quantizes nothing of this {kind}; write rules for its layers ({rest}, ...)"
-        )
+        what, layers = f"quantizes nothing of this {type(model).__name__}", ", ".join(covered.in_float[:3])
+        raise ValueError(f"recipe {recipe.name!r} {what}; write rules for its layers ({layers}, ...)")
     logging.info("recipe %s: %s", recipe.name, covered)
     for kind, path in covered.attention.items():
         logging.warning("%s (first at %s) has no quantized twin: its matmuls stay in float; see register_twins", kind, path)

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from qswin.models import swin, vit
+from qswin.models import registry, swin, vit
 from qswin.models.discovery import offers
 from qswin.models.family import Family
 from qswin.models.registry import build_model, families, family_of, site_name
@@ -206,3 +206,33 @@ def test_a_vit_checkpoint_loads(tmp_path):
     torch.save(model.state_dict(), tmp_path / "a.pth")
     loaded = build_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=1, checkpoint=tmp_path / "a.pth")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Installs a package that declares a family at `module:FAMILY`; the families are looked for again, now and after."""
+
+    def install(place: str) -> None:
+        (tmp_path / "elsewhere.py").write_text(
+            "from qswin.models import swin\nfrom qswin.models.family import Family\n"
+            "FAMILY = Family('elsewhere', 'classification', lambda: ['my_swin'], swin.build, swin.preprocessing)\n"
+        )
+        (tmp_path / "elsewhere-1.dist-info").mkdir()
+        (tmp_path / "elsewhere-1.dist-info" / "METADATA").write_text("Name: elsewhere\nVersion: 1\n")
+        (tmp_path / "elsewhere-1.dist-info" / "entry_points.txt").write_text(f"[qswin.families]\nelsewhere = {place}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    registry._known.cache_clear()
+    yield install
+    registry._known.cache_clear()
+
+
+def test_a_family_of_an_installed_package_is_known(installed):
+    installed("elsewhere:FAMILY")
+    assert family_of("my_swin").name == "elsewhere" and family_of(V1).name == "swin"
+
+
+def test_a_package_whose_family_cannot_be_loaded_is_named(installed):
+    installed("elsewhere:FAMLY")
+    with pytest.raises(ValueError, match="qswin.families: elsewhere = elsewhere:FAMLY cannot be loaded: .*FAMLY"):
+        families()

@@ -1,6 +1,8 @@
 """Twins against timm's own modules; what the rewritten model lets torch do."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from qswin.qat.quant.layers import QuantAdd, QuantConv2d, QuantLinear, QuantMatM
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule, named_recipe
 from qswin.qat.quant.rewrite import clip_weights, disable, enable, fold_biases, quantize
-from tests.helpers import V1, V2, small_swin
+from tests.helpers import SMALL, V1, V2, small_swin
 
 SHAPES = [
     {},
@@ -161,3 +163,13 @@ def test_a_rule_may_be_undone_by_a_later_one(swin):
 def test_a_written_recipe_that_matches_nothing_is_an_error(swin):
     with pytest.raises(ValueError, match="'fc9' matches no site"):
         quantize(swin, Recipe("mine", (Rule("fc9", quantize=True),)))
+
+
+def test_transformers_is_not_imported_for_a_swin():
+    """It takes seconds, which only those who use CvT should pay."""
+    script = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from qswin import build_model, named_recipe, quantize\n"
+        f"quantize(build_model({V1!r}, **{SMALL!r}), named_recipe('full'))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
