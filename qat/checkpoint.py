@@ -19,7 +19,7 @@ from qswin.calib.files import (
 )
 from qswin.models.registry import build_model, check_state, family_of, read_state
 from qswin.qat.config import build_float_model, load_config, model_arguments
-from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.quantizers import OFF_KEY, quantizers
 from qswin.qat.quant.recipe import Recipe
 from qswin.qat.quant.rewrite import enable, quantize
 
@@ -80,7 +80,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
     check_suffix("checkpoint", path, (SUFFIX,))
     for quantizer in quantizers(model):
         quantizer.check_range()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(f".{OFF_KEY}")}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_with_sidecar(path, safetensors.torch.save(tensors), KIND, description.to_dict())
 
 
