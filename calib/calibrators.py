@@ -57,7 +57,7 @@ class Histogram:
             ValueError: `amax` is NaN or infinite.
         """
         if not np.isfinite(amax):
-            raise ValueError(f"an activation is {amax}: no range can be taken from it")
+            raise ValueError(f"a value is {amax}: no range can be taken from it")
         self.amax = max(self.amax, amax)
         if self.amax > 0:
             self._widen(max(int(np.frexp(self.amax)[1]), self.exponent))

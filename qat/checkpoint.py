@@ -21,7 +21,7 @@ from qswin.calib.files import (
 from qswin.models.registry import build_model, family_of
 from qswin.models.state_dicts import check_state, mismatch, read_state
 from qswin.qat.config import build_float_model, load_config, model_arguments
-from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.quantizers import OFF_KEY, quantizers
 from qswin.qat.quant.recipe import Recipe
 from qswin.qat.quant.rewrite import enable, rewrite
 

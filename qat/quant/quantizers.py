@@ -191,9 +191,17 @@ class TensorQuantizer(nn.Module):
         self._set_range(torch.tensor(find_range(self.histogram, calibrator or self.spec.calibrator, self.spec.grid)))
 
     def set_range_from_weight(self, weight: Tensor) -> None:
-        """Takes the range from a weight by the spec's calibrator, for each channel where the spec says so."""
-        if self.spec.amax is None:
+        """Takes the range from a weight by the spec's calibrator, for each channel where the spec says so.
+
+        Raises:
+            ValueError: a value is NaN or infinite, and the calibrator is neither max nor mse, whose ranges show it.
+        """
+        if self.spec.amax is not None:
+            return
+        try:
             self._set_range(weight_ranges(weight, self.spec.axis, self.spec.calibrator, self.spec.grid))
+        except ValueError as error:
+            raise ValueError(f"{self.site}: {error}") from error
 
     def _set_range(self, amax: Tensor) -> None:
         self._amax.copy_(amax)

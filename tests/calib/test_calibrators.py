@@ -61,7 +61,7 @@ def test_memory_does_not_grow():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(value):
-    with pytest.raises(ValueError, match="an activation is"):
+    with pytest.raises(ValueError, match="a value is"):
         Histogram().add(np.array([1.0, value]))
 
 

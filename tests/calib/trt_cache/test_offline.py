@@ -50,5 +50,5 @@ def test_moved_values_have_their_sources_range(graph):
 def test_bad_calibration_data_is_an_error(graph):
     with pytest.raises(ValueError, match="0 images"):
         activation_ranges(graph, [], "minmax")
-    with pytest.raises(ValueError, match="input: an activation is nan"):
+    with pytest.raises(ValueError, match="input: a value is nan"):
         activation_ranges(graph, [np.full((1, 3, 32, 32), np.nan, np.float32)], "minmax")

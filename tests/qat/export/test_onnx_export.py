@@ -211,7 +211,7 @@ def test_what_cannot_be_exported_says_why(images):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"preprocessing": Preprocessing(size=(48, 32))}, "does not take an image of 3 x 48 x 32.*preprocessing: .*height"),
+        ({"preprocessing": Preprocessing(size=(48, 48))}, "does not take an image of 3 x 48 x 48.*preprocessing: .*height"),
         ({"model": {**DESCRIPTION.model, "num_classes": 7}}, "gives 5 classes, but .* num_classes says 7"),
         ({"classes": ("a", "b")}, "gives 5 classes, but .* classes says 2"),
     ],

@@ -1,9 +1,11 @@
 """Calibration: one pass, whatever the batches, whatever the ranks."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -79,7 +81,21 @@ def test_batches_of_images_and_labels_are_taken(images, kind):
     twins = [quantize(small_swin(), named_recipe("full")) for _ in range(2)]
     assert calibrate(twins[0], [kind((part, labels)) for part in images.split(2)]) == 4
     calibrate(twins[1], images.split(2))
-    assert ranges(twins[0]) == ranges(twins[1])
+    torch.testing.assert_close(ranges(twins[0]), ranges(twins[1]), rtol=0, atol=0)
+
+
+def test_calibrating_again_finds_the_same_ranges(images):
+    """The second pass is one of the float model too, though its weights were quantized before, or switched off."""
+    twin = quantize(small_swin(), dataclasses.replace(named_recipe("full"), weight_format="int3"))
+    calibrate(twin, [images])
+    first = ranges(twin)
+    calibrate(twin, [images])
+    torch.testing.assert_close(ranges(twin), first, rtol=0, atol=0)
+    disable(twin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(twin, [images])
+    torch.testing.assert_close(ranges(twin), first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from qswin.calib.calibrators import Histogram, find_range
+from qswin.calib.data.images import Preprocessing
 from qswin.calib.grid import INT8, grid_of
+from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qswin.qat.quant.quantizers import IN_FLOAT, Mode, QuantSpec, TensorQuantizer, quantizers, table
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import disable, enable, quantize
-from tests.helpers import small_swin
+from tests.helpers import SMALL, V1, small_swin
 
 
 def calibrated(spec: QuantSpec, x: torch.Tensor) -> TensorQuantizer:
@@ -94,6 +96,13 @@ def test_values_that_are_not_finite_name_the_site():
     quantizer.observe()
     with pytest.raises(ValueError, match=r"layers\.0\.fc1.*nan"):
         quantizer(torch.tensor([1.0, float("nan")]))
+
+
+def test_a_weight_that_is_not_finite_names_the_site():
+    weight = torch.tensor([[1.0, float("inf")]])
+    quantizer = TensorQuantizer(QuantSpec(INT8.of_weights, 0, "percentile"), "fc1.weight", weight.shape)
+    with pytest.raises(ValueError, match=r"fc1\.weight: a value is inf"):
+        quantizer.set_range_from_weight(weight)
 
 
 def test_a_site_that_was_never_reached_is_an_error():
@@ -264,3 +273,12 @@ def test_quantizers_compile_without_a_graph_break(learned):
     x = torch.randn(4, 8)
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), quantizer(x))
+
+
+def test_a_checkpoint_of_a_model_that_is_switched_off_quantizes(quantized, tmp_path):
+    disable(quantized)
+    recipe, settings = named_recipe("full"), {"name": V1, "num_classes": 5, **SMALL}
+    description = Description(settings, "ptq", Preprocessing(size=(32, 32)), recipe=recipe)
+    save_checkpoint(tmp_path / "a.safetensors", quantized, description)
+    loaded, _ = load_checkpoint(tmp_path / "a.safetensors")
+    assert modes(loaded) == {Mode.QUANTIZING} and not [key for key in loaded.state_dict() if key.endswith("_off")]
