@@ -27,7 +27,7 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     run, val = tmp_path / "run", data / "val"
     ptq, onnx, probe = run / "ptq.safetensors", run / "fp32.onnx", ("--data", data / "train", "--images", 4)
-    budget = ("--sensitivity", tmp_path / "sensitivity.json", "--budget", "kl<=9")
+    budget = ("--sensitivity", run / "sensitivity.json", "--budget", "kl<=9")
     steps = [
         ("calibrate", "checkpoint report", "--config", config_file),
         ("train", "checkpoint report", "--config", config_file, f"init={ptq}", "train.epochs=1"),
@@ -43,15 +43,15 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
         ("sensitivity", "sensitivity", "--checkpoint", ptq, *probe, "--by", "layer"),
         ("search", "search", "--checkpoint", ptq, *probe, *budget, "--recipe", run / "mixed.yaml"),
         ("doctor", "doctor"),
-        ("report", "report", tmp_path),
+        ("report", "report", run),
     ]
     assert {command for command, *_ in steps} == set(cli.COMMANDS) - {"completion"}
     for command, kind, *arguments in steps:
-        file = tmp_path / f"{kind}.json"
+        file = run / f"{kind}.json"
         assert invoke(command, *arguments, "--json", file) == 0, command
         written = json.loads(file.read_text())
         assert written["kind"] == kind and "python" in written["versions"], command
-    headings = re.findall("<h2>(.*?)</h2>", (tmp_path / "report.html").read_text())
+    headings = re.findall("<h2>(.*?)</h2>", (run / "report.html").read_text())
     assert headings == [
         *("Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers"),
         *("Comparisons", "Mixed precision", "Exports", "Builds"),

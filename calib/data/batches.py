@@ -1,4 +1,4 @@
-"""Batches of labelled images as NumPy arrays, without torch, decoded by processes: what calibration and evaluation read."""
+"""Batches of labelled images as NumPy arrays, decoded by processes, for calibration and evaluation. No torch."""
 
 import contextlib
 import ctypes
@@ -22,7 +22,7 @@ from qswin.calib.data.images import Preprocessing, load_image, load_mask
 from qswin.calib.data.shards import ImageFile
 
 Target = int | np.ndarray  # a class index, or a mask (H, W) uint8
-Decoded = list[Target | ValueError]  # of each sample of a batch: its target, or what is wrong with its files
+Decoded = list[Target | ValueError]  # for each sample of a batch: its target, or the error of its files
 
 
 class Batch(NamedTuple):
@@ -32,13 +32,20 @@ class Batch(NamedTuple):
 
 
 def fill_up(images: np.ndarray, size: int) -> np.ndarray:
-    """A batch of at least `size` images: the last one is repeated; a model's answers to those are to be cut off."""
+    """A batch of at least `size` images: the last image is repeated. The caller drops the outputs of the repeats.
+
+    Args:
+        images: (N, 3, H, W); N is at least 1.
+
+    Returns:
+        (max(N, size), 3, H, W).
+    """
     missing = size - len(images)
     return np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing > 0 else images
 
 
 def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, the next one fetched by a thread while the caller works on this one."""
+    """Yields the same batches; a thread fetches the next one while the caller works on the current one."""
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, batches, None)
         while (batch := upcoming.result()) is not None:
@@ -61,24 +68,27 @@ def image_batches(
 ) -> Iterator[Batch]:
     """Yields batches in the order of `samples`.
 
-    A script that calls this does so under `if __name__ == "__main__"`, as multiprocessing needs it.
+    A script must call this under `if __name__ == "__main__"`, because multiprocessing imports the script again.
 
     Args:
-        workers: processes, which decode that many batches ahead. With fewer than two, or than two batches, this one decodes.
-        skipped: unreadable files are left out and added to this list; without a list they are an error.
+        workers: decoding processes; as many batches are decoded ahead. With fewer than two workers, or fewer than two
+            batches, the calling process decodes.
+        skipped: a list to which unreadable files are added, which are then left out. Without a list they are an error.
 
     Raises:
-        ValueError: a file cannot be read and there is no list `skipped`.
+        ValueError: a file cannot be read, and `skipped` is None.
         ChildProcessError: a decoding process was killed.
     """
     chunks = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
     workers = min(workers, len(chunks))
-    decoding = _by_processes(chunks, preprocessing, workers) if workers > 1 else _by_this_one(chunks, preprocessing)
+    decoding = _by_processes(chunks, preprocessing, workers) if workers > 1 else _by_this_process(chunks, preprocessing)
     for chunk, (images, decoded) in zip(chunks, decoding, strict=True):
         yield from _collect(chunk, images, decoded, skipped)
 
 
-def _by_this_one(chunks: Sequence[Sequence[Sample]], preprocessing: Preprocessing) -> Iterator[tuple[np.ndarray, Decoded]]:
+def _by_this_process(
+    chunks: Sequence[Sequence[Sample]], preprocessing: Preprocessing
+) -> Iterator[tuple[np.ndarray, Decoded]]:
     for chunk in chunks:
         images = np.empty((len(chunk), 3, *preprocessing.size), dtype=np.float32)
         yield images, _decode(chunk, preprocessing, images)
@@ -87,8 +97,8 @@ def _by_this_one(chunks: Sequence[Sequence[Sample]], preprocessing: Preprocessin
 def _by_processes(
     chunks: Sequence[Sequence[Sample]], preprocessing: Preprocessing, workers: int
 ) -> Iterator[tuple[np.ndarray, Decoded]]:
-    """Batches decoded into slots of shared memory; threads will not do, for they wait for each other's interpreter lock."""
-    # A fork of this process would copy its CUDA context and its threads' locks; a fork server has neither.
+    """Batches that processes decode into slots of shared memory; threads would wait for the interpreter lock."""
+    # A fork of this process would copy its CUDA context and the locks of its threads. A fork server has neither.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qswin.calib.data.batches"])
     size = max(map(len, chunks)) * 3 * preprocessing.size[0] * preprocessing.size[1]
@@ -111,24 +121,24 @@ def _by_processes(
 
 @contextlib.contextmanager
 def _leaving(pending: deque[tuple[int, int, Future[Decoded]]]) -> Iterator[None]:
-    """Lets a caller leave early without waiting for what is decoded ahead, and says what the end of a worker means."""
+    """Cancels what is decoded ahead when the caller stops early. A worker that died becomes a ChildProcessError."""
     try:
         yield
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a decoding process died: give fewer workers if memory ran out; a script needs `if __name__ == '__main__':`"
+            "a decoding process died; use fewer workers if memory ran out; a script needs `if __name__ == '__main__':`"
         ) from error
     finally:
         for _, _, future in pending:
             future.cancel()
 
 
-_slots: list[Any] = []  # of a decoding process
+_slots: list[Any] = []  # set in each decoding process, as is _preprocessing
 _preprocessing = Preprocessing()
 
 
 def _start_worker(slots: list[Any], preprocessing: Preprocessing) -> None:
-    """Ctrl-C is the parent's to handle; a parent that is killed takes its workers along."""
+    """Prepares a decoding process. It ignores Ctrl-C, which the parent handles, and ends when the parent is killed."""
     global _slots, _preprocessing
     _slots, _preprocessing = slots, preprocessing
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -169,7 +179,7 @@ def _load(sample: Sample, preprocessing: Preprocessing, out: np.ndarray) -> Targ
 def _collect(
     chunk: Sequence[Sample], images: np.ndarray, decoded: Decoded, skipped: list[ImageFile] | None
 ) -> Iterator[Batch]:
-    """Yields the batch; nothing when all of its files were skipped."""
+    """Yields the batch, or nothing when all of its files are skipped."""
     errors = [target for target in decoded if isinstance(target, ValueError)]
     if errors and skipped is None:
         raise errors[0]

@@ -1,4 +1,4 @@
-"""Folders of images and their labels: a class each (classification) or a mask of classes (segmentation). No torch."""
+"""Folders of labelled images: a folder for each class, or, for segmentation, a mask for each image. No torch."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from qswin.calib.data.images import EXTENSIONS
 from qswin.calib.data.shards import ImageFile, scan_shard
 
-Sample = tuple[ImageFile, int | Path]  # an image's file, and its class index or its mask's file
+Sample = tuple[ImageFile, int | Path]  # an image's file, and its class index or the file of its mask
 
 
 class ImageFolder(NamedTuple):
@@ -16,24 +16,25 @@ class ImageFolder(NamedTuple):
 
     root: Path
     classes: tuple[str, ...]
-    samples: tuple[Sample, ...]  # sorted by class and name; of shards as they lie there
+    samples: tuple[Sample, ...]  # sorted by class and name; those of shards in the order of the shards
 
 
 def scan_folder(task: str, root: str | Path, classes: Sequence[str] | None = None) -> ImageFolder:
-    """Lists labelled images, laid out as a task's are.
+    """Lists the labelled images of a folder.
 
-    Classification: one folder of images a class, as ImageNet is laid out; classes are the sorted folder names. Or WebDataset
-    shards, `*.tar` (qswin.calib.data.shards); classes are the lines of `classes.txt` in `root` or beside it, else numbers.
-    Segmentation: `images/NAME.*` and `masks/NAME.png`, whose pixel values are class indices; classes are the lines of
-    `classes.txt` beside `root`, the first is the background.
+    Classification: one folder of images per class, as in ImageNet; the classes are the sorted names of the folders. Or
+    WebDataset shards, `*.tar` (qswin.calib.data.shards); the classes are the lines of `classes.txt` in `root` or beside
+    it, and numbers where there is no such file.
+    Segmentation: `images/NAME.*` and `masks/NAME.png`, whose pixel values are class indices; the classes are the lines
+    of `classes.txt` beside `root`, the background first.
 
     Args:
-        task: classification or segmentation.
+        task: "classification" or "segmentation".
         classes: the class names the model was trained with, in order; None accepts any.
 
     Raises:
-        FileNotFoundError: a folder or file of that layout is missing.
-        ValueError: there are no images, one has no mask, or the classes are others than `classes`.
+        FileNotFoundError: a folder or file of the layout is missing.
+        ValueError: there are no images, an image lacks its mask, or the classes differ from `classes`.
     """
     root = Path(root)
     if not root.is_dir():
@@ -86,7 +87,7 @@ def _scan_masks(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
         raise ValueError(f"{root}: no images in {root / 'images'}; the layout is {LAYOUTS['segmentation']}")
     for image in images:
         if image.stem not in masks:
-            raise ValueError(f"{image}: has no mask {root / 'masks' / image.stem}.png")
+            raise ValueError(f"{image}: lacks its mask {root / 'masks' / image.stem}.png")
     return ImageFolder(root, found, tuple((image, masks[image.stem]) for image in images))
 
 
@@ -111,11 +112,13 @@ def _check_classes(root: Path, found: tuple[str, ...], expected: tuple[str, ...]
     check_class_count(root, len(found), len(expected))
     for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
         if ours != theirs:
-            raise ValueError(f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; order is by name")
+            raise ValueError(
+                f"{root}: class {index} is {theirs!r} here but {ours!r} in the model; classes are sorted by name"
+            )
 
 
 def spread_samples(folder: ImageFolder, images: int) -> Sequence[Sample]:
-    """`images` of a folder's samples at even distances, all of them for 0 or when there are no more."""
+    """`images` samples of a folder at even distances; all samples where `images` is 0 or more than there are."""
     count = len(folder.samples)
     if not 0 < images < count:
         return folder.samples
@@ -123,7 +126,11 @@ def spread_samples(folder: ImageFolder, images: int) -> Sequence[Sample]:
 
 
 def draw_samples(folder: ImageFolder, images: int, seed: int) -> list[Sample]:
-    """`images` of a folder's samples, drawn without replacement; the same for the same seed. Raises ValueError for 0."""
+    """`images` samples of a folder, drawn at random without replacement, the same for the same seed.
+
+    Raises:
+        ValueError: `images` is less than 1.
+    """
     if images < 1:
         raise ValueError("0 images to calibrate on; calibration needs at least 1, and 256 to 1024 do well")
     return random.Random(seed).sample(folder.samples, min(images, len(folder.samples)))

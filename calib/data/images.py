@@ -1,4 +1,4 @@
-"""Images and masks from files as a model sees them, without torch."""
+"""Images and masks from files, decoded and preprocessed for a model. No torch."""
 
 import contextlib
 import dataclasses
@@ -20,9 +20,9 @@ UNREADABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How a file becomes a model's input: the shorter side is resized to size / crop_pct, the centre is cut out.
+    """How an image becomes a model's input: the shorter side is resized to size / crop_pct, then the centre is cropped.
 
-    `size` is (height, width) in pixels; `mean` and `std` are per RGB channel, of values in [0, 1].
+    `size` is (height, width) in pixels. `mean` and `std` are for each RGB channel, with pixel values in [0, 1].
     """
 
     size: tuple[int, int] = (224, 224)
@@ -44,7 +44,7 @@ class Preprocessing:
 
 
 class Source(Protocol):
-    """A file, or a piece of one: a Path, or qswin.calib.data.shards.TarImage."""
+    """A file or a part of one: a Path, or a qswin.calib.data.shards.TarImage."""
 
     def open(self, mode: str) -> IO[bytes]: ...
 
@@ -53,7 +53,7 @@ def load_image(path: str | Source, preprocessing: Preprocessing, out: np.ndarray
     """Decodes and preprocesses one file to (3, H, W) float32, written to `out` if it is given.
 
     Raises:
-        ValueError: the file is missing or cannot be decoded; it is named.
+        ValueError: the file is missing or cannot be decoded. The message names it.
     """
     pixels = load_pixels(path, preprocessing)
     out = np.empty((3, *preprocessing.size), dtype=np.float32) if out is None else out
@@ -61,25 +61,25 @@ def load_image(path: str | Source, preprocessing: Preprocessing, out: np.ndarray
 
 
 def noise_images(count: int, preprocessing: Preprocessing) -> np.ndarray:
-    """(count, 3, H, W) float32, standard normal, seed 0: of normalised images' mean and variance."""
+    """(count, 3, H, W) float32, standard normal with seed 0: the mean and variance of normalised images."""
     return np.random.default_rng(0).standard_normal((count, 3, *preprocessing.size), dtype=np.float32)
 
 
 def load_pixels(path: str | Source, preprocessing: Preprocessing) -> np.ndarray:
-    """Decodes one file to (H, W, 3) uint8, cut as the model sees it. Raises ValueError, naming an unreadable file."""
+    """Decodes one file to (H, W, 3) uint8, resized and cropped. Raises ValueError for a file that is unreadable."""
     resampling = RESAMPLING[preprocessing.interpolation]
     return np.asarray(_resize_and_crop(open_image(path, "RGB"), preprocessing, resampling))
 
 
 def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -> np.ndarray:
-    """Decodes the mask of an image to (H, W) uint8 class indices, cut as the image is.
+    """Decodes the mask of an image to (H, W) uint8 class indices, resized and cropped as the image is.
 
     Raises:
-        ValueError: a file cannot be read, the mask is in colour, or its size is another; the file is named.
+        ValueError: a file cannot be read, the mask is in colour, or its size differs. The message names the file.
     """
     mask = open_image(path)
     if mask.mode not in ("L", "P"):
-        raise ValueError(f"{path}: a mask has 8-bit class indices, one channel; this is of mode {mask.mode!r}")
+        raise ValueError(f"{path}: a mask has one channel of 8-bit class indices; the mode of this one is {mask.mode!r}")
     with naming_unreadable(image), image.open("rb") as file:
         header = Image.open(file)
     check_size(path, mask, header)
@@ -87,16 +87,16 @@ def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -
 
 
 def check_size(path: str | Source, mask: Image.Image, image: Image.Image) -> None:
-    """Raises ValueError, naming the mask's file, when a mask is not of its image's size."""
+    """Raises ValueError, which names the mask's file, unless a mask has the size of its image."""
     if mask.size != image.size:
-        raise ValueError(f"{path}: is {mask.size} pixels, its image {image.size}; they must be the same")
+        raise ValueError(f"{path}: is {mask.size} pixels, its image {image.size}; both must have the same size")
 
 
 def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
-    """Decodes an image, the first of an animation, to another 8-bit colour mode if one is given.
+    """Decodes an image, or the first frame of an animation, and converts it to a colour mode if one is given.
 
     Raises:
-        ValueError: the file cannot be read, or its pixels have no known range; it is named.
+        ValueError: the file cannot be read, or its pixels have no known range. The message names the file.
     """
     source = Path(path) if isinstance(path, str) else path
     with naming_unreadable(path), source.open("rb") as file, Image.open(file) as image:
@@ -106,7 +106,7 @@ def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
 
 @contextlib.contextmanager
 def naming_unreadable(path: str | Source) -> Iterator[None]:
-    """Makes a ValueError that names the file of whatever Pillow raises over one that it cannot read."""
+    """Turns whatever Pillow raises for a file that it cannot read into a ValueError that names the file."""
     try:
         yield
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
@@ -114,7 +114,7 @@ def naming_unreadable(path: str | Source) -> Iterator[None]:
 
 
 def _to_8_bits(image: Image.Image, path: str | Source) -> Image.Image:
-    """Pillow would cut 16 bits off at 255: almost all of such an image would be white."""
+    """Scales 16 bits to 8. Pillow clips them at 255, which turns almost all of such an image white."""
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -123,7 +123,7 @@ def _to_8_bits(image: Image.Image, path: str | Source) -> Image.Image:
 
 
 def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (3, H, W) float32: (pixel / 255 - mean) / std, looked up, for a byte has 256 values only."""
+    """(H, W, 3) uint8 -> (3, H, W) float32: (pixel / 255 - mean) / std, from a table of a byte's 256 values."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
     for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
         values = (levels - np.float32(mean)) / np.float32(std)
@@ -132,7 +132,7 @@ def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to floor(size / crop_pct), then cuts out the centre, as timm and torchvision do."""
+    """Resizes the shorter side to floor(size / crop_pct), then crops the centre, as timm and torchvision do."""
     side = preprocessing.size[0]
     short = math.floor(side / preprocessing.crop_pct)
     long = int(short * max(image.size) / min(image.size))

@@ -1,7 +1,7 @@
-"""WebDataset shards: tar files in which NAME.jpg and NAME.cls, one after the other, are a labelled image.
+"""WebDataset shards: tar files in which NAME.jpg and NAME.cls are a labelled image.
 
-Only the headers are read ahead; images are read from where they lie, in any order, and nothing is ever unpacked. So
-permutations, ranks, workers and resuming are the same as over a folder of images.
+A scan reads the headers only. Images are then read at their place in the tar file, in any order; nothing is unpacked.
+Shuffling, ranks, workers and resuming therefore work as with a folder of images.
 """
 
 import io
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from qswin.calib.data.images import EXTENSIONS
 
-LONGEST_LABEL = 20  # bytes of a .cls
-NAME = re.compile(r"^((?:.*/)?[^./]+)(\.[^/]*)$")  # webdataset's own split: a sample's name ends at the first dot
+LONGEST_LABEL = 20  # bytes of a .cls file
+NAME = re.compile(r"^((?:.*/)?[^./]+)(\.[^/]*)$")  # as webdataset splits: a sample's name ends at the first dot
 
 
 class TarImage(NamedTuple):
-    """An image in a tar file; opens as a Path does."""
+    """An image in a tar file. It opens as a Path does."""
 
     shard: Path
     offset: int
@@ -45,7 +45,8 @@ def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
     """The images of a shard with their class indices, in the order of the file.
 
     Raises:
-        ValueError: it is no tar file, compressed, truncated or malformed, or an image has no label, or a label no image.
+        ValueError: the file is not a tar file, or is compressed, truncated or malformed; or an image lacks its label,
+            or a label its image.
     """
     images: dict[str, TarImage] = {}
     labels: dict[str, int] = {}
@@ -63,9 +64,9 @@ def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
     except (tarfile.TarError, OSError, EOFError, OverflowError) as error:
         what = f"not a tar file, compressed or truncated ({error})"
         raise ValueError(f"{shard}: {what}; WebDataset shards are plain .tar files") from error
-    lonely = images.keys() ^ labels.keys()
-    if lonely:
-        raise ValueError(f"{shard}: {min(lonely)} has no .cls or no image; a sample is NAME.jpg and NAME.cls")
+    unpaired = images.keys() ^ labels.keys()
+    if unpaired:
+        raise ValueError(f"{shard}: {min(unpaired)} lacks its .cls or its image; a sample is NAME.jpg and NAME.cls")
     end = os.path.getsize(shard)
     if any(image.offset + image.size > end for image in images.values()):
         raise ValueError(f"{shard}: truncated; copy it again")
@@ -74,7 +75,7 @@ def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
 
 def _add(found: dict[str, Any], name: str, value: Any, shard: Path) -> None:
     if name in found:
-        raise ValueError(f"{shard}: {name} is in it twice")
+        raise ValueError(f"{shard}: {name} occurs twice")
     found[name] = value
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
-from qswin.calib.data.batches import image_batches
+from qswin.calib.data.batches import fill_up, image_batches
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing, load_image
 
@@ -56,6 +56,13 @@ def test_batches_are_the_callers_to_keep(data):
     for batch in others:
         batch.images[:] = 0
     np.testing.assert_array_equal(first.images, before)
+
+
+def test_a_batch_is_filled_up_with_its_last_image():
+    images = np.arange(2 * 3 * 4 * 4, dtype=np.float32).reshape(2, 3, 4, 4)
+    filled = fill_up(images, 4)
+    np.testing.assert_array_equal(filled, images[[0, 1, 1, 1]])
+    assert fill_up(images, 2) is images and fill_up(images, 1) is images
 
 
 @pytest.fixture

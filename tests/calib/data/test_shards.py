@@ -70,11 +70,11 @@ def test_classes_without_names_are_numbers(data, tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.jpg", b"x")], "a has no .cls or no image"),
-        ([("a.cls", b"1")], "a has no .cls or no image"),
+        ([("a.jpg", b"x")], "a lacks its .cls or its image"),
+        ([("a.cls", b"1")], "a lacks its .cls or its image"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "a.cls is not a class index"),
         ([("a.jpg", b"x"), ("a.cls", b"1" * 21)], "a.cls is not a class index"),
-        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a is in it twice"),
+        ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a occurs twice"),
     ],
 )
 def test_malformed_shards_are_refused(tmp_path, members, message):
