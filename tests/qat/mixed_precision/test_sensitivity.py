@@ -13,6 +13,7 @@ import yaml
 from qswin.calib.data.batches import Batch, image_batches
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing
+from qswin.qat.backends.registry import time_model
 from qswin.qat.checkpoint import Description, load_checkpoint, read_description, save_checkpoint
 from qswin.qat.config import load_config, recipe_of
 from qswin.qat.distributed import process_group
@@ -33,7 +34,6 @@ from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import enable, quantize
 from qswin.trt.engines.cuda import find_gpu
-from qswin.trt.evaluation.timing import bench_onnx
 from tests.helpers import fails, invoke, lively_swin
 
 BAD = "layers.0.blocks.1.mlp.fc2"
@@ -202,12 +202,12 @@ def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch, 
     """The graph that is timed holds as many pairs of Q and DQ as sites are quantized."""
     seen = []
 
-    def timed(path, batches, args):
+    def timed(path, *given):
         graph = onnx.load(path).graph
         seen.append(sum(node.op_type == "QuantizeLinear" for node in graph.node))
-        yield from bench_onnx(path, batches, args)
+        yield from time_model(path, *given)
 
-    monkeypatch.setattr(latency, "bench_onnx", timed)
+    monkeypatch.setattr(latency, "time_model", timed)
     description = read_description(checkpoint)
     groups = [quantizer.site.removesuffix(".weight") for quantizer in quantizers(probe.model)]
     activations = {quantizer.site for quantizer in quantizers(probe.model) if not quantizer.site.endswith(".weight")}
