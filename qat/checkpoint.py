@@ -27,7 +27,6 @@ from qswin.qat.quant.rewrite import enable, rewrite
 
 KIND = "checkpoint"
 SUFFIX = ".safetensors"
-OFF = "._off"  # ends the name of a quantizer's flag; a checkpoint does without, for its quantizers quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of a model: its state dict without the flags of quantizers that are off."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(OFF)}
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(f".{OFF_KEY}")}
 
 
 def check_description(model: nn.Module, description: Description) -> None:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qswin.calib.files import sha256
-from qswin.calib.trt_cache.cache_file import format_cache, parse_cache, read_cache, sidecar_path, version_number, write_cache
+from qswin.calib.files import sha256, sidecar_path
+from qswin.calib.trt_cache.cache_file import format_cache, parse_cache, read_cache, version_number, write_cache
 
 NAMES = st.text(st.characters(codec="ascii", exclude_characters="\n", min_codepoint=32), min_size=1, max_size=40)
 RANGES = st.dictionaries(NAMES, st.floats(2.0**-100, 2.0**100, width=32), max_size=20)
@@ -90,10 +90,10 @@ def test_caches_that_do_not_fit_are_refused_with_the_reason(cache):
     with pytest.raises(ValueError, match="changed since its sidecar"):
         read_cache(path, "8.6.0", checksum)
     sidecar_path(path).write_text("[]")
-    with pytest.raises(ValueError, match="not a cache's sidecar"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         read_cache(path, "8.6.0", checksum)
     sidecar_path(path).unlink()
-    with pytest.raises(FileNotFoundError, match="nothing says which ONNX file"):
+    with pytest.raises(FileNotFoundError, match="its sidecar a.cache.json is missing; make the cache again"):
         read_cache(path, "8.6.0", checksum)
     with pytest.raises(FileNotFoundError, match="no such calibration cache"):
         read_cache(path.with_name("b.cache"), "8.6.0", checksum)

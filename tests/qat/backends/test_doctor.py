@@ -1,5 +1,6 @@
-"""What doctor finds, and what it says of what is not there."""
+"""What doctor finds, and what it says of what is missing."""
 
+import importlib.metadata
 import importlib.util
 import json
 
@@ -7,24 +8,30 @@ import onnxruntime
 import pytest
 import torch
 
-from qswin.qat.backends import doctor
+from qswin.qat.backends import doctor, tensorrt
 from qswin.trt.engines.cuda import Gpu
 from tests.helpers import invoke
 
 
 def test_the_command_reports_this_environment(tmp_path, capsys):
     assert invoke("doctor", "--json", tmp_path / "d.json") == 0
-    report = json.loads((tmp_path / "d.json").read_text())
-    assert report["torch"]["found"] == torch.__version__ and report["onnxruntime"]["found"] == onnxruntime.__version__
-    assert "CPUExecutionProvider" in report["onnxruntime"]["note"]
-    assert len(capsys.readouterr().out.splitlines()) == len(report)
+    result = json.loads((tmp_path / "d.json").read_text())
+    found = result["findings"]
+    assert result["kind"] == "doctor"
+    assert found["torch"]["found"] == torch.__version__ and found["onnxruntime"]["found"] == onnxruntime.__version__
+    assert "CPUExecutionProvider" in found["onnxruntime"]["note"]
+    assert len(capsys.readouterr().out.splitlines()) == len(found)
 
 
 def test_what_is_missing_comes_with_the_command_that_adds_it(monkeypatch):
+    def missing_distribution(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "version_of", lambda distribution: None)
+    monkeypatch.setattr(importlib.metadata, "version", missing_distribution)
     monkeypatch.setattr(doctor, "find_gpu", lambda: None)
     missing = doctor.examine()[1:]
+    assert {finding.name for finding in missing} >= {"GPU", "torch", "onnxruntime", "tensorrt", "tensorrt-rtx", "timm"}
     assert all(finding.found is None for finding in missing)
     assert all("pip install" in finding.note for finding in missing if finding.name != "GPU")
 
@@ -38,8 +45,8 @@ def test_what_is_missing_comes_with_the_command_that_adds_it(monkeypatch):
     ],
 )
 def test_a_tensorrt_says_what_it_allows(monkeypatch, target, version, words):
-    monkeypatch.setattr(doctor, "version_of", lambda distribution: version)
-    finding = doctor.tensorrt(target)
+    monkeypatch.setattr(tensorrt, "version_of", lambda distribution: version)
+    finding = tensorrt.finding(target)
     assert finding.found == version and finding.note.startswith(words)
 
 

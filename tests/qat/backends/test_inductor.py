@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from qswin.calib.files import sha256
+from qswin.calib.files import write_with_sidecar
 from qswin.qat.backends import inductor
 from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qswin.qat.ptq.calibrate import calibrate
@@ -43,7 +42,7 @@ def checkpoint(tmp_path, images):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_building_needs_a_gpu(checkpoint):
     with pytest.raises(ValueError, match="needs an NVIDIA GPU.*tensorrt-rtx"):
-        inductor.build(checkpoint, (4, 4, 4))
+        inductor.build_package(checkpoint, (4, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -51,8 +50,12 @@ def test_building_needs_a_gpu(checkpoint):
     [
         (["--fold", "--checkpoint", "x", "--engine", "x.pt2"], "--fold is not for --target inductor"),
         (["--precision", "fp16", "--checkpoint", "x", "--engine", "x.pt2"], "--precision fp16 is not for"),
-        (["--engine", "x.pt2"], "builds from a --checkpoint"),
-        (["--checkpoint", "x", "--engine", "x.engine"], "ends in .pt2"),
+        (["--onnx", "x", "--engine", "x.pt2"], "--onnx is not for --target inductor"),
+        (["--level", "0", "--checkpoint", "x", "--engine", "x.pt2"], "--level is not for --target inductor"),
+        (["--timing-cache", "t", "--checkpoint", "x", "--engine", "x.pt2"], "--timing-cache is not for --target inductor"),
+        (["--capability", "8.9", "--checkpoint", "x", "--engine", "x.pt2"], "--capability is not for --target inductor"),
+        (["--engine", "x.pt2"], "builds from --checkpoint FILE"),
+        (["--checkpoint", "x", "--engine", "x.engine"], "--engine x.engine: the name must end in .pt2"),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, message, capsys):
@@ -60,15 +63,15 @@ def test_arguments_that_do_not_go_together(arguments, message, capsys):
 
 
 def test_a_checkpoint_is_for_this_target_only(capsys):
-    assert "--checkpoint is for --target inductor" in fails(capsys, "build", "--checkpoint", "x", "--engine", "x.engine")
+    line = fails(capsys, "build", "--checkpoint", "x", "--engine", "x.engine")
+    assert "--checkpoint is not for --target tensorrt" in line
 
 
 @pytest.mark.parametrize(("key", "value"), [("capability", "8.6"), ("version", "1.0")])
 def test_packages_of_other_machines_are_refused(tmp_path, monkeypatch, key, value):
     path = tmp_path / "x.pt2"
-    path.write_bytes(b"package")
     built = {"target": "inductor", "version": torch.__version__, "capability": "9.0", "profile": [1, 1, 1]}
-    path.with_suffix(".json").write_text(json.dumps({**SIDECAR, **built, key: value, "sha256": sha256(path)}))
+    write_with_sidecar(path, b"package", inductor.KIND, {**SIDECAR, **built, key: value})
     monkeypatch.setattr(inductor, "check_gpu", lambda: "9.0")
     with pytest.raises(ValueError, match=f"built .* {value}, here is"):
         inductor.Package(path)
@@ -113,7 +116,9 @@ def test_a_package_computes_what_the_lowered_model_does(checkpoint, images, shap
     from qswin.qat.lowering.lower import lower
 
     engine = tmp_path / "int8.pt2"
-    assert invoke("build", "--target", "inductor", "--checkpoint", checkpoint, "--engine", engine, "--shapes", shapes) == 0
+    assert (
+        invoke("build", "--target", "inductor", "--checkpoint", checkpoint, "--engine", engine, "--batch-sizes", shapes) == 0
+    )
     package = inductor.Package(engine)
     model, _ = load_checkpoint(checkpoint)
     lowered = lower(model.cuda(), images[:1].cuda(), torch.float16)
@@ -121,4 +126,4 @@ def test_a_package_computes_what_the_lowered_model_does(checkpoint, images, shap
         with torch.inference_mode():
             expected = lowered(images[:batch].cuda().half()).float().cpu().numpy()
         np.testing.assert_allclose(package(images[:batch].numpy()), expected, atol=0.02 * np.abs(expected).max())
-    assert invoke("bench", "--model", engine, "--batch", "4", "--repeats", "3", "--cuda-graph") == 0
+    assert invoke("bench", "--model", engine, "--batch-sizes", "4", "--repeats", "3", "--cuda-graph") == 0

@@ -3,23 +3,23 @@
 import onnx
 import pytest
 
+from qswin.qat.backends.registry import time_model
 from qswin.qat.checkpoint import read_description
 from qswin.qat.mixed_precision import latency
 from qswin.qat.quant.quantizers import quantizers
 from qswin.trt.engines.cuda import find_gpu
-from qswin.trt.evaluation.timing import bench_onnx
 
 
 def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch, tmp_path):
     """The graph that is timed holds as many pairs of Q and DQ as sites are quantized."""
     seen = []
 
-    def timed(path, batches, args):
+    def timed(path, *given):
         graph = onnx.load(path).graph
         seen.append(sum(node.op_type == "QuantizeLinear" for node in graph.node))
-        yield from bench_onnx(path, batches, args)
+        yield from time_model(path, *given)
 
-    monkeypatch.setattr(latency, "bench_onnx", timed)
+    monkeypatch.setattr(latency, "time_model", timed)
     description = read_description(checkpoint)
     groups = [quantizer.site.removesuffix(".weight") for quantizer in quantizers(probe.model)]
     activations = {quantizer.site for quantizer in quantizers(probe.model) if not quantizer.site.endswith(".weight")}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qswin.calib.data.images import Preprocessing
+from qswin.calib.trt_cache.offline import activations
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.ptq.calibrate import calibrate
@@ -12,7 +13,9 @@ from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import disable, enable, quantize
 from qswin.qat.training.losses import task_loss
-from qswin.trt.engines.build import BuildOptions, build_engine
+from qswin.trt.engines.build import build_engine
+from qswin.trt.engines.options import BuildOptions
+from qswin.trt.graphs.files import read_onnx
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from tests.helpers import CVT, VARIANTS, Small
 
@@ -110,28 +113,30 @@ def test_torch_traces_it_without_a_break(variant):
 
 @pytest.mark.parametrize(("variant", "opset"), [("vit, registers", 20), ("cvt", 17), ("swin-unet", 17)])
 def test_the_exported_graphs_are_right_and_build(variant, opset, tmp_path):
-    """FP32 agrees with torch to 1e-4, and INT8 better than with the float model; TensorRT-RTX takes FP16 and INT8."""
+    """FP32 agrees with torch to 1e-4, and so does INT8 node by node; TensorRT-RTX takes FP16 and INT8.
+
+    ONNX Runtime's own INT8 kernels are no reference: on a CPU without VNNI their sums saturate at 16 bits.
+    """
     small = VARIANTS[variant]
     recipe, images = named_recipe("full"), small.images()
     twin = quantize(small.build(), recipe)
     calibrate(twin, [images])
     preprocessing = Preprocessing(size=(small.side, small.side))
     description = Description({"name": small.name}, "ptq", preprocessing, recipe=recipe)
-    predictors = {}
     for precision in ("fp32", "int8"):
         path = tmp_path / f"{precision}.onnx"
         save_onnx(path, export_onnx(twin, description, precision, opset), description.to_dict())
-        predictors[precision] = OnnxRuntimePredictor(path)
     with torch.no_grad():
         enable(twin)
         quantized = twin(images).numpy()
         disable(twin)
         floating = twin(images).numpy()
-    largest = np.abs(floating).max()
-    np.testing.assert_allclose(predictors["fp32"](images.numpy()), floating, rtol=1e-4, atol=1e-4 * max(1.0, largest))
-    exported = predictors["int8"](images.numpy())
-    assert np.abs(exported - quantized).mean() < 0.5 * np.abs(quantized - floating).mean()
+    tolerance = 1e-4 * max(1.0, np.abs(floating).max())
+    fp32 = OnnxRuntimePredictor(tmp_path / "fp32.onnx")(images.numpy())
+    np.testing.assert_allclose(fp32, floating, rtol=1e-4, atol=tolerance)
+    int8 = activations(read_onnx(tmp_path / "int8.onnx"), ["logits"], images.numpy())["logits"]
+    assert np.abs(int8 - quantized).mean() < min(tolerance, 0.1 * np.abs(quantized - floating).mean())
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     for graph, precision in (("fp32", "fp16"), ("int8", "int8")):
-        options = BuildOptions(precision=precision, target="tensorrt-rtx", profile=(1, 2, 4))
+        options = BuildOptions(precision=precision, target="tensorrt-rtx", batch_sizes=(1, 2, 4))
         assert len(build_engine(tmp_path / f"{graph}.onnx", options)[0]) > 10_000

@@ -5,15 +5,15 @@ import json
 
 import pytest
 
-from qswin.calib.files import sha256
-from qswin.calib.trt_cache.cache_file import read_cache, sidecar_path
+from qswin.calib.files import sha256, sidecar_path
+from qswin.calib.trt_cache.cache_file import read_cache
 from qswin.trt.graphs.files import read_onnx
 from tests.helpers import invoke
 
 
 def test_an_offline_cache_is_bound_to_its_graph(graphs, data, tmp_path):
     cache, onnx = tmp_path / "a.cache", graphs["fp32"]
-    common = ["--onnx", onnx, "--data", data / "train", "--cache", cache, "--batch", 4, "--offline"]
+    common = ["--onnx", onnx, "--data", data / "train", "--cache", cache, "--batch-size", 4, "--offline"]
     assert invoke("calib-cache", *common, "--images", 99) == 0
     ranges = read_cache(cache, "8.6.0", sha256(onnx))
     outputs = {name for node in read_onnx(onnx).graph.node for name in node.output}
@@ -25,7 +25,7 @@ def test_an_offline_cache_is_bound_to_its_graph(graphs, data, tmp_path):
 def test_the_same_seed_gives_the_same_cache_in_other_batches(graphs, data, tmp_path):
     common = ["--onnx", graphs["fp32"], "--data", data / "train", "--images", 6, "--offline", "--algorithm", "minmax"]
     for name, batch in (("a", 4), ("b", 3)):
-        assert invoke("calib-cache", *common, "--cache", tmp_path / f"{name}.cache", "--batch", batch) == 0
+        assert invoke("calib-cache", *common, "--cache", tmp_path / f"{name}.cache", "--batch-size", batch) == 0
     first, second = (read_cache(tmp_path / f"{name}.cache", "8.6.0", sha256(graphs["fp32"])) for name in "ab")
     assert first == pytest.approx(second, rel=1e-4)
 

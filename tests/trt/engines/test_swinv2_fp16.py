@@ -22,7 +22,7 @@ from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.quant.twins import swin
 from qswin.trt.engines.precision import resolve_overrides
-from qswin.trt.evaluation.compare import first_parting, layer_errors, relative_error
+from qswin.trt.evaluation.compare import first_parting, graph_activations, layer_errors, relative_error
 from qswin.trt.graphs.files import read_onnx
 from qswin.trt.graphs.half_precision import write_half_precision
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
@@ -100,7 +100,8 @@ def test_what_fp16_breaks_is_found_where_it_is(folder, images, graph, overrides,
 
 def test_the_int8_graph_is_right_layer_by_layer(folder, images):
     """In ONNX Runtime, against the float graph: quantization's error, which grows slowly and ends small."""
-    errors = layer_errors(folder / "int8.onnx", folder / "fp32.onnx", images)
+    values = graph_activations(folder / "int8.onnx", folder / "fp32.onnx", images)
+    errors = layer_errors(values, folder / "fp32.onnx", images)
     assert len(errors) > 100 and max(error for _, error in errors) < 0.5 and errors[-1][1] < 0.2
 
 

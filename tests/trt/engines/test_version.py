@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from qswin.trt.engines.version import capabilities, find_backend
+from qswin.trt.engines.version import capabilities, find_tensorrt
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_capabilities(target, version, weak, implicit, gpu, opset):
 
 def test_what_is_missing_is_named_with_the_command_that_adds_it():
     with pytest.raises(ValueError, match="target 'openvino' is not known; choose tensorrt or tensorrt-rtx"):
-        find_backend("openvino")
+        find_tensorrt("openvino")
     if importlib.util.find_spec("tensorrt") is None:
         with pytest.raises(ValueError, match="tensorrt is not installed .*: pip install tensorrt"):
-            find_backend("tensorrt")
+            find_tensorrt("tensorrt")

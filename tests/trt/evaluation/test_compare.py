@@ -7,7 +7,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from qswin.trt.evaluation.compare import first_parting, layer_errors, output_errors, relative_error, residual_stream
+from qswin.trt.evaluation.compare import (
+    first_parting,
+    graph_activations,
+    layer_errors,
+    output_errors,
+    relative_error,
+    residual_stream,
+)
 from qswin.trt.graphs.files import read_onnx
 from tests.helpers import invoke
 
@@ -26,6 +33,10 @@ def test_values_that_are_not_finite_are_infinitely_wrong():
     assert output_errors(np.array([[np.nan, 1.0]]), np.ones((1, 2)))["nan"] == 1
 
 
+def errors_of(model, reference, images):
+    return layer_errors(graph_activations(model, reference, images), reference, images)
+
+
 def test_a_planted_fault_is_found_where_it_is(graphs, tmp_path):
     """A changed bias of the second block's normalization: nothing differs before it, and it is named first."""
     model = onnx.load(graphs["fp32"])
@@ -34,23 +45,23 @@ def test_a_planted_fault_is_found_where_it_is(graphs, tmp_path):
     weight.CopyFrom(numpy_helper.from_array(3 * numpy_helper.to_array(weight), weight.name))
     onnx.save(model, tmp_path / "broken.onnx")
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
-    errors = layer_errors(tmp_path / "broken.onnx", graphs["fp32"], images)
+    errors = errors_of(tmp_path / "broken.onnx", graphs["fp32"], images)
     assert first_parting(errors, 0.1).startswith(f"they part at {norms[3].output[0]}:")
     assert all(error == 0 for name, error in errors[: [name for name, _ in errors].index(norms[3].output[0])])
-    assert first_parting(layer_errors(graphs["fp32"], graphs["fp32"], images), 1e-6).startswith("no tensor")
+    assert first_parting(errors_of(graphs["fp32"], graphs["fp32"], images), 1e-6).startswith("no tensor")
 
 
 def test_graphs_of_one_network_are_paired_whatever_their_names(graphs):
     """Q/DQ and Casts do not count; INT8's error is small at every layer, so the pairs are right."""
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
-    errors = layer_errors(graphs["int8"], graphs["fp32"], images)
+    errors = errors_of(graphs["int8"], graphs["fp32"], images)
     assert len(errors) > 60 and max(error for _, error in errors) < 0.3
-    assert max(error for _, error in layer_errors(graphs["fp16"], graphs["fp32"], images)) < 0.02
+    assert max(error for _, error in errors_of(graphs["fp16"], graphs["fp32"], images)) < 0.02
 
 
 def test_graphs_of_two_networks_are_an_error(graphs):
     with pytest.raises(ValueError, match="not the same network: operation .* is .*, in the reference"):
-        layer_errors(graphs["fp32-17"], graphs["fp32"], np.zeros((1, 3, 32, 32), dtype=np.float32))
+        errors_of(graphs["fp32-17"], graphs["fp32"], np.zeros((1, 3, 32, 32), dtype=np.float32))
 
 
 def test_the_residual_stream_is_what_norms_read(graphs):
@@ -62,5 +73,6 @@ def test_the_command_compares_int8_with_float(graphs, tmp_path, capsys):
     arguments = ["--model", str(graphs["int8"]), "--reference", str(graphs["fp32"]), "--images", "8", "--layers"]
     assert invoke("compare", *arguments, "--json", tmp_path / "c.json") == 0
     report = json.loads((tmp_path / "c.json").read_text())
+    assert report["kind"] == "comparison"
     assert 0 < report["mean_abs"] < 0.2 and report["layers"] and report["nan"] == 0
     assert report["parting"] in capsys.readouterr().out

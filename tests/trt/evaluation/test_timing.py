@@ -1,14 +1,22 @@
 """Timing: medians of a clock we turn ourselves; the command over ONNX files and a checkpoint."""
 
-import argparse
 import itertools
 import json
 
+import numpy as np
 import pytest
 
+from qswin.calib.data.images import Preprocessing
 from qswin.qat.checkpoint import save_checkpoint
-from qswin.trt.evaluation.timing import bench_onnx, measure, rates, speed_up
-from qswin.trt.graphs.runtime import OnnxRuntimePredictor
+from qswin.trt.evaluation.timing import (
+    CUDA_GRAPH,
+    Subject,
+    TimingOptions,
+    measure,
+    rates,
+    speed_up,
+    time_batches,
+)
 from tests.helpers import DESCRIPTION, fails, invoke, small_swin
 
 
@@ -24,14 +32,51 @@ def test_rates_and_speed_ups():
     assert speed_up(row, {"ms": 6.0}) == "1.50" and speed_up(row, None) == "-"
 
 
-def test_what_is_timed_is_no_blank_image(graphs, monkeypatch):
-    seen = []
-    monkeypatch.setattr(OnnxRuntimePredictor, "__call__", lambda self, images: seen.append(images))
-    args = argparse.Namespace(threads=1, warmup=1, repeats=2, cpu_repeats=2)
-    (row,) = bench_onnx(graphs["fp32"], [4], args)
-    assert row["batch"] == 4 and len(seen) == 4
-    for images in seen:
-        assert images.shape == (4, 3, 32, 32) and abs(images.mean()) < 0.05 and abs(images.std() - 1) < 0.05
+class Recorder(Subject):
+    """Takes batches of 2 to 4; a run takes as many milliseconds as there are images, as a graph half of that."""
+
+    def __init__(self, cpu_warmup: int | None = None) -> None:
+        self.row = {"model": "m", "backend": "b", "precision": "int8", "device": "d"}
+        self.preprocessing, self.smallest, self.largest = Preprocessing(size=(8, 8)), 2, 4
+        self.cpu_warmup, self.seen, self.runs = cpu_warmup, [], 0
+
+    def run(self, ms: float) -> float:
+        self.runs += 1
+        return ms
+
+    def timers(self, images, cuda_graph):
+        self.seen.append(images)
+        yield "", lambda: self.run(len(images))
+        if cuda_graph:
+            yield CUDA_GRAPH, lambda: self.run(len(images) / 2)
+
+
+def test_a_row_for_each_batch_that_a_model_takes_and_each_way_to_run_it():
+    rows = list(time_batches(Recorder(), [1, 2, 4, 8], TimingOptions(warmup=0, repeats=1, cuda_graph=True)))
+    assert [(row["batch"], row["backend"], row["ms"]) for row in rows] == [
+        (2, "b", 2),
+        (2, "b, CUDA graph", 1),
+        (4, "b", 4),
+        (4, "b, CUDA graph", 2),
+    ]
+    assert list(rows[0]) == [
+        *("model", "backend", "precision", "device", "first_ms", "ms", "p95_ms", "batch", "images_per_second")
+    ]
+
+
+@pytest.mark.parametrize(("cpu_warmup", "runs"), [(None, 1 + 20 + 30), (1, 1 + 1 + 5), (2, 1 + 2 + 5)])
+def test_a_cpu_warms_up_and_repeats_less(cpu_warmup, runs):
+    subject = Recorder(cpu_warmup)
+    list(time_batches(subject, [2], TimingOptions(warmup=20, repeats=30, cpu_repeats=5)))
+    assert subject.runs == runs
+
+
+def test_what_is_timed_is_not_a_blank_image():
+    subject = Recorder()
+    list(time_batches(subject, [4], TimingOptions(warmup=0, repeats=1)))
+    (images,) = subject.seen
+    assert images.shape == (4, 3, 8, 8) and images.dtype == np.float32
+    assert abs(images.mean()) < 0.1 and abs(images.std() - 1) < 0.1
 
 
 def test_side_by_side(graphs, tmp_path, capsys):
@@ -39,9 +84,20 @@ def test_side_by_side(graphs, tmp_path, capsys):
     checkpoint = tmp_path / "a.safetensors"
     save_checkpoint(checkpoint, small_swin(depths=[2, 1]), DESCRIPTION)
     models = [str(checkpoint), str(graphs["fp32"]), str(graphs["int8-batch2"])]
-    more = ["--batch", "1,2", "--cpu-repeats", "2", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    more = [
+        "--batch-sizes",
+        "1,2",
+        "--cpu-repeats",
+        "2",
+        "--json",
+        str(tmp_path / "b.json"),
+        "--plot",
+        str(tmp_path / "b.png"),
+    ]
     assert invoke("bench", "--model", *models, *more, "--device", "cpu") == 0
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    result = json.loads((tmp_path / "b.json").read_text())
+    rows = result["rows"]
+    assert result["kind"] == "timing"
     kinds = [(row["backend"], row["precision"], row["batch"]) for row in rows]
     assert kinds == [
         ("torch", "fp32", 1),
@@ -56,7 +112,11 @@ def test_side_by_side(graphs, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["a.txt"], "a.txt: cannot be measured here; give .onnx"), (["a.onnx", "--batch", "x"], "--batch x: give batch sizes")],
+    [
+        (["a.txt"], "a.txt: not a model file that qswin knows; its name must end in one of .pt2, .onnx, .engine"),
+        (["a.onnx", "--batch-sizes", "x"], "--batch-sizes x: give batch sizes"),
+        (["a.onnx", "--batch-sizes", "0,1"], "--batch-sizes 0,1: give batch sizes"),
+    ],
 )
 def test_what_cannot_be_timed_says_so(arguments, message, capsys):
     assert message in fails(capsys, "bench", "--model", *arguments)
