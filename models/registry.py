@@ -1,5 +1,6 @@
 """Model names, builders and checkpoint files. A family is a module like models/swin.py; FAMILIES lists them."""
 
+import contextlib
 import difflib
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qswin.models import cvt, swin, swin_unet, vit
+from qswin.models.download import cache_only_if_unreachable
 
 FAMILIES: tuple[ModuleType, ...] = (swin, vit, cvt, swin_unet)
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
@@ -46,12 +48,14 @@ def build_model(
         ValueError: the name is not known, a setting is wrong, the weights do not fit or cannot be downloaded.
     """
     family = family_of(name)
+    download = pretrained and checkpoint is None
     try:
-        model = family.build(name, num_classes, pretrained=pretrained and checkpoint is None, **kwargs)
+        with cache_only_if_unreachable() if download else contextlib.nullcontext():
+            model = family.build(name, num_classes, pretrained=download, **kwargs)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model {name!r}: its settings do not work: {error}") from error
     except (OSError, RuntimeError) as error:
-        if not pretrained:
+        if not download:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -14,7 +14,7 @@ from qswin.calib.data.batches import Batch, image_batches
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing
 from qswin.qat.checkpoint import Description, load_checkpoint, read_description, save_checkpoint
-from qswin.qat.config import load_config, recipe_of
+from qswin.qat.config import load_config
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision import latency, search, sensitivity
 from qswin.qat.mixed_precision.search import (
@@ -31,6 +31,7 @@ from qswin.qat.ptq import calibrate as ptq
 from qswin.qat.ptq import job
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import enable, quantize
 from qswin.trt.engines.cuda import find_gpu
 from qswin.trt.evaluation.timing import bench_onnx
@@ -135,7 +136,7 @@ def test_the_commands_rank_and_find_a_recipe_that_calibrate_takes(checkpoint, da
     limit = 2 * json.loads(out.read_text())["rows"][1]["alone"]["kl"] + 0.05 * json.loads(out.read_text())["all"]["kl"]
     call(search, *common, "--sensitivity", out, "--budget", f"kl<={limit:.8f}", "--recipe", recipe)
     config = load_config(config_file, [f"recipe={recipe}", f"run={tmp_path / 'mixed'}"])
-    twin = quantize(lively_swin(), recipe_of(config))
+    twin = quantize(lively_swin(), read_recipe(config.recipe, config.calibration.calibrator))
     assert BAD not in {quantizer.site for quantizer in quantizers(twin)}
     assert len(list(quantizers(twin))) > 0.5 * len(list(quantizers(model)))
     with process_group("cpu") as ranks:
