@@ -30,12 +30,14 @@ from qswin.calib.data.folders import draw_samples, scan_folder
 from qswin.models.registry import family_of
 from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Description
-from qswin.qat.config import CalibrationConfig, build_float_model, load_config, model_arguments
+from qswin.qat.config import load_config
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
+from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.mixed_precision.probe import Divergence
 from qswin.qat.ptq.job import prepare
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize
+from qswin.qat.schema import CalibrationConfig
 from qswin.trt.evaluation.evaluate import evaluate, main_metric
 
 RECONSTRUCTION = {"reconstruct_steps": 500}
@@ -82,10 +84,10 @@ def our_variants(bits: str) -> dict[str, tuple[Recipe, dict[str, Any]]]:
         "full": (full, {}),
         "full, searched probs": (free, {}),
         "full, searched probs, mse weights": (best, {}),
-        "full, searched probs, mse weights, chosen": (best, {"choose": True}),
+        "full, searched probs, mse weights, chosen": (best, {"choose_calibrators": True}),
         "full, searched probs, mse weights, biases corrected": (best, {"correct_biases": True}),
         "full, searched probs, mse weights, reconstructed": (best, RECONSTRUCTION),
-        "full, searched probs, mse weights, chosen, reconstructed": (best, {"choose": True, **RECONSTRUCTION}),
+        "full, searched probs, mse weights, chosen, reconstructed": (best, {"choose_calibrators": True, **RECONSTRUCTION}),
         "gemm, mse weights, reconstructed": (dataclasses.replace(gemm, weight_calibrator="mse"), RECONSTRUCTION),
         "first system": (first_system(bits), {}),
         "FasterTransformer": (faster_transformer(bits), {}),
@@ -118,10 +120,10 @@ class Bench:
         settings = [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"]
         config = load_config(args.config, settings)
         self.name, task = config.model.name, family_of(config.model.name).task
-        self.model, preprocessing = build_float_model(config)
+        self.model, preprocessing = build_float_model(config.model, config.data.preprocessing)
         self.model.to(args.device)
         training = scan_folder(task, args.data / "train")
-        self.description = Description(model_arguments(config), "float", preprocessing, training.classes)
+        self.description = Description(model_arguments(config.model), "float", preprocessing, training.classes)
         drawn = draw_samples(training, args.images, args.seed)
         calibrated = set(drawn)
         others = [sample for sample in training.samples if sample not in calibrated]

@@ -19,10 +19,10 @@ from PIL import Image
 from benchmarks.results import commit, device_name, write_rows
 from qswin.calib.data.folders import ImageFolder, scan_folder
 from qswin.calib.data.images import Preprocessing
-from qswin.qat.config import AugmentConfig
+from qswin.qat.schema import AugmentConfig
 from qswin.qat.training.dali import DrawPiece, EncodedImages
 from qswin.qat.training.dali import load_batches as load_with_dali
-from qswin.qat.training.data import ClassificationTransform, TrainBatch, TrainImages, load_batches
+from qswin.qat.training.images import ClassificationTransform, TrainBatch, TrainImages, load_batches
 
 PREPROCESSING, AUGMENT = Preprocessing(), AugmentConfig()
 

@@ -56,7 +56,7 @@ def main() -> None:
     qswin("train", *common, "recipe=none", f"run={RUN / 'float'}")
     weights = RUN / "float" / "float.safetensors"
     qswin("calibrate", *common, f"model.checkpoint={weights}")
-    qat = ("train.epochs=3", "train.lr=1e-4", "train.distill=0.5", "train.warmup_steps=10")
+    qat = ("train.epochs=3", "train.lr=1e-4", "train.distill_weight=0.5", "train.warmup_steps=10")
     qswin("train", *common, *qat, f"model.checkpoint={weights}", f"init={RUN / 'ptq.safetensors'}")
     checkpoint = RUN / "qat.safetensors"
     for precision in ("fp32", "int8"):

@@ -26,7 +26,8 @@ from qswin.calib.data.batches import image_batches
 from qswin.calib.data.folders import draw_samples, scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing
 from qswin.qat.checkpoint import load_checkpoint
-from qswin.qat.config import build_float_model, load_config
+from qswin.qat.config import load_config
+from qswin.qat.float_model import build_float_model
 from qswin.qat.quant.layers import QuantConv2d, QuantLinear
 
 CONFIG = "configs/swin_tiny_tinyimagenet.yaml"
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--commit", default=commit())
     args = parser.parse_args()
     config = load_config(CONFIG, [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"])
-    model, preprocessing = build_float_model(config)
+    model, preprocessing = build_float_model(config.model, config.data.preprocessing)
     drawn = draw_samples(scan_folder("classification", args.data / "train"), args.calibration_images, 0)
     batches = [torch.from_numpy(batch.images) for batch in image_batches(drawn, preprocessing, 32, 2)]
     version, theirs = TOOLKITS[args.toolkit](model.eval(), batches)

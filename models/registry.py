@@ -1,5 +1,6 @@
 """Model names and builders, over the families that are known."""
 
+import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -11,6 +12,7 @@ from torch import nn
 
 from qswin import models
 from qswin.models.discovery import offers
+from qswin.models.download import cache_only_if_unreachable
 from qswin.models.family import Family
 from qswin.models.state_dicts import check_state, read_state, rename
 
@@ -89,7 +91,8 @@ def build_model(
         raise ValueError(f"model {name!r}: num_classes={num_classes} is not supported; give 1 or more")
     download = pretrained and checkpoint is None
     try:
-        model = family.build(name, num_classes, pretrained=download, **kwargs)
+        with cache_only_if_unreachable() if download else contextlib.nullcontext():
+            model = family.build(name, num_classes, pretrained=download, **kwargs)
     except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"model {name!r}: its settings do not work: {_first_line(error)}") from error
     except (OSError, RuntimeError) as error:

@@ -20,7 +20,8 @@ from qswin.calib.files import (
 )
 from qswin.models.registry import build_model, family_of
 from qswin.models.state_dicts import check_state, mismatch, read_state
-from qswin.qat.config import build_float_model, load_config, model_arguments
+from qswin.qat.config import load_config
+from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.quant.quantizers import OFF_KEY, quantizers
 from qswin.qat.quant.recipe import Recipe
 from qswin.qat.quant.rewrite import enable, rewrite
@@ -180,5 +181,5 @@ def load_model(path: Path, config_file: str | None, overrides: list[str]) -> tup
     if config_file is None:
         return load_checkpoint(path)
     config = load_config(config_file, ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"])
-    model, preprocessing = build_float_model(config)
-    return model, Description(model_arguments(config), "float", preprocessing, parent=sha256(path))
+    model, preprocessing = build_float_model(config.model, config.data.preprocessing)
+    return model, Description(model_arguments(config.model), "float", preprocessing, parent=sha256(path))

@@ -1,5 +1,6 @@
 """Checkpoints that pytorch-quantization or ModelOpt calibrated, as a checkpoint of qswin. The command `qswin convert`."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,12 +8,16 @@ from absl import logging
 from torch import Tensor, nn
 
 from qswin.calib.files import sha256
+from qswin.models.family import Family
 from qswin.models.registry import family_of
 from qswin.models.state_dicts import check_state, read_state, rename
 from qswin.qat.checkpoint import Description, save_checkpoint, tensors_of
-from qswin.qat.config import Config, build_float_model, claim_run, model_arguments, recipe_of
+from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import quantize
+from qswin.qat.runs import PTQ, Run
+from qswin.qat.schema import Config
 
 # Quantizers that FasterTransformer and the first Swin systems have on matmuls and residual adds, and where they are here.
 RENAMES = (
@@ -73,19 +78,29 @@ def convert(config: Config) -> Path:
     """Writes <run>/ptq.safetensors from the foreign checkpoint `model.checkpoint`; returns its path. Raises ValueError."""
     if config.model.checkpoint is None:
         raise ValueError("model.checkpoint is not set: give the calibrated checkpoint to convert")
-    path, recipe = Path(config.model.checkpoint), recipe_of(config)
-    config.model.checkpoint = None  # the weights come with the ranges
-    model, preprocessing = build_float_model(config)
+    path, recipe = Path(config.model.checkpoint), read_recipe(config.recipe)
+    run = Run.of(config, "convert")
+    out = run.folder / PTQ
+    if run.finished(PTQ) is not None:
+        logging.info("%s: already converted; resume=never starts over", out)
+        return out
+    # The weights come with the ranges: the float model has any.
+    architecture = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
+    model, preprocessing = build_float_model(architecture, config.data.preprocessing)
     twin = quantize(model, recipe)
-    state = read_state(path)
-    # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
-    aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
-    state = convert_ranges({**family_of(config.model.name).convert_state(state, model), **aside}, twin, path)
-    check_state(state, tensors_of(twin), path)
-    twin.load_state_dict(state, strict=False)  # but for the quantizers' flags, all names are there
-    run = claim_run(config, "convert", ("ptq.safetensors",))
-    out = run / "ptq.safetensors"
-    description = Description(model_arguments(config), "ptq", preprocessing, recipe=recipe, parent=sha256(path))
+    load_foreign(twin, model, family_of(config.model.name), path)
+    description = Description(model_arguments(config.model), "ptq", preprocessing, recipe=recipe, parent=sha256(path))
+    run.claim()
     save_checkpoint(out, twin, description)
     logging.info("%s: %d quantizers from %s", out, len(list(quantizers(twin))), path)
     return out
+
+
+def load_foreign(twin: nn.Module, model: nn.Module, family: Family, path: Path) -> None:
+    """Loads a foreign checkpoint's weights and ranges into `twin`, the rewritten `model`. Raises ValueError."""
+    state = read_state(path)
+    # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
+    aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
+    state = convert_ranges({**family.convert_state(state, model), **aside}, twin, path)
+    check_state(state, tensors_of(twin), path)
+    twin.load_state_dict(state, strict=False)  # but for the quantizers' flags, all names are there

@@ -26,7 +26,7 @@ model:
   kwargs: {{img_size: 32, patch_size: 2, window_size: 4, embed_dim: 16, depths: [1, 1], num_heads: [2, 4]}}
 data: {{root: photos, workers: 0}}
 calibration: {{images: 8, batch_size: 4}}
-train: {{epochs: 1, batch_size: 4, lr: 1.0e-4, distill: 0.5}}
+train: {{epochs: 1, batch_size: 4, lr: 1.0e-4, distill_weight: 0.5}}
 run: runs/mine
 device: cpu
 """

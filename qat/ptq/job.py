@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,31 +11,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qswin.calib.data.batches import image_batches
-from qswin.calib.data.folders import check_class_count, draw_samples, scan_folder
+from qswin.calib.data.folders import Sample, check_class_count, draw_samples, scan_folder
+from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import sha256
 from qswin.calib.histogram_file import HISTOGRAMS, save_histograms
 from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description, save_checkpoint
-from qswin.qat.config import CalibrationConfig, Config, build_float_model, claim_run, model_arguments, recipe_of
 from qswin.qat.distributed import Ranks
+from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.ptq.bias_correction import correct_biases
 from qswin.qat.ptq.calibrate import calibrate, observations
 from qswin.qat.ptq.choose_calibrators import choose_calibrators
 from qswin.qat.ptq.reconstruction import reconstruct
 from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import RECIPES
+from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import quantize
+from qswin.qat.runs import PTQ, Run
+from qswin.qat.schema import CalibrationConfig, Config, DataConfig
 
 
 def check(options: CalibrationConfig, ranks: Ranks) -> None:
     """Raises ValueError for settings that the schema's types let through."""
     if ranks.world > 1 and _needs_images_again(options):
-        raise ValueError("calibration's choose, correct_biases and reconstruct_steps need one process; leave torchrun out")
+        keys = "choose_calibrators, correct_biases and reconstruct_steps"
+        raise ValueError(f"calibration's {keys} need one process; leave torchrun out")
 
 
 def _needs_images_again(options: CalibrationConfig) -> bool:
     """Whether more is asked for than ranges, which one pass finds."""
-    return options.choose or options.correct_biases or options.reconstruct_steps > 0
+    return options.choose_calibrators or options.correct_biases or options.reconstruct_steps > 0
 
 
 def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationConfig, dead_range: float | None) -> int:
@@ -48,7 +54,7 @@ def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationCon
         return calibrate(model, batches, dead_range)
     kept = list(batches)
     images = calibrate(model, kept, dead_range)
-    if options.choose:
+    if options.choose_calibrators:
         choose_calibrators(model, kept[:2])  # hundreds of passes over each block: a few dozen images must do
     if options.correct_biases:
         correct_biases(model, kept[:4])  # a mean needs few images, and each layer is a pass
@@ -58,41 +64,67 @@ def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationCon
 
 
 def run_calibration(config: Config, ranks: Ranks) -> Path:
-    """Builds, quantizes, calibrates; writes <run>/ptq.safetensors, which it returns, and the histograms beside it."""
-    recipe = recipe_of(config)
+    """Builds, quantizes, calibrates; writes <run>/ptq.safetensors, which it returns, and the histograms beside it.
+
+    What the same job has already made is returned as it is, unless `resume` is "never".
+
+    Raises:
+        ValueError: the recipe quantizes nothing, the run's folder is another job's, or calibration fails; says which.
+        OSError: images or weights are missing, or nothing could be written.
+    """
+    recipe = read_recipe(config.recipe, config.calibration.calibrator)
     if not recipe.rules:
-        raise ValueError("recipe 'none' quantizes nothing; choose gemm or full")
+        names = ", ".join(name for name, known in RECIPES.items() if known.rules)
+        raise ValueError(f"recipe {recipe.name!r} quantizes nothing; choose one of {names}")
     check(config.calibration, ranks)
+    run = Run.of(config, "calibrate")
+    path = run.folder / PTQ
+    if run.finished(PTQ) is not None and (run.folder / HISTOGRAMS).is_file():
+        logging.info("%s: already calibrated; resume=never starts over", path)
+        return path
     folder = scan_folder(family_of(config.model.name).task, Path(config.data.root) / "train")
-    samples = draw_samples(folder, config.calibration.images, config.seed)
-    model, preprocessing = build_float_model(config)
+    model, preprocessing = build_float_model(config.model, config.data.preprocessing)
     check_class_count(folder.root, len(folder.classes), model.num_classes)
     twin = quantize(model, recipe).to(ranks.device)
-    run = claim_run(config, "calibrate", ("ptq.safetensors",))
-    skipped: list[ImageFile] | None = [] if config.data.skip_unreadable else None
-    mine = samples[ranks.rank :: ranks.world]
-    batches = image_batches(mine, preprocessing, config.calibration.batch_size, config.data.workers, skipped)
-    tensors = (torch.from_numpy(batch.images).to(ranks.device) for batch in batches)
-    steps = -(-len(mine) // config.calibration.batch_size)
-    quiet = not (ranks.main and sys.stderr.isatty())
-    start = time.perf_counter()
-    images = prepare(twin, tqdm(tensors, "calibrate", steps, disable=quiet), config.calibration, recipe.dead_range)
-    seconds = time.perf_counter() - start
-    total, left_out = ranks.sum([images, len(skipped or ())])
-    checkpoint = config.model.checkpoint
+    run.claim()
+    samples = draw_samples(folder, config.calibration.images, config.seed)
+    metrics = calibrate_on(twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, ranks)
     description = Description(
-        model_arguments(config),
+        model_arguments(config.model),
         "ptq",
         preprocessing,
         folder.classes,
         recipe,
-        parent=None if checkpoint is None else sha256(checkpoint),
-        metrics={"calibration_images": int(total), "unreadable_images": int(left_out)},
+        parent=None if config.model.checkpoint is None else sha256(config.model.checkpoint),
+        metrics=metrics,
     )
-    path = run / "ptq.safetensors"
     if ranks.main:
         save_checkpoint(path, twin, description)
-        save_histograms(run / HISTOGRAMS, observations(twin))
-        sites = len(list(quantizers(twin)))
-        logging.info("%s: %d quantizers from %d images in %.1f s", path, sites, total, seconds)
+        save_histograms(run.folder / HISTOGRAMS, observations(twin))
+        logging.info("%s: %d quantizers", path, len(list(quantizers(twin))))
     return path
+
+
+def calibrate_on(
+    twin: nn.Module,
+    samples: Sequence[Sample],
+    preprocessing: Preprocessing,
+    options: CalibrationConfig,
+    data: DataConfig,
+    dead_range: float | None,
+    ranks: Ranks,
+) -> dict[str, int]:
+    """Calibrates on this rank's share of the samples; returns how many images all ranks have seen and left out."""
+    skipped: list[ImageFile] | None = [] if data.skip_unreadable else None
+    mine = samples[ranks.rank :: ranks.world]
+    batches = image_batches(mine, preprocessing, options.batch_size, data.workers, skipped)
+    tensors = (torch.from_numpy(batch.images).to(ranks.device) for batch in batches)
+    steps = -(-len(mine) // options.batch_size)
+    quiet = not (ranks.main and sys.stderr.isatty())
+    start = time.perf_counter()
+    images = prepare(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range)
+    seconds = time.perf_counter() - start
+    total, left_out = map(int, ranks.sum([images, len(skipped or ())]))
+    if ranks.main:
+        logging.info("calibrated on %d images in %.1f s", total, seconds)
+    return {"calibration_images": total, "unreadable_images": left_out}

@@ -1,6 +1,6 @@
 """Training images decoded, cut and resized by NVIDIA DALI, on the GPU where there is one: `data.decoder: dali`.
 
-Windows and flips are drawn as timm draws them for Pillow (qat/training/data.py), from the same seeds: both decoders see
+Windows and flips are drawn as timm draws them for Pillow (qat/training/images.py), from the same seeds: both decoders see
 the same pieces of the same images, and a run that was killed resumes alike. Their pixels differ by what resizing rounds.
 """
 
@@ -15,13 +15,13 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from qswin.calib.data.images import Preprocessing, naming_unreadable, open_image
 from qswin.calib.data.shards import ImageFile
-from qswin.qat.config import AugmentConfig
-from qswin.qat.training.data import TrainBatch, TrainImages, load_in_order
+from qswin.qat.schema import AugmentConfig
+from qswin.qat.training.images import TrainBatch, TrainImages, load_in_order
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # that DALI reads as Pillow does, by Pillow's names
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B")
 DECODED_AHEAD = 4  # batches at most, of what may have failed when DALI stops
-NOT_HERE = ("rotate", "color_jitter", "auto_augment", "erase")  # augmentations that Pillow's images have
+PILLOW_ONLY = ("rotate", "color_jitter", "auto_augment", "random_erase")  # augmentations of Pillow's images only
 
 
 class Encoded(NamedTuple):
@@ -60,9 +60,11 @@ class DrawPiece:
     """Random resized crop and flips, as numbers. Raises ValueError for an augmentation that changes colours or angles."""
 
     def __init__(self, augment: AugmentConfig) -> None:
-        for name in NOT_HERE:
+        for name in PILLOW_ONLY:
             if getattr(augment, name):
-                raise ValueError(f"train.augment.{name} is not there with data.decoder=dali; leave it out or set pillow")
+                raise ValueError(
+                    f"train.augment.{name} is not done by data.decoder=dali; leave it out, or set data.decoder=pillow"
+                )
         self.augment = augment
 
     def __call__(self, image: Encoded, target: int) -> tuple[Piece]:

@@ -1,161 +1,89 @@
-"""Training batches: augmented images with labels, in an order and with random numbers that depend on the seed only.
+"""The data of a training run: its folders, its decoder, and the batches of each rank."""
 
-Every random number is drawn from a generator seeded by (seed, epoch, image) or (seed, step, rank), so there is no state to
-save: a run that is killed at any step resumes with the same batches, whatever the number of worker processes.
-"""
-
-import random
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from absl import logging
-from PIL import Image
-from timm.data import create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
-from qswin.calib.data.folders import ImageFolder
-from qswin.calib.data.images import Preprocessing, check_size, open_image
+from qswin.calib.data.batches import Batch, image_batches
+from qswin.calib.data.folders import ImageFolder, scan_folder
+from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
-from qswin.qat.config import AugmentConfig
+from qswin.qat.distributed import Ranks
+from qswin.qat.schema import AugmentConfig, DataConfig
+from qswin.qat.training import dali
+from qswin.qat.training.images import TrainBatch, TrainImages, Transform, epoch_batches, load_batches, train_transform
 
 
-class TrainBatch(NamedTuple):
-    images: Tensor  # (N, 3, H, W) float32, normalised
-    labels: Tensor  # (N,) int64 class indices, or (N, H, W) uint8 masks
-    indices: Tensor  # (N,) int64, of the folder's samples
+class Folders(NamedTuple):
+    train: ImageFolder
+    validation: ImageFolder
 
 
-def seed_everything(*key: int) -> None:
-    """Seeds Python, NumPy and torch from a tuple of integers."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    random.seed(int(state))
-    np.random.seed(int(state % 2**32))
-    torch.manual_seed(int(state % 2**63))
+def scan_folders(task: str, root: Path) -> Folders:
+    """train/ and val/ of a root, of the same classes. Raises as `scan_folder` does."""
+    train = scan_folder(task, root / "train")
+    return Folders(train, scan_folder(task, root / "val", train.classes))
 
 
-class ClassificationTransform:
-    """timm's training transform: random resized crop, flips, colour, RandAugment, erasing."""
+class Decoder(NamedTuple):
+    """How training images are read, what they go through, and how batches of them are loaded."""
 
-    def __init__(self, preprocessing: Preprocessing, augment: AugmentConfig) -> None:
-        self._change = create_transform(
-            (3, *preprocessing.size),
-            is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            vflip=augment.vflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            re_prob=augment.erase,
-            interpolation=preprocessing.interpolation,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-        )
-
-    def __call__(self, image: Image.Image, target: int) -> tuple[Tensor, Tensor]:
-        """(3, H, W) float32, and the class index."""
-        return self._change(image), torch.tensor(target)
+    images: type[TrainImages]
+    transform: Transform
+    load: Callable[[Any, Sequence[list[int]]], Iterator[TrainBatch]]
 
 
-class SegmentationTransform:
-    """Flips, rotation, resized crop and colour of an image, the same geometry for its mask."""
-
-    def __init__(self, preprocessing: Preprocessing, augment: AugmentConfig) -> None:
-        self._change = v2.Compose(
-            [
-                v2.RandomHorizontalFlip(augment.hflip),
-                v2.RandomVerticalFlip(augment.vflip),
-                v2.RandomRotation(augment.rotate, v2.InterpolationMode.BILINEAR),
-                v2.RandomResizedCrop(
-                    preprocessing.size, augment.scale, augment.ratio, v2.InterpolationMode(preprocessing.interpolation)
-                ),
-                v2.ColorJitter(*[augment.color_jitter] * 3),
-                v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-                v2.Normalize(preprocessing.mean, preprocessing.std),
-            ]
-        )
-
-    def __call__(self, image: Image.Image, target: Path) -> tuple[Tensor, Tensor]:
-        """(3, H, W) float32, and the mask (H, W) uint8. Raises ValueError when the two files differ in size."""
-        mask = open_image(target)
-        check_size(target, mask, image)
-        changed = self._change(v2.functional.to_image(image), tv_tensors.Mask(np.array(mask)))
-        return changed[0].as_subclass(Tensor), changed[1].as_subclass(Tensor)
+def choose_decoder(
+    task: str, preprocessing: Preprocessing, data: DataConfig, augment: AugmentConfig, device: torch.device
+) -> Decoder:
+    """The decoder that `data.decoder` names. Raises ValueError for a task or an augmentation that it lacks."""
+    if data.decoder == "dali":
+        if task != "classification":
+            raise ValueError("data.decoder=dali is for classification; set data.decoder=pillow")
+        load = functools.partial(dali.load_batches, preprocessing=preprocessing, workers=data.workers, device=device)
+        return Decoder(dali.EncodedImages, dali.DrawPiece(augment), load)
+    transform = train_transform(task, preprocessing, augment)
+    return Decoder(TrainImages, transform, functools.partial(load_batches, workers=data.workers))
 
 
-Transform = Callable[[Any, Any], tuple[Any, ...]]  # (what TrainImages reads, its target)
-TRANSFORMS: dict[str, Callable[[Preprocessing, AugmentConfig], Transform]] = {
-    "classification": ClassificationTransform,
-    "segmentation": SegmentationTransform,
-}
-UNSUPPORTED = {"classification": ("rotate",), "segmentation": ("auto_augment", "erase", "mixup", "cutmix")}
+class TrainingData:
+    """One rank's batches of train/, augmented, and of val/.
 
+    Args:
+        batch_size: images in a batch of one rank.
+        seed: of the order and the augmentation.
 
-def train_transform(task: str, preprocessing: Preprocessing, augment: AugmentConfig) -> Transform:
-    """What a task's training images and labels go through. Raises ValueError for an augmentation that the task has not."""
-    for name in UNSUPPORTED[task]:
-        if getattr(augment, name):
-            raise ValueError(f"train.augment.{name} is not for {task}; leave it out")
-    return TRANSFORMS[task](preprocessing, augment)
+    Raises:
+        ValueError: the decoder lacks what is asked for.
+    """
 
-
-class TrainImages(Dataset[tuple[Any, ...]]):
-    """One epoch's images, augmented: (image, label, index). An unreadable one, if skipped, gives its place to the next."""
-
-    def __init__(self, folder: ImageFolder, transform: Transform, seed: int, epoch: int, skip_unreadable: bool) -> None:
-        self.folder, self.transform = folder, transform
-        self.seed, self.epoch, self.skip_unreadable = seed, epoch, skip_unreadable
+    def __init__(
+        self, folders: Folders, decoder: Decoder, data: DataConfig, batch_size: int, seed: int, ranks: Ranks
+    ) -> None:
+        self.folders, self.decoder, self.options = folders, decoder, data
+        self.batch_size, self.seed, self.ranks = batch_size, seed, ranks
 
     def __len__(self) -> int:
-        return len(self.folder.samples)
+        """Batches of one rank in an epoch."""
+        return len(self.folders.train.samples) // (self.batch_size * self.ranks.world)
 
-    def read(self, path: ImageFile) -> Any:
-        """What the transform takes. Raises ValueError for an unreadable file."""
-        return open_image(path, "RGB")
+    def batches(self, epoch: int, start: int, stop: int) -> Iterator[TrainBatch]:
+        """The batches from `start` to before `stop` of an epoch."""
+        folder, skip = self.folders.train, self.options.skip_unreadable
+        rank, world = self.ranks.rank, self.ranks.world
+        order = epoch_batches(len(folder.samples), self.batch_size, rank, world, self.seed, epoch)
+        images = self.decoder.images(folder, self.decoder.transform, self.seed, epoch, skip)
+        return self.decoder.load(images, order[start:stop])
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        path, target = self.folder.samples[index]
-        try:
-            image = self.read(path)
-        except ValueError:
-            if not self.skip_unreadable:
-                raise
-            logging.warning("%s: unreadable, skipped", path)
-            return self[(index + 1) % len(self)]
-        seed_everything(self.seed, 1, self.epoch, index)
-        return *self.transform(image, target), index
+    def validation_batches(self, preprocessing: Preprocessing) -> Iterator[Batch]:
+        """This rank's share of val/."""
+        samples = self.folders.validation.samples[self.ranks.rank :: self.ranks.world]
+        skipped: list[ImageFile] | None = [] if self.options.skip_unreadable else None
+        return image_batches(samples, preprocessing, self.batch_size, self.options.workers, skipped)
 
-
-def epoch_batches(images: int, batch_size: int, rank: int, world: int, seed: int, epoch: int) -> list[list[int]]:
-    """This rank's batches of one epoch: a permutation of all images, dealt out to the ranks, without a short last batch."""
-    order = np.random.default_rng((seed, 2, epoch)).permutation(images)
-    steps = images // (batch_size * world)
-    dealt = order[: steps * batch_size * world].reshape(steps, world, batch_size)
-    return dealt[:, rank].tolist()
-
-
-def load_batches(dataset: TrainImages, batches: Sequence[list[int]], workers: int) -> Iterator[TrainBatch]:
-    """Yields the given batches, in order. Raises ValueError, in one line, for an image that cannot be read."""
-    return load_in_order(dataset, batches, workers, _collate, pin_memory=torch.cuda.is_available())
-
-
-def load_in_order(
-    dataset: TrainImages, batches: Sequence[list[int]], workers: int, collate: Callable[[list[Any]], Any], **options: Any
-) -> Iterator[Any]:
-    """What `collate` makes of each batch's samples. Raises ValueError, in one line, for an image that cannot be read."""
-    loader = DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate, **options)
-    try:
-        yield from loader
-    except ValueError as error:  # a worker process wraps its error in a traceback
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
-def _collate(samples: list[tuple[Tensor, Tensor, int]]) -> TrainBatch:
-    images, labels, indices = zip(*samples, strict=True)
-    return TrainBatch(torch.stack(images), torch.stack(labels), torch.tensor(indices))
+    def files(self, indices: Sequence[int]) -> str:
+        """The names of training images, in one line."""
+        return ", ".join(str(self.folders.train.samples[index][0]) for index in indices)

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qswin.qat.config import claim_run, load_config, recipe_of
-from qswin.qat.quant.recipe import Recipe
+from qswin.qat.config import load_config, settings_of
+from qswin.qat.float_model import build_float_model
+from qswin.qat.quant.recipe_file import read_recipe
+from qswin.qat.schema import RENAMED, keys_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -59,26 +61,102 @@ def test_a_missing_value_says_how_to_give_it(tmp_path):
         load_config(tmp_path / "b.yaml", [])
 
 
-def test_recipes_are_names_or_mappings(config_file):
+def recipe_of(config):
+    return read_recipe(config.recipe, config.calibration.calibrator)
+
+
+def test_recipes_are_names_files_or_mappings(config_file, tmp_path):
     assert recipe_of(load_config(config_file, ["recipe=gemm"])).name == "gemm"
-    written = "{name: mine, weight_bits: 4, rules: [{sites: fc1, quantize: true}]}"
+    written = {"name": "mine", "per_channel": False, "rules": [{"sites": "fc1", "quantize": True}]}
     recipe = recipe_of(load_config(config_file, [f"recipe={written}", "calibration.calibrator=max"]))
-    assert isinstance(recipe, Recipe) and (recipe.weight_format, recipe.calibrator) == ("int4", "max")
+    assert (recipe.name, recipe.per_channel, recipe.calibrator, len(recipe.rules)) == ("mine", False, "max", 1)
+    (file := tmp_path / "mine.yaml").write_text(yaml.safe_dump(written))
+    assert recipe_of(load_config(config_file, [f"recipe={file}"])).to_dict() == {**recipe.to_dict(), "calibrator": "mse"}
+
+
+@pytest.mark.parametrize("text, words", [("3", "not a recipe"), ("a: [", "not YAML"), (None, "no such recipe file")])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text, words):
+    file = tmp_path / "broken.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"broken\.yaml: {words}"):
+        read_recipe(str(file))
+    with pytest.raises(ValueError, match="recipe=7: give a name"):
+        read_recipe(7)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_config_that_comes_with_qswin_loads(file):
+def test_every_config_that_comes_with_qswin_loads_by_the_names_of_today(file, caplog):
     config = load_config(file, ["data.root=x", "run=y"])
     assert recipe_of(config).rules
-    yaml.safe_load(file.read_text())
+    assert not caplog.records
 
 
-def test_a_run_folder_belongs_to_one_job(config_file):
-    config, other = load_config(config_file, []), load_config(config_file, ["train.lr=1"])
-    claim_run(other, "train", ("last.pt",))
-    folder = claim_run(config, "train", ("last.pt",))  # the other job left nothing
-    (folder / "last.pt").touch()
-    assert claim_run(config, "train", ("last.pt",)) == folder  # the same job may come back
-    claim_run(other, "calibrate", ("ptq.safetensors",))  # another stage has its own settings
-    with pytest.raises(ValueError, match=r"used by another job.*train\.lr=0\.001, not 1\.0.*choose another run"):
-        claim_run(other, "train", ("last.pt",))
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_read_and_said_to_be_old(config_file, caplog, old):
+    value = {"train.accumulate": 3, "calibration.choose": True}.get(old, 0.5)
+    config = load_config(config_file, [f"{old}={value}"])
+    for part in RENAMED[old].split("."):
+        config = getattr(config, part)
+    assert config == value
+    assert [record.getMessage() for record in caplog.records] == [
+        f"override '{old}={value}': {old} is an old name; write {RENAMED[old]}"
+    ]
+
+
+def test_every_key_has_one_sentence():
+    for key in keys_of().values():
+        assert key.help[0] in "`" + key.help[0].upper() and key.help.endswith(".") and len(key.help) > 12, key.name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.amp=fp8", r"^override 'train.amp=fp8': train.amp=fp8 is not known; choose fp32, bf16, fp16$"),
+        ("resume=yes", "resume.* is not known; choose auto, never"),
+        ("data.decoder=jpeg", "data.decoder=jpeg is not known; choose pillow, dali"),
+        ("train.log_every=0", "train.log_every=0 is out of range; give 1 or more"),
+        ("train.distill_weight=1.5", "train.distill_weight=1.5 is out of range; give 0 to 1"),
+        ("train.lr=.nan", "train.lr=nan is out of range"),
+        ("data.workers=-1", "data.workers=-1 is out of range; give 0 or more"),
+    ],
+)
+def test_values_that_are_not_allowed_are_refused(config_file, override, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(config_file, [override])
+
+
+def test_settings_are_a_config_file_again(config_file, tmp_path):
+    config = load_config(config_file, ["recipe={name: mine, rules: []}", "train.lr=1e-7"])
+    (again := tmp_path / "again.yaml").write_text(yaml.safe_dump(settings_of(config)))
+    assert load_config(again, []) == config
+
+
+def build(config_file, *overrides):
+    config = load_config(config_file, ["model.checkpoint=null", *overrides])
+    return build_float_model(config.model, config.data.preprocessing)
+
+
+def test_one_number_is_the_side_of_a_square(config_file):
+    assert build(config_file, "data.preprocessing.size=64")[1] == build(config_file, "data.preprocessing.size=[64, 64]")[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.kwargs.in_chans=1", "model.kwargs.in_chans=1: images are read as RGB"),
+        ("model.kwargs.features_only=true", "model.kwargs.features_only: a model's logits are needed"),
+        ("data.preprocessing.size=[64]", r"data.preprocessing.size=\[64\]: give a number of pixels, or"),
+        ("data.preprocessing.size=large", "data.preprocessing.size=large: give a number of pixels"),
+        ("data.preprocessing.size=0", "data.preprocessing.size=0: give a number of pixels"),
+        ("data.preprocessing.mean=0.5", "data.preprocessing.mean=0.5: give three numbers"),
+        ("data.preprocessing.std=[1, 1]", "data.preprocessing.std=.*: give three numbers"),
+        ("data.preprocessing.crop_pct=all", "data.preprocessing.crop_pct=all: give a number above 0"),
+        ("data.preprocessing.interpolation=[1]", "interpolation"),
+        ("data.preprocessing.sizes=64", "data.preprocessing.sizes is not known; the keys are size"),
+    ],
+)
+def test_values_that_no_model_can_use_are_one_line(config_file, override, words):
+    with pytest.raises(ValueError, match=words) as error:
+        build(config_file, override)
+    assert "\n" not in str(error.value)

@@ -11,8 +11,8 @@ from PIL import Image
 from qswin.calib.data.batches import image_batches
 from qswin.calib.data.folders import ImageFolder, scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing, load_mask, open_image
-from qswin.qat.config import AugmentConfig
-from qswin.qat.training.data import train_transform
+from qswin.qat.schema import AugmentConfig
+from qswin.qat.training.images import train_transform
 from tests.helpers import write_masks
 
 

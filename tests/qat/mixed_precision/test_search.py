@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from qswin.qat.checkpoint import load_checkpoint, save_checkpoint
-from qswin.qat.config import load_config, recipe_of
+from qswin.qat.config import load_config
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision import latency
 from qswin.qat.mixed_precision.bit_operations import bit_operations
@@ -25,6 +25,7 @@ from qswin.qat.mixed_precision.search import (
 from qswin.qat.mixed_precision.sensitivity import measure_groups
 from qswin.qat.ptq import job
 from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import enable, quantize
 from tests.helpers import fails, invoke, lively_swin
 from tests.qat.mixed_precision.conftest import BAD
@@ -42,7 +43,7 @@ def test_the_commands_rank_and_find_a_recipe_that_calibrate_takes(checkpoint, da
     limit = 2 * json.loads(out.read_text())["rows"][1]["alone"]["kl"] + 0.05 * json.loads(out.read_text())["all"]["kl"]
     assert invoke("search", *common, "--sensitivity", out, "--budget", f"kl<={limit:.8f}", "--recipe", recipe) == 0
     config = load_config(config_file, [f"recipe={recipe}", f"run={tmp_path / 'mixed'}"])
-    twin = quantize(lively_swin(), recipe_of(config))
+    twin = quantize(lively_swin(), read_recipe(config.recipe))
     assert BAD not in {quantizer.site for quantizer in quantizers(twin)}
     assert len(list(quantizers(twin))) > 0.5 * len(list(quantizers(model)))
     with process_group("cpu") as ranks:

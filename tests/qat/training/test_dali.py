@@ -9,10 +9,10 @@ from PIL import Image
 
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing
-from qswin.qat.config import AugmentConfig
+from qswin.qat.schema import AugmentConfig
 from qswin.qat.training.dali import DrawPiece, EncodedImages
 from qswin.qat.training.dali import load_batches as load_with_dali
-from qswin.qat.training.data import ClassificationTransform, TrainImages, load_batches
+from qswin.qat.training.images import ClassificationTransform, TrainImages, load_batches
 
 PREPROCESSING = Preprocessing(size=(32, 32))
 AUGMENT = AugmentConfig(scale=(0.3, 1.0), hflip=0.5, vflip=0.3)

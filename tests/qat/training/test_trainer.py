@@ -18,13 +18,15 @@ import torch
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing, open_image
 from qswin.qat.checkpoint import load_checkpoint
-from qswin.qat.config import AugmentConfig, load_config
+from qswin.qat.config import load_config
 from qswin.qat.distributed import process_group
 from qswin.qat.ptq.job import run_calibration
 from qswin.qat.quant.blocks import blocks
 from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.schema import AugmentConfig
 from qswin.qat.training import trainer as train
-from qswin.qat.training.data import epoch_batches, seed_everything, train_transform
+from qswin.qat.training.images import Stream, epoch_batches, seed_everything, train_transform
+from qswin.qat.training.step import find_non_finite
 from tests.helpers import UNET, small_swin, write_masks, write_shards
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,7 +83,11 @@ def masks_config(tmp_path) -> Path:
 model: {{name: swin_unet_tiny_patch4_window7_224, num_classes: 3, kwargs: {{{settings}}}}}
 data: {{root: {write_masks(tmp_path / "masks", side=40)}, workers: 0}}
 calibration: {{images: 6, batch_size: 3}}
-train: {{batch_size: 3, lr: 1.0e-3, distill: 0.5, augment: {{scale: [0.7, 1.0], rotate: 20, vflip: 0.5, color_jitter: 0.1}}}}
+train:
+  batch_size: 3
+  lr: 1.0e-3
+  distill_weight: 0.5
+  augment: {{scale: [0.7, 1.0], rotate: 20, vflip: 0.5, color_jitter: 0.1}}
 run: {tmp_path / "masks-run"}
 device: cpu
 """)
@@ -90,7 +96,12 @@ device: cpu
 
 def test_blocks_are_distilled_and_ranges_frozen(config_file, ptq):
     """From the float model's own weights the blocks' distance is quantization's; frozen ranges do not move."""
-    options = ["train.distill=1", "train.distill_blocks=1", "train.learn_ranges=true", "train.freeze_ranges_at=0"]
+    options = [
+        "train.distill_weight=1",
+        "train.distill_blocks_weight=1",
+        "train.learn_ranges=true",
+        "train.freeze_ranges_at=0",
+    ]
     path, log = run(config_file, f"init={ptq}", "train.epochs=2", "train.ema_decay=0.5", *options)
     assert all(0 < loss < 1 for loss in losses(log).values())
     before, after = (load_checkpoint(file)[0].state_dict() for file in (ptq, path))
@@ -102,18 +113,18 @@ def test_blocks_are_distilled_and_ranges_frozen(config_file, ptq):
 
 def test_recorded_outputs_are_the_blocks_own(config_file, ptq):
     """In order, with gradients, and not those of a copy."""
-    trainer = make_trainer(config_file, ptq, "train.distill_blocks=1")
+    trainer = make_trainer(config_file, ptq, "train.distill_blocks_weight=1")
     images = torch.randn(2, 3, 32, 32)
     twin = copy.deepcopy(trainer.model)
     twin(images)
-    assert trainer.blocks.take() == []
+    assert trainer.step.objective.blocks.take() == []
     (hook,) = blocks(twin)[0]._forward_hooks.values()
     assert not inspect.ismethod(hook)  # its own list would grow with every validation batch
     seen = []
     for block in blocks(trainer.model):
         block.register_forward_hook(lambda _, arguments, output: seen.append(output))
     trainer.model(images)
-    taken = trainer.blocks.take()
+    taken = trainer.step.objective.blocks.take()
     assert len(taken) == len(seen) == 4 and all(a is b and a.requires_grad for a, b in zip(taken, seen, strict=True))
 
 
@@ -148,7 +159,7 @@ def test_a_mask_turns_with_its_image(masks_config):
     folder = scan_folder("segmentation", Path(config.data.root) / "train")
     transform = train_transform("segmentation", preprocessing, config.train.augment)
     for index, (_, mask) in enumerate(folder.samples):
-        seed_everything(index)
+        seed_everything(0, Stream.AUGMENTATION, index)
         image, changed = transform(open_image(mask, "RGB"), mask)
         inside = image[0] * 255 - changed
         assert (inside.abs() < 0.01).float().mean() > 0.8  # the others are interpolated, at edges
@@ -156,7 +167,7 @@ def test_a_mask_turns_with_its_image(masks_config):
 
 
 def test_a_float_model_trains_with_the_same_file(config_file):
-    path, _ = run(config_file, "recipe=none", "train.augment.mixup=0.2", "train.accumulate=2")
+    path, _ = run(config_file, "recipe=none", "train.augment.mixup=0.2", "train.grad_accum_steps=2")
     model, description = load_checkpoint(path)
     assert path.name == "float.safetensors" and description.recipe is None and not list(quantizers(model))
 
@@ -178,7 +189,7 @@ def test_a_compiled_run_has_the_same_losses(config_file, ptq, tmp_path, monkeypa
         compile_module(module, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    options = (f"init={ptq}", "train.learn_ranges=true", "train.ema_decay=0.9", "train.distill=0.5")
+    options = (f"init={ptq}", "train.learn_ranges=true", "train.ema_decay=0.9", "train.distill_weight=0.5")
     _, plain = run(config_file, *options, f"run={tmp_path / 'plain'}")
     _, fast = run(config_file, *options, f"run={tmp_path / 'fast'}", "train.compile=true")
     assert len(compiled) == 1
@@ -199,7 +210,13 @@ def test_weights_that_oscillate_are_counted_and_frozen(config_file, ptq):
 @pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5])
 def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, seconds):
     """SIGKILL some time after the first step, then a second start, against a run that nobody disturbed."""
-    options = (f"init={ptq}", "train.epochs=8", "train.ema_decay=0.9", "train.save_minutes=0.003", "train.distill=0.5")
+    options = (
+        f"init={ptq}",
+        "train.epochs=8",
+        "train.ema_decay=0.9",
+        "train.save_minutes=0.003",
+        "train.distill_weight=0.5",
+    )
     options += ("train.freeze_oscillating=0.02",)
     _, undisturbed = run(config_file, *options, f"run={tmp_path / 'whole'}")
     folder = tmp_path / "killed"
@@ -299,7 +316,7 @@ def test_values_that_are_not_finite_are_traced_to_the_first_module():
     model = small_swin()
     with torch.no_grad():
         model.layers[0].blocks[1].mlp.fc1.weight[0, 0] = float("nan")
-    assert "layers.0.blocks.1.mlp.fc1" in train.find_non_finite(model, torch.randn(1, 3, 32, 32))
+    assert "layers.0.blocks.1.mlp.fc1" in find_non_finite(model, torch.randn(1, 3, 32, 32))
 
 
 def make_trainer(config_file, ptq, *overrides) -> train.Trainer:
@@ -310,8 +327,8 @@ def make_trainer(config_file, ptq, *overrides) -> train.Trainer:
 def test_the_learning_rate_warms_up_and_follows_a_cosine(config_file, ptq):
     trainer = make_trainer(config_file, ptq, "train.epochs=4", "train.warmup_steps=4", "train.min_lr=1e-4")
     factors = []
-    for trainer.step in range(21):
-        factors.append(trainer.lr_factor())
+    for trainer.step.done in range(21):
+        factors.append(trainer.step.lr_factor())
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[12] == pytest.approx((1 + 0.1) / 2) and factors[20] == pytest.approx(0.1)
 
@@ -319,7 +336,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(config_file, ptq):
 def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file, ptq):
     trainer = make_trainer(config_file, ptq, "train.learn_ranges=true", "train.range_lr=0.5")
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    groups = [({names[id(p)] for p in g["params"]}, g["weight_decay"], g["lr"]) for g in trainer.optimizer.param_groups]
+    groups = [({names[id(p)] for p in g["params"]}, g["weight_decay"], g["lr"]) for g in trainer.step.optimizer.param_groups]
     (decayed, decay, _), (plain, none, _), (ranges, of_ranges, rate) = groups
     assert decay == 0.05 and none == of_ranges == 0 and rate == 0.5
     assert all(name.endswith("_log_gain") for name in ranges) and len(ranges) == len(list(quantizers(trainer.model)))
@@ -335,7 +352,7 @@ def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file
         (["init=PTQ", "train.amp=fp8"], "fp32, bf16, fp16"),
         (["init=PTQ", "train.freeze_ranges_at=2"], "freeze_ranges_at=2.*0 to 1"),
         (["init=PTQ", "train.batch_size=21"], "do not fill one step"),
-        (["init=PTQ", "train.epochs=0"], "train.epochs must be 1 or more"),
+        (["init=PTQ", "train.epochs=0"], r"train\.epochs=0 is out of range; give 1 or more"),
     ],
 )
 def test_jobs_that_cannot_run_say_why(config_file, ptq, overrides, words):

@@ -1,0 +1,43 @@
+"""Recipes as a config gives them: by name, in a YAML file, or written out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qswin.qat.quant.recipe import Recipe, named_recipe
+
+
+def read_recipe(written: Any, calibrator: str | None = None) -> Recipe:
+    """The recipe that is meant.
+
+    Args:
+        written: a name, the name of a YAML file (qswin search writes one), or a mapping as `Recipe.to_dict` gives it.
+        calibrator: of activations, over the recipe's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the name is not known, or what is written is not a recipe.
+    """
+    written = contents(written)
+    if not isinstance(written, str | dict):
+        raise ValueError(f"recipe={written!r}: give a name, a YAML file or a mapping")
+    recipe = Recipe.from_dict(written) if isinstance(written, dict) else named_recipe(written)
+    return recipe if calibrator is None else dataclasses.replace(recipe, calibrator=calibrator)
+
+
+def contents(written: Any) -> Any:
+    """What a recipe's file says; anything but the name of a file is returned as it is. Raises as `read_recipe` does."""
+    if not (isinstance(written, str) and written.endswith((".yaml", ".yml"))):
+        return written
+    path = Path(written)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a recipe; `qswin search` writes one, and docs/recipes.md shows one")
+    return values

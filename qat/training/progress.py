@@ -1,0 +1,57 @@
+"""What a training run leaves on its way: last.pt, from which it goes on, log.jsonl and TensorBoard's files."""
+
+import contextlib
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from qswin.calib.files import write_atomic
+
+Log = Callable[[dict[str, float]], None]
+LAST = "last.pt"
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes last.pt, atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(folder / LAST, buffer.getvalue())
+
+
+def load_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """What last.pt holds, or None where there is none. Raises ValueError when it cannot be read."""
+    path = folder / LAST
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: cannot be read; delete it, or start over with resume=never") from error
+
+
+@contextlib.contextmanager
+def open_log(folder: Path, step: int) -> Iterator[Log]:
+    """Logs values, which name their "step", to log.jsonl and TensorBoard. Lines of steps that are repeated are dropped.
+
+    Args:
+        step: the first that will be logged.
+    """
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() and step else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+    write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+    with open(path, "a") as file, SummaryWriter(str(folder / "tensorboard"), purge_step=step) as board:
+
+        def log(values: dict[str, float]) -> None:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            for name, value in values.items():
+                board.add_scalar(name, value, values["step"])
+
+        yield log
