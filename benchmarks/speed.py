@@ -1,6 +1,6 @@
 """Swin in INT8 by the project's kernels beside PyTorch in FP16, on a GPU: images/s, and what each kernel takes.
 
-    python -m benchmarks.speed --out docs/results/speed.json [--models swin_tiny_patch4_window7_224 ...] [--batch-sizes 1 64 256]
+    python -m benchmarks.speed --out speed.json [--models swin_tiny_patch4_window7_224 ...] [--batch-sizes 1 64 256]
 
 Weights are random: the time does not depend on them. Before anything is timed, the INT8 model on the GPU is compared with
 its kernels' references on the CPU. Times are medians by CUDA events; inputs rotate, so that they do not stay in the cache.
