@@ -1,9 +1,9 @@
 """Swin in INT8 by the project's kernels beside PyTorch in FP16, on a GPU: images/s, and what each kernel takes.
 
-    python -m benchmarks.speed --out docs/results/speed.json [--models swin_tiny_patch4_window7_224 ...] [--batch 1 64 256]
+    python -m benchmarks.speed --out speed.json [--models swin_tiny_patch4_window7_224 ...] [--batch-sizes 1 64 256]
 
-Random weights cost what trained ones do. Before anything is timed, the INT8 model on the GPU is compared with the references
-of its kernels on the CPU. Medians by CUDA events; inputs rotate, so that the cache does not answer.
+Weights are random: the time does not depend on them. Before anything is timed, the INT8 model on the GPU is compared with
+its kernels' references on the CPU. Times are medians by CUDA events; inputs rotate, so that they do not stay in the cache.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--models", nargs="*", default=["swin_tiny_patch4_window7_224"])
-    parser.add_argument("--batch", nargs="*", type=int, default=[1, 64, 256])
+    parser.add_argument("--batch-sizes", nargs="*", type=int, default=[1, 64, 256])
     parser.add_argument("--modes", nargs="+", default=["max-autotune-no-cudagraphs", "default"], help="of torch.compile")
     parser.add_argument("--only", default="", help="backends whose names hold this")
     parser.add_argument("--warmup", type=int, default=10)
@@ -170,7 +170,7 @@ def main() -> None:
         model, lowered = pair(name, "cuda")
         size = model.patch_embed.img_size
         print(name, "relative errors against the references:", json.dumps(check(lowered, size)), flush=True)
-        for batch in args.batch:
+        for batch in args.batch_sizes:
             inputs = [torch.randn(batch, 3, *size, device="cuda", dtype=torch.float16) for _ in range(ROTATED)]
             with torch.inference_mode():
                 for backend, precision, make in backends(model, lowered, inputs[0], args.modes):
