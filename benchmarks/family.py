@@ -1,7 +1,7 @@
 """The families on TensorRT: errors of their engines against ONNX Runtime, and latencies, with random weights.
 
     python -m benchmarks.family export --out DIR                                    (torch)
-    qswin bench --model DIR/swinv2.safetensors --batch 1,4,8,16,32 --json DIR/swinv2-torch.json (torch; cvt, unet, deit too)
+    qswin bench --model DIR/swinv2.safetensors --batch-sizes 1,4,8,16,32 --json DIR/swinv2-torch.json (torch; and others)
     python -m benchmarks.family measure --models DIR --out docs/results/family-tensorrt.json   (a GPU; no torch)
 
 Random weights cost what trained ones do; their errors are those of the arithmetic, not of a task.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.steps import Steps
-from qswin.calib.files import write_json
+from qswin.calib.files import read_json, sidecar_path, write_json
 
 MODELS = {
     "swinv2": "swinv2_tiny_window8_256",
@@ -71,11 +71,11 @@ class Measurement:
         short, name = job
         onnx, precision = ENGINES[name]
         graph, engine = (self.args.models / f"{short}-{stem}" for stem in (f"{onnx}.onnx", f"{name}.engine"))
-        options = ["--precision", precision, "--shapes", self.args.shapes, "--level", self.args.level]
+        options = ["--precision", precision, "--batch-sizes", self.args.shapes, "--level", self.args.level]
         files = ["--onnx", graph, "--engine", engine, "--timing-cache", engine.with_suffix(".timing")]
         if not self.steps.run(f"build {engine.name}", "qswin", "build", *files, *options):
             return
-        self.report["builds"][engine.stem] = json.loads(engine.with_suffix(".json").read_text())["seconds"]
+        self.report["builds"][engine.stem] = read_json(sidecar_path(engine))["seconds"]
         result = self.args.models / f"{engine.stem}-errors.json"
         against = ["--reference", graph, "--images", "8", "--json", result]
         if self.steps.run(f"compare {engine.name}", "qswin", "compare", "--model", engine, *against):
@@ -87,7 +87,7 @@ class Measurement:
         timed = self.args.models / f"{short}-bench.json"
         models = [path for name in ENGINES if (path := self.args.models / f"{short}-{name}.engine").is_file()]
         models += [self.args.models / f"{short}-fp32.onnx"] if self.args.onnxruntime else []
-        options = ["--batch", self.args.batch, "--threads", "16", "--json", timed]
+        options = ["--batch-sizes", self.args.batch, "--threads", "16", "--json", timed]
         if models:
             self.steps.run(f"bench {short}", "qswin", "bench", "--model", *models, *options)
         for rows in (timed, self.args.models / f"{short}-torch.json"):

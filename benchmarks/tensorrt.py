@@ -68,7 +68,7 @@ class Run:
         return {name: start_quietly(command) for name, command in commands.items()}
 
     def calibration(self, name: str, *arguments: str) -> list[str]:
-        data = ["--data", str(self.args.data / "train"), "--images", str(self.args.images), "--batch", "16"]
+        data = ["--data", str(self.args.data / "train"), "--images", str(self.args.images), "--batch-size", "16"]
         files = ["--onnx", self.file("fp32.onnx"), "--cache", self.file(f"{name}.cache")]
         return ["qswin", "calib-cache", *files, *data, *arguments]
 
@@ -82,10 +82,10 @@ class Run:
         files = ["--onnx", self.file(f"{onnx}.onnx"), "--engine", self.file(f"{engine}.engine")]
         options = [self.file(word) if word.endswith(".cache") else word for word in further]
         # A timing cache for each, for several builds go on at once.
-        options += ["--precision", precision, "--shapes", shapes, "--timing-cache", self.file(f"{engine}.timing")]
+        options += ["--precision", precision, "--batch-sizes", shapes, "--timing-cache", self.file(f"{engine}.timing")]
         if not self.do(f"build {engine}", "qswin", "build", *files, *options):
             return
-        sidecar = self.json(f"{engine}.json")
+        sidecar = self.json(f"{engine}.engine.json")
         kept = ("version", "gpu", "capability", "seconds", "warm_timing_cache", "overrides", "not_honoured")
         self.report["builds"][engine] = {key: sidecar[key] for key in kept}
 
@@ -129,7 +129,7 @@ class Run:
 
     def bench(self, engines: list[str]) -> None:
         models = [self.file(f"{engine}.engine") for engine in engines]
-        arguments = ["--batch", self.args.batch, "--cuda-graph", "--json", self.file("bench.json")]
+        arguments = ["--batch-sizes", self.args.batch, "--cuda-graph", "--json", self.file("bench.json")]
         if self.do("bench", "qswin", "bench", "--model", *models, *arguments):
             accuracy = self.report["evaluations"]
             rows = self.json("bench.json")["rows"]

@@ -8,7 +8,7 @@ import pytest
 from qswin.calib.files import sha256, sidecar_path
 from qswin.calib.trt_cache.cache_file import read_cache
 from qswin.trt.graphs.files import read_onnx
-from tests.helpers import invoke
+from tests.helpers import fails, invoke
 
 
 def test_an_offline_cache_is_bound_to_its_graph(graphs, data, tmp_path):
@@ -28,6 +28,26 @@ def test_the_same_seed_gives_the_same_cache_in_other_batches(graphs, data, tmp_p
         assert invoke("calib-cache", *common, "--cache", tmp_path / f"{name}.cache", "--batch-size", batch) == 0
     first, second = (read_cache(tmp_path / f"{name}.cache", "8.6.0", sha256(graphs["fp32"])) for name in "ab")
     assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_unreadable_images_are_skipped_where_that_is_asked_for(graphs, data, tmp_path, capsys):
+    (bad := data / "train" / "class0" / "0.png").write_bytes(b"no image")
+    cache = tmp_path / "a.cache"
+    common = ["--onnx", graphs["fp32"], "--data", data / "train", "--cache", cache, "--workers", 0, "--offline"]
+    assert f"{bad}: missing, or cannot be read" in (line := fails(capsys, "calib-cache", *common))
+    assert "--skip-unreadable" in line and not cache.exists()
+    assert invoke("calib-cache", *common, "--skip-unreadable", "--json", tmp_path / "r.json") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["kind"] == "calibration cache report" and report["images"] == 19
+
+
+def test_a_cache_is_not_written_over_a_file_of_another_kind(graphs, data, tmp_path, capsys):
+    common = ["--onnx", graphs["fp32"], "--data", data / "train", "--offline", "--cache"]
+    (graph := tmp_path / "a.onnx").write_bytes(b"graph")
+    assert "the name must end in .cache" in fails(capsys, "calib-cache", *common, graph)
+    sidecar_path(tmp_path / "a.cache").write_text('{"kind": "evaluation"}')
+    assert "choose another name" in fails(capsys, "calib-cache", *common, tmp_path / "a.cache")
+    assert graph.read_bytes() == b"graph" and not (tmp_path / "a.cache").exists()
 
 
 def test_what_cannot_be_calibrated_says_why(graphs, data, tmp_path, capsys):

@@ -16,7 +16,7 @@ from qswin.trt.evaluation.compare import (
     residual_stream,
 )
 from qswin.trt.graphs.files import read_onnx
-from tests.helpers import invoke
+from tests.helpers import fails, invoke
 
 
 def test_output_errors_by_hand():
@@ -76,3 +76,12 @@ def test_the_command_compares_int8_with_float(graphs, tmp_path, capsys):
     assert report["kind"] == "comparison"
     assert 0 < report["mean_abs"] < 0.2 and report["layers"] and report["nan"] == 0
     assert report["parting"] in capsys.readouterr().out
+
+
+def test_unreadable_images_are_skipped_where_that_is_asked_for(graphs, data, capsys):
+    (bad := data / "val" / "class0" / "0.png").write_bytes(b"no image")
+    common = ["--model", graphs["fp32"], "--reference", graphs["fp32"], "--data", data / "val", "--images", 0]
+    assert f"{bad}: missing, or cannot be read" in (line := fails(capsys, "compare", *common))
+    assert "--skip-unreadable" in line
+    assert invoke("compare", *common, "--skip-unreadable") == 0
+    assert '"max_abs": 0.0' in capsys.readouterr().out

@@ -87,6 +87,7 @@ def test_the_command_agrees_with_torch_and_never_imports_it(onnx, data, tmp_path
     arguments = ["evaluate", "--model", str(onnx), "--data", str(data / "val"), "--json", str(tmp_path / "r.json")]
     subprocess.run([sys.executable, "-m", "tests.without_torch", *arguments], cwd=ROOT, check=True)
     result = json.loads((tmp_path / "r.json").read_text())
+    assert result["kind"] == "evaluation"
     folder = scan_folder("classification", data / "val")
     model = small_swin()
     with torch.no_grad():
