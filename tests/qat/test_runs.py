@@ -57,7 +57,9 @@ def test_a_folder_with_products_takes_no_other_settings(open_run):
     (run.folder / "last.pt").touch()
     open_run("train").claim()  # the same job may come back
     open_run("calibrate", "calibration.images=3").claim()  # makes other files
-    with pytest.raises(ValueError, match=r"used by another job .train\.yaml has train\.lr=0\.001, not 1\.0.; choose another"):
+    with pytest.raises(
+        ValueError, match=r"used by another job .train\.yaml has train\.lr=0\.001, not 1\.0.; choose another"
+    ):
         open_run("train", "train.lr=1")
     open_run("train", "train.lr=1", "resume=never").claim()
     assert not (run.folder / "last.pt").exists()
