@@ -32,6 +32,11 @@ def test_the_api_page_is_what_the_docstrings_say():
     assert make_api.PAGE.read_text() == make_api.page(), "run python docs/make_api.py"
 
 
+def test_the_config_page_is_what_the_schema_says():
+    make_config = script("make_config")
+    assert make_config.PAGE.read_text() == make_config.page(), "run python docs/make_config.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#][^)]*)\)", page.read_text()):

@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Converts a checkpoint that pytorch-quantization or ModelOpt calibrated to <run>/ptq.safetensors."
     parser.epilog = (
         "example:\n  qswin convert --config configs/swin_tiny_imagenet.yaml data.root=unused recipe=gemm"
-        " model.pretrained=false model.checkpoint=FILE run=runs/x"
+        " model.checkpoint=FILE run=runs/x"
     )
     add_config_arguments(parser)
 

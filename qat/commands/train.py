@@ -8,7 +8,7 @@ from qswin.qat.commands.arguments import add_config_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Fine-tunes a calibrated checkpoint (QAT), or a float model with recipe=none."
     parser.epilog = (
-        "example:\n  torchrun --nproc_per_node 8 qat/train.py --config configs/swin_tiny_tinyimagenet.yaml"
+        "example:\n  torchrun --nproc_per_node 8 -m qswin train --config configs/swin_tiny_tinyimagenet.yaml"
         " data.root=DIR init=runs/x/ptq.safetensors run=runs/x"
     )
     add_config_arguments(parser)

@@ -51,6 +51,8 @@ class Trainer:
         model, self.description = self._start(folders.train)
         self.model = model.to(ranks.device).train()
         self.path = self.run_folder.folder / f"{self.description.stage}.safetensors"
+        if config.init is not None and Path(config.init).resolve() == self.path.resolve():
+            raise ValueError(f"init={config.init}: this training would write it; choose another run=FOLDER")
         preprocessing, augment = self.description.preprocessing, self.options.augment
         decoder = choose_decoder(self.task, preprocessing, config.data, augment, ranks.device)
         self.data = TrainingData(folders, decoder, config.data, self.options.batch_size, config.seed, ranks)

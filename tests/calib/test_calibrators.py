@@ -1,5 +1,6 @@
 """Calibrators against brute force on the raw values."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -52,11 +53,20 @@ def test_a_growing_range_loses_no_count():
     assert histogram.counts.sum() == 130 and histogram.amax == 1e6
 
 
-def test_memory_does_not_grow():
-    histogram = filled(np.ones(10))
-    size = histogram.counts.nbytes
-    histogram.add(np.random.default_rng(0).normal(size=100_000) * 1000)
-    assert histogram.counts.nbytes == size
+def test_memory_does_not_grow_with_the_values_seen():
+    """What adding allocates at its peak is a multiple of the chunk, and nothing of it is kept, however many come."""
+    chunk, histogram = np.random.default_rng(0).normal(size=100_000).astype(np.float32), filled(np.ones(10))
+    tracemalloc.start()
+    try:
+        histogram.add(chunk)
+        kept, (_, peak) = tracemalloc.get_traced_memory()[0], tracemalloc.get_traced_memory()
+        for scale in range(1, 50):
+            histogram.add(chunk * scale)
+        later, later_peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert later < kept + chunk.nbytes / 10 and later_peak < peak + 2 * chunk.nbytes
+    assert histogram.counts.sum() == 10 + 50 * chunk.size
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -1,10 +1,15 @@
 """Configurations: overrides, and errors that name key, place and nearest key."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from qswin.models import download
+from qswin.models.registry import build_model
 from qswin.qat.config import load_config, settings_of
 from qswin.qat.float_model import build_float_model
 from qswin.qat.quant.recipe_file import read_recipe
@@ -160,3 +165,19 @@ def test_values_that_no_model_can_use_are_one_line(config_file, override, words)
     with pytest.raises(ValueError, match=words) as error:
         build(config_file, override)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "train", "convert"])
+def test_help_needs_no_torch(command):
+    arguments = [sys.executable, "-m", "tests.without_torch", command, "--help"]
+    done = subprocess.run(arguments, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert f"usage: qswin {command}" in done.stdout, done.stderr
+
+
+def test_published_weights_without_a_network_are_refused_soon(monkeypatch):
+    """Nothing listens at this address: the Hub's own client would ask for 50 s."""
+    monkeypatch.setattr(download.constants, "ENDPOINT", "http://localhost:9")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"weights of swin_tiny_patch4_window7_224 cannot be downloaded.*model.checkpoint="):
+        build_model("swin_tiny_patch4_window7_224", pretrained=True, cache_dir="/nonexistent")
+    assert time.monotonic() - start < 20 and not download.constants.HF_HUB_OFFLINE

@@ -26,7 +26,7 @@ from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.schema import AugmentConfig
 from qswin.qat.training import trainer as train
 from qswin.qat.training.images import Stream, epoch_batches, seed_everything, train_transform
-from qswin.qat.training.step import find_non_finite
+from qswin.qat.training.step import TrainStep, find_non_finite
 from tests.helpers import UNET, small_swin, write_masks, write_shards
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -261,12 +261,13 @@ def test_a_rank_that_dies_stops_the_other_and_both_go_on(config_file, ptq, tmp_p
     same = (f"init={ptq}", *PLAIN, "train.epochs=4", "train.save_minutes=0.003")
     _, one = run(config_file, *same, f"run={tmp_path / 'one'}")
     folder = tmp_path / "killed"
-    launch = launcher("--nproc_per_node=2", "--master_port=29613")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
+    launch += ["-m", "qswin", "train"]
     launch += ["--config", str(config_file), *same, "train.batch_size=2", f"run={folder}"]
     agent = subprocess.Popen(launch, env=ENVIRONMENT)
     while not (folder / "last.pt").is_file() and agent.poll() is None:
         time.sleep(0.01)
-    first, *others = (child for child in psutil.Process(agent.pid).children() if "train.py" in " ".join(child.cmdline()))
+    first, *others = (child for child in psutil.Process(agent.pid).children() if "qswin" in child.cmdline())
     first.kill()
     try:
         assert agent.wait(timeout=60) != 0 and others and not any(other.is_running() for other in others)
@@ -381,3 +382,39 @@ def test_training_with_dali_follows_training_with_pillow(config_file, ptq, tmp_p
 def test_a_decoder_that_a_task_has_not_is_an_error(masks_config, decoder, message):
     with pytest.raises(ValueError, match=message):
         run(masks_config, f"data.decoder={decoder}")
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would, wherever it is."""
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_resumed_run_of_low_precision_ends_with_the_same_bits(config_file, ptq, tmp_path, monkeypatch, amp):
+    """Killed within the second epoch; the loss's scale, which grows every third step here, goes on too."""
+    options = (f"init={ptq}", "train.epochs=2", f"train.amp={amp}", "train.save_minutes=0")
+    step = TrainStep.__call__
+
+    def killed(self, batches):
+        self.scaler.set_growth_interval(3)
+        if limit is not None and self.done == limit:
+            raise Killed
+        return step(self, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", killed)
+    limit = None
+    whole, expected = run(config_file, *options, f"run={tmp_path / 'whole'}")
+    limit = 7
+    with pytest.raises(Killed):
+        run(config_file, *options, f"run={tmp_path / 'killed'}")
+    limit = None
+    resumed, found = run(config_file, *options, f"run={tmp_path / 'killed'}")
+    assert losses(found) == losses(expected) and len(losses(found)) == 10
+    assert resumed.read_bytes() == whole.read_bytes()
+    first, second = (torch.load(path.parent / "last.pt")["scaler"] for path in (whole, resumed))
+    assert first == second and bool(first) == (amp == "fp16")
+    assert amp == "bf16" or first["scale"] != torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_torchrun_finds_the_module_inside_the_checkout():
+    done = subprocess.run([sys.executable, "-m", "qat.train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1) and "usage: qswin train" in done.stdout
