@@ -84,7 +84,7 @@ class OnnxRuntimePredictor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no ONNX file, or not one of qswin's.
+        ValueError: it is not an ONNX file, or not one of qswin's.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
