@@ -36,7 +36,9 @@ def int8_sums_saturate() -> bool:
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
     """
     depth, level = 32, np.int8(127)
-    scale, zero = numpy_helper.from_array(np.float32(1), "scale"), numpy_helper.from_array(np.int8(0), "zero")
+    scale, zero = (
+        numpy_helper.from_array(np.array(value), name) for value, name in ((np.float32(1), "scale"), (np.int8(0), "zero"))
+    )
     weights = numpy_helper.from_array(np.full((depth, 4), level), "weights")
     nodes = [
         helper.make_node("QuantizeLinear", ["input", "scale", "zero"], ["levels"]),
