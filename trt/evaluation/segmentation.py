@@ -1,6 +1,6 @@
 """How good masks are: Dice, HD95 by volume, and pictures of the worst slices. No torch.
 
-Class 0 is the background and no part of any mean. Mask pixels of 255 belong to no class and are not counted.
+Class 0 is the background; means leave it out. Mask pixels of 255 have no class and are not counted.
 """
 
 import re

@@ -13,7 +13,7 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no ONNX file.
+        ValueError: it is not an ONNX file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such ONNX file")

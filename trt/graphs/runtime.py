@@ -37,7 +37,7 @@ def int8_sums_saturate() -> bool:
     """
     depth, level = 32, np.int8(127)
     scale, zero = (
-        numpy_helper.from_array(np.array(value), name) for name, value in (("scale", np.float32(1)), ("zero", np.int8(0)))
+        numpy_helper.from_array(np.array(value), name) for value, name in ((np.float32(1), "scale"), (np.int8(0), "zero"))
     )
     weights = numpy_helper.from_array(np.full((depth, 4), level), "weights")
     nodes = [
@@ -86,7 +86,7 @@ class OnnxRuntimePredictor:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no ONNX file, or not one of qswin's.
+        ValueError: it is not an ONNX file, or not one of qswin's.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
