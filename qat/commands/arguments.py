@@ -17,6 +17,6 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/train")
     parser.add_argument("--images", type=int, default=256, help="drawn at random from the folder, and kept in memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
