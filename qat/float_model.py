@@ -8,7 +8,7 @@ from qswin.calib.data.images import RESAMPLING, Preprocessing
 from qswin.models.registry import build_model, family_of
 from qswin.qat.schema import ModelConfig
 
-CHANNELS = 3  # images are read as RGB, grey ones too
+CHANNELS = 3  # of images, read as RGB
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -26,17 +26,8 @@ def build_float_model(config: ModelConfig, preprocessing: dict[str, Any]) -> tup
         FileNotFoundError: there is no such checkpoint.
         ValueError: a setting is wrong, or the weights are another model's or cannot be downloaded.
     """
-    _check_settings(config.kwargs)
     model = build_model(checkpoint=config.checkpoint, pretrained=config.pretrained, **model_arguments(config))
     return model, adapted(family_of(config.name).preprocessing(model), preprocessing)
-
-
-def _check_settings(kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for settings that timm takes, but that make no model for whole RGB images."""
-    if (channels := kwargs.get("in_chans", CHANNELS)) != CHANNELS:
-        raise ValueError(f"model.kwargs.in_chans={channels}: images are read as RGB, grey ones too; leave it out")
-    if kwargs.get("features_only"):
-        raise ValueError("model.kwargs.features_only: a model's logits are needed, not its feature maps; leave it out")
 
 
 def adapted(own: dict[str, Any], configured: dict[str, Any]) -> Preprocessing:
