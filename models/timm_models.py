@@ -1,5 +1,7 @@
 """What timm's families have in common: how a model is built, its preprocessing, the settings that do not work here."""
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -18,7 +20,17 @@ def build(name: str, num_classes: int | None = None, pretrained: bool = False, *
     """A timm model; `kwargs` are timm's (img_size, drop_path_rate, ...)."""
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    return timm.create_model(name, pretrained=pretrained, **kwargs)
+    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    _check_names(model, kwargs)
+    return model
+
+
+def _check_names(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises TypeError for a setting that changed nothing: timm before 1.0.31 takes any name for a Swin."""
+    parameters = inspect.signature(type(model)).parameters
+    unknown = set(names) - set(parameters) - set(inspect.signature(timm.create_model).parameters)
+    if unknown and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise TypeError(f"{type(model).__name__} got an unexpected keyword argument {min(unknown)!r}")
 
 
 def preprocessing(model: Any) -> dict[str, Any]:

@@ -7,16 +7,23 @@ import pytest
 import torch
 from hypothesis import settings
 
+import qswin.models
 from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from tests.helpers import ASSETS, V1, V2, small_swin, write_images
 
+ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("slow machines", deadline=None)  # how long an example takes says more of the machine than of it
 settings.load_profile("slow machines")
 
 
 def pytest_configure(config):
+    tested = Path(qswin.models.__file__).resolve().parent
+    if tested != ROOT / "models":
+        raise pytest.UsageError(
+            f"qswin is imported from {tested.parent}, and these are the tests of {ROOT}; make setup here"
+        )
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start: sums depend on the number of threads
