@@ -33,8 +33,12 @@ def start(config_file):
     [
         ([], [f"model.name={V2}"], f"its model has name=swin_tiny_patch4_window7_224, the config model.name={V2}"),
         ([], ["model.num_classes=7"], "its model has num_classes=5, the config model.num_classes=7"),
-        ([], ["model.kwargs.depths=[2, 1]"], r"depths=\[2, 2\], the config model.kwargs.depths=\[2, 1\]"),
-        ([], ["model.kwargs.drop_path_rate=0.2"], "drop_path_rate=None, the config model.kwargs.drop_path_rate=0.2"),
+        ([], ["model.kwargs.depths=[2, 1]"], r"its model has depths=\[2, 2\], the config model.kwargs.depths=\[2, 1\]"),
+        (
+            [],
+            ["model.kwargs.drop_path_rate=0.2"],
+            "its model has drop_path_rate=None, the config model.kwargs.drop_path_rate=0.2",
+        ),
         ([], ["data.preprocessing.crop_pct=0.5"], "its preprocessing has crop_pct=0.9, data.preprocessing.crop_pct is 0.5"),
         ([], ["recipe=gemm"], "its recipe is 'full', the config's is 'gemm'; set recipe=full"),
         ([f"recipe={HALF}"], [f"recipe={LESS}"], "its recipe 'mine' has rules.1.sites=fc2, the config's has qkv"),
