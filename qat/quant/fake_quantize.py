@@ -24,7 +24,9 @@ class _FakeQuantize(torch.autograd.Function):
         if not ctx.needs_input_grad[1] and ctx.needs_input_grad[0]:
             ctx.save_for_backward(levels == clipped)
         ctx.grid, ctx.scale_shape = grid, scale.shape
-        return clipped.mul_(scale).to(x.dtype)
+        # Compiled by torch 2.11, an output that an operator returns as it got it (mul_, or `to` the same dtype) has no gradient.
+        value = clipped * scale if torch.compiler.is_compiling() else clipped.mul_(scale)
+        return value if value.dtype == x.dtype else value.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
