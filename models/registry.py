@@ -87,6 +87,7 @@ def build_model(
     """
     family = family_of(name)
     family.check_settings(name, kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in family.fixed}
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"model {name!r}: num_classes={num_classes} is not supported; give 1 or more")
     download = pretrained and checkpoint is None

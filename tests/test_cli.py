@@ -75,8 +75,8 @@ def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
     sidecar = json.loads((run / "ptq.safetensors.json").read_text())
     assert made.items() >= ({"checkpoint": str(run / "ptq.safetensors")} | sidecar | {"kind": "checkpoint report"}).items()
     assert made["metrics"]["calibration_images"] > 0
-    assert invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx", "--json", out) == 0
-    made = json.loads(out.read_text())
+    assert invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx", "--json", run / "e.json") == 0
+    made = json.loads((run / "e.json").read_text())
     assert (made["bytes"], made["precision"]) == ((run / "int8.onnx").stat().st_size, "int8") and made["qdq_nodes"] > 50
     for model in ("ptq.safetensors", "int8.onnx"):
         assert invoke("evaluate", "--model", run / model, "--data", data / "val", "--json", run / "r.json") == 0
@@ -103,7 +103,7 @@ def test_calibrate_says_what_is_wrong(config_file, data, tmp_path, capsys):
     assert "nearest names are" in says("model.name=swin_tinny")
     assert "no such checkpoint" in says("model.checkpoint=missing.pth")
     assert "5 classes, but the model has 7" in says("model.num_classes=7", "model.checkpoint=null")
-    assert "head.fc.weight has shape (5, 32), the model has (7, 32)" in says("model.num_classes=7")
+    assert "head.fc.weight has shape (5, 32), not (7, 32)" in says("model.num_classes=7")
     assert "recipe 'fulll' is not known" in says("recipe=fulll")
     assert not (tmp_path / "run").exists()
     (bad := data / "train" / "class0" / "0.png").write_bytes(b"no image")

@@ -36,13 +36,17 @@ class Decoder(NamedTuple):
     load: Callable[[Any, Sequence[list[int]]], Iterator[TrainBatch]]
 
 
+def check_decoder(decoder: str, task: str) -> None:
+    """Raises ValueError for a decoder that cannot read a task's images and labels."""
+    if decoder == "dali" and task != "classification":
+        raise ValueError("data.decoder=dali is for classification; set data.decoder=pillow")
+
+
 def choose_decoder(
     task: str, preprocessing: Preprocessing, data: DataConfig, augment: AugmentConfig, device: torch.device
 ) -> Decoder:
-    """The decoder that `data.decoder` names. Raises ValueError for a task or an augmentation that it lacks."""
+    """The decoder that `data.decoder` names. Raises ValueError for an augmentation that it lacks."""
     if data.decoder == "dali":
-        if task != "classification":
-            raise ValueError("data.decoder=dali is for classification; set data.decoder=pillow")
         load = functools.partial(dali.load_batches, preprocessing=preprocessing, workers=data.workers, device=device)
         return Decoder(dali.EncodedImages, dali.DrawPiece(augment), load)
     transform = train_transform(task, preprocessing, augment)

@@ -28,7 +28,7 @@ from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.runs import Run
 from qswin.qat.schema import Config
-from qswin.qat.training.data import TrainingData, choose_decoder, scan_folders
+from qswin.qat.training.data import TrainingData, check_decoder, choose_decoder, scan_folders
 from qswin.qat.training.objective import Objective
 from qswin.qat.training.progress import LAST, Log, load_state, open_log, save_state
 from qswin.qat.training.starting import checkpoint_start, float_start
@@ -46,6 +46,7 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.options = config, ranks, config.train
         self.task = family_of(config.model.name).task
+        check_decoder(config.data.decoder, self.task)
         self.run_folder = Run.of(config, "train")
         folders = scan_folders(self.task, Path(config.data.root))
         model, self.description = self._start(folders.train)

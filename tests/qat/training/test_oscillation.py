@@ -64,7 +64,7 @@ def test_a_weight_that_oscillates_stays_where_it_mostly_was():
 
 
 def test_what_cannot_oscillate_says_so():
-    with pytest.raises(ValueError, match="freeze_oscillating=2 is no frequency"):
+    with pytest.raises(ValueError, match="freeze_oscillating=2 is not a frequency"):
         Oscillations(layer_of([1.0]), threshold=2)
     with pytest.raises(ValueError, match="no weight is quantized"):
         Oscillations(nn.Linear(2, 2), threshold=0.5)

@@ -365,7 +365,7 @@ def test_a_broken_last_pt_says_what_to_do(config_file, ptq):
     path, _ = run(config_file, f"init={ptq}")
     (path.parent / "last.pt").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match=r"last\.pt: cannot be read; delete it"):
-        run(config_file, f"init={ptq}")
+        run(config_file, f"init={ptq}", "train.epochs=2")
 
 
 def test_training_with_dali_follows_training_with_pillow(config_file, ptq, tmp_path):
@@ -392,10 +392,11 @@ class Killed(BaseException):
 def test_a_resumed_run_of_low_precision_ends_with_the_same_bits(config_file, ptq, tmp_path, monkeypatch, amp):
     """Killed within the second epoch; the loss's scale, which grows every third step here, goes on too."""
     options = (f"init={ptq}", "train.epochs=2", f"train.amp={amp}", "train.save_minutes=0")
-    step = TrainStep.__call__
+    step, scales = TrainStep.__call__, set()
 
     def killed(self, batches):
         self.scaler.set_growth_interval(3)
+        scales.add(self.scaler.get_scale())
         if limit is not None and self.done == limit:
             raise Killed
         return step(self, batches)
@@ -412,7 +413,7 @@ def test_a_resumed_run_of_low_precision_ends_with_the_same_bits(config_file, ptq
     assert resumed.read_bytes() == whole.read_bytes()
     first, second = (torch.load(path.parent / "last.pt")["scaler"] for path in (whole, resumed))
     assert first == second and bool(first) == (amp == "fp16")
-    assert amp == "bf16" or first["scale"] != torch.amp.GradScaler("cpu").get_scale()
+    assert (len(scales) > 1) == (amp == "fp16")  # the scale has moved, so that a fresh one would differ
 
 
 def test_torchrun_finds_the_module_inside_the_checkout():

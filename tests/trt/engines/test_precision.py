@@ -42,7 +42,7 @@ def test_operator_types_patterns_and_presets(graphs):
         ("Layernorm=fp32", "matches nothing; near names: LayerNormalization"),
         ("Softmax=fp64", "give PATTERN=fp32|fp16|int8, or a preset: swin-fp16"),
         ("swin-fp17", "or a preset"),
-        ("(=fp32", "is no regular expression"),
+        ("(=fp32", "is not a regular expression"),
     ],
 )
 def test_wrong_overrides_say_what_would_be_right(graphs, override, message):

@@ -99,7 +99,7 @@ def make_run(folder):
 
 
 def observation():
-    return Observation(filled(np.random.default_rng(0).standard_normal(1000).astype(np.float32)), 4)
+    return Observation(filled(np.random.default_rng(0).standard_normal(1000).astype(np.float32)), "int4")
 
 
 def html(run):
