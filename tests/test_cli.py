@@ -75,7 +75,9 @@ def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
     sidecar = json.loads((run / "ptq.safetensors.json").read_text())
     assert made.items() >= ({"checkpoint": str(run / "ptq.safetensors")} | sidecar | {"kind": "checkpoint report"}).items()
     assert made["metrics"]["calibration_images"] > 0
-    assert invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx", "--json", run / "e.json") == 0
+    assert (
+        invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx", "--json", run / "e.json") == 0
+    )
     made = json.loads((run / "e.json").read_text())
     assert (made["bytes"], made["precision"]) == ((run / "int8.onnx").stat().st_size, "int8") and made["qdq_nodes"] > 50
     for model in ("ptq.safetensors", "int8.onnx"):

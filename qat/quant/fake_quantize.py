@@ -24,7 +24,7 @@ class _FakeQuantize(torch.autograd.Function):
         if not ctx.needs_input_grad[1] and ctx.needs_input_grad[0]:
             ctx.save_for_backward(levels == clipped)
         ctx.grid, ctx.scale_shape = grid, scale.shape
-        # Compiled by torch 2.11, an output that an operator returns as it got it (mul_, or `to` the same dtype) has no gradient.
+        # torch 2.11 compiles no gradient for an output that an operator gives back as it got it: mul_, `to` its own dtype.
         value = clipped * scale if torch.compiler.is_compiling() else clipped.mul_(scale)
         return value if value.dtype == x.dtype else value.to(x.dtype)
 
