@@ -132,8 +132,8 @@ def test_without_dali_its_install_command_is_named(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("color_jitter", 0.4), ("auto_augment", "rand-m9"), ("erase", 0.1), ("rotate", 5.0)]
+    "name, value", [("color_jitter", 0.4), ("auto_augment", "rand-m9"), ("random_erase", 0.1), ("rotate", 5.0)]
 )
 def test_augmentations_of_colours_and_angles_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"train.augment.{name} is not there with data.decoder=dali"):
+    with pytest.raises(ValueError, match=f"train.augment.{name} is not done by data.decoder=dali"):
         DrawPiece(AugmentConfig(**{name: value}))
