@@ -93,7 +93,7 @@ def pip(*arguments: str | Path) -> None:
 
 def run(folder: Path, *command: str | Path) -> str:
     """What a command prints, in a user's folder; nothing leads it to the checkout."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     process = subprocess.run([*map(str, command)], cwd=folder, env=environment, text=True, capture_output=True)
     assert process.returncode == 0, process.stderr
     return process.stdout
