@@ -69,9 +69,9 @@ class Probe:
     def switch(self, quantized: Sequence[TensorQuantizer]) -> None:
         """Quantizes with these quantizers and no others."""
         for quantizer in quantizers(self.model):
-            quantizer.off(quiet=True)
+            quantizer.disable(quiet=True)
         for quantizer in quantized:
-            quantizer.quantize()
+            quantizer.enable()
 
     def measure(self, quantized: Sequence[TensorQuantizer]) -> dict[str, float]:
         """{"kl"} and the task's main metrics with these quantizers and no others."""

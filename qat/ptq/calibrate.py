@@ -37,7 +37,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], dead_range: float | None
     """
     with _restored_on_failure(model):
         for quantizer in quantizers(model):
-            quantizer.off(quiet=True)  # weights too: ranges are those of the float model
+            quantizer.disable(quiet=True)  # weights too: ranges are those of the float model
         activations = activation_quantizers(model)
         for quantizer in activations:
             quantizer.observe(quiet=True)

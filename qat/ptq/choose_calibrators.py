@@ -53,10 +53,10 @@ def _choose(
 
     def error(calibrator: str) -> float:
         quantizer.set_range_from_histogram(calibrator)
-        quantizer.quantize()
+        quantizer.enable()
         return sum(F.mse_loss(block(*args), target).item() for args, target in zip(inputs, targets, strict=True))
 
     best = min(candidates, key=error)
     quantizer.set_range_from_histogram(best)
-    quantizer.off(quiet=True)
+    quantizer.disable(quiet=True)
     return best

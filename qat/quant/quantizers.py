@@ -143,14 +143,14 @@ class TensorQuantizer(nn.Module):
         self.histogram = Histogram()
         self._switch(Mode.OBSERVING, quiet)
 
-    def quantize(self) -> None:
+    def enable(self) -> None:
         """Starts quantizing. Raises ValueError, naming the site, when the range is missing, dead or infinite."""
         if self.spec.amax is not None and self._amax.isnan().any():
             self._amax.fill_(self.spec.amax)
         self.check_range()
         self._switch(Mode.QUANTIZING)
 
-    def off(self, quiet: bool = False) -> None:
+    def disable(self, quiet: bool = False) -> None:
         """Passes tensors on unchanged from now. `quiet`: it is meant that a calibrated quantizer computes in float."""
         self._switch(Mode.OFF, quiet)
 

@@ -95,7 +95,7 @@ def _rewrite(module: nn.Module, path: str, quantizer: MakeQuantizer) -> nn.Modul
 def enable(model: nn.Module) -> None:
     """Switches every quantizer to quantizing. Raises ValueError, naming the site, where a range is missing or dead."""
     for quantizer in quantizers(model):
-        quantizer.quantize()
+        quantizer.enable()
 
 
 def disable(model: nn.Module, quiet: bool = False) -> None:
@@ -105,7 +105,7 @@ def disable(model: nn.Module, quiet: bool = False) -> None:
         quiet: no warning; the model is meant to compute in float.
     """
     for quantizer in quantizers(model):
-        quantizer.off(quiet)
+        quantizer.disable(quiet)
 
 
 def fold_biases(model: nn.Module) -> None:

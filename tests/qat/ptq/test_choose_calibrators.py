@@ -33,9 +33,9 @@ def test_each_site_gets_what_is_best_for_its_block(images):
                 kept, errors = quantizer.amax.clone(), {}
                 for calibrator in CANDIDATES:
                     quantizer.set_range_from_histogram(calibrator)
-                    quantizer.quantize()
+                    quantizer.enable()
                     errors[calibrator] = F.mse_loss(block(*arguments), expected).item()
-                    quantizer.off()
+                    quantizer.disable()
                 quantizer.set_range_from_histogram(chosen[quantizer.site])
                 assert torch.equal(quantizer.amax, kept) and errors[chosen[quantizer.site]] == min(errors.values())
 

@@ -22,7 +22,7 @@ def calibrated(spec: QuantSpec, x: torch.Tensor) -> TensorQuantizer:
     quantizer.observe()
     quantizer(x)
     quantizer.set_range_from_histogram()
-    quantizer.quantize()
+    quantizer.enable()
     return quantizer
 
 
@@ -51,7 +51,7 @@ def test_observing_and_off_pass_the_input_on():
 def test_the_grid_is_the_specs(bits):
     x = torch.linspace(-1.5, 1.5, 4001)
     quantizer = TensorQuantizer(QuantSpec(grid_of(f"int{bits}"), amax=1.0))
-    quantizer.quantize()
+    quantizer.enable()
     qmax = 2 ** (bits - 1) - 1
     levels = quantizer(x).unique() * qmax
     torch.testing.assert_close(levels, torch.arange(-qmax - 1, qmax + 1.0))
@@ -59,7 +59,7 @@ def test_the_grid_is_the_specs(bits):
 
 def test_weights_leave_out_the_lowest_level():
     quantizer = TensorQuantizer(QuantSpec(grid_of("int4").of_weights, amax=1.0))
-    quantizer.quantize()
+    quantizer.enable()
     assert len(quantizer(torch.linspace(-2, 2, 1001)).unique()) == 15
 
 
@@ -87,7 +87,7 @@ def test_a_range_that_is_not_one_never_quantizes(value, words):
     quantizer = TensorQuantizer(QuantSpec(), "layers.0.fc1")
     quantizer._amax.fill_(value)
     with pytest.raises(ValueError, match=rf"layers\.0\.fc1.*{words}"):
-        quantizer.quantize()
+        quantizer.enable()
     assert quantizer.mode is Mode.OFF
 
 
@@ -184,7 +184,7 @@ def test_a_state_without_ranges_is_off_where_it_is_loaded(quantized, images):
 
 def test_quantizers_that_were_switched_off_come_back_off(quantized):
     first, second, *_ = quantizers(quantized)
-    first.off()
+    first.disable()
     second.observe()
     names = [name for name, module in quantized.named_modules() if module in (first, second)]
     state = quantized.state_dict()
@@ -225,7 +225,7 @@ def warned(model, images) -> list[str]:
     "switch",
     [
         disable,
-        lambda model: next(quantizers(model)).off(),
+        lambda model: next(quantizers(model)).disable(),
         lambda model: next(quantizers(model)).observe(),
         lambda model: [quantizer.observe() for quantizer in quantizers(model)],
     ],

@@ -21,7 +21,7 @@ def layer_of(start: list[float]) -> QuantLinear:
     layer = QuantLinear(linear, "fc", recipe.quantizer)
     for quantizer in quantizers(layer):
         quantizer._amax.fill_(127.0)
-        quantizer.quantize()
+        quantizer.enable()
     return layer
 
 
