@@ -21,6 +21,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert "example:\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
     """Every command but completion, which prints a script; then the report shows what the others wrote."""
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
