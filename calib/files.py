@@ -163,8 +163,13 @@ def check_suffix(option: str, path: Path, suffixes: Collection[str]) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in RECORDED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    installed = {name: version for name in RECORDED if (version := version_of(name))}
+    return {"python": platform.python_version(), **installed}
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

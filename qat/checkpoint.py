@@ -165,8 +165,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
     description = read_description(path)
     model = _build(description)
     state = read_state(path)
-    check_state(state, tensors_of(model), path)
-    model.load_state_dict(state, strict=False)  # but for the quantizers' flags, all names are there
+    check_state(state, model.state_dict(), path)
+    model.load_state_dict(state)
     enable(model)
     return model.eval(), description
 

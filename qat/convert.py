@@ -1,4 +1,4 @@
-"""Checkpoints that pytorch-quantization or ModelOpt calibrated, as a checkpoint of qswin. The command `qswin convert`."""
+"""Checkpoints that pytorch-quantization or ModelOpt calibrated, as a checkpoint of qswin."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from qswin.calib.files import sha256
 from qswin.models.family import Family
 from qswin.models.registry import family_of
 from qswin.models.state_dicts import check_state, read_state, rename
-from qswin.qat.checkpoint import Description, save_checkpoint, tensors_of
+from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe_file import read_recipe
@@ -102,5 +102,5 @@ def load_foreign(twin: nn.Module, model: nn.Module, family: Family, path: Path) 
     # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
     aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
     state = convert_ranges({**family.convert_state(state, model), **aside}, twin, path)
-    check_state(state, tensors_of(twin), path)
-    twin.load_state_dict(state, strict=False)  # but for the quantizers' flags, all names are there
+    check_state(state, twin.state_dict(), path)
+    twin.load_state_dict(state)

@@ -25,7 +25,7 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 @pytest.fixture(autouse=True, scope="module")
 def forgotten():
     """What the examples register is forgotten afterwards."""
-    registries = (CALIBRATORS, grid._GRIDS, registry._backends)
+    registries = (CALIBRATORS, grid._GRIDS, registry._known())
     before = [dict(each) for each in registries]
     yield
     for each, old in zip(registries, before, strict=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qswin.qat.backends.findings import Finding
-from qswin.qat.backends.registry import Backend, Listing, OpenOptions, register
+from qswin.qat.backends.registry import Backend, Listing, OpenOptions
 from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.backends.torch_timing import torch_timer
 from qswin.trt.evaluation.timing import Subject, Timer, TimingOptions
@@ -101,4 +101,4 @@ def _device(options: OpenOptions) -> "torch.device":
         return ranks.device
 
 
-register(Checkpoint())
+BACKEND = Checkpoint()

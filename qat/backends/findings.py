@@ -1,7 +1,8 @@
 """What `qswin doctor` says of a thing: what was found, or the command that adds it."""
 
-import importlib.metadata
 from typing import NamedTuple
+
+from qswin.calib.files import version_of
 
 
 class Finding(NamedTuple):
@@ -10,14 +11,6 @@ class Finding(NamedTuple):
     name: str
     found: str | None
     note: str
-
-
-def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def library(distribution: str, needed_for: str, install: str | None = None) -> Finding:

@@ -19,7 +19,7 @@ import numpy as np
 from qswin.calib.data.batches import fill_up
 from qswin.calib.files import sha256
 from qswin.qat.backends.findings import Finding, library
-from qswin.qat.backends.registry import Backend, OpenOptions, register
+from qswin.qat.backends.registry import Backend, OpenOptions
 from qswin.qat.backends.torch_timing import captured, torch_timer
 from qswin.trt.engines.engine import BuiltModel
 from qswin.trt.evaluation.timing import CUDA_GRAPH, Subject, Timer, TimingOptions
@@ -207,4 +207,4 @@ class Inductor(Backend):
         return [library("triton", "build --target inductor")]
 
 
-register(Inductor())
+BACKEND = Inductor()

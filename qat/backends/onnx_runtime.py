@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from qswin.qat.backends.findings import Finding
-from qswin.qat.backends.registry import Backend, Listing, OpenOptions, register
+from qswin.qat.backends.registry import Backend, Listing, OpenOptions
 from qswin.trt.engines.layers import graph_layers, layer_table
 from qswin.trt.evaluation.compare import graph_activations
 from qswin.trt.evaluation.timing import Subject, Timer, TimingOptions, wall_clock
@@ -61,4 +61,4 @@ class OnnxRuntime(Backend):
         return [Finding("onnxruntime", onnxruntime.__version__, f"{note}; {SATURATES}" if int8_sums_saturate() else note)]
 
 
-register(OnnxRuntime())
+BACKEND = OnnxRuntime()

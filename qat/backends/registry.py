@@ -1,12 +1,11 @@
 """Backends: each opens, times, lists and builds one kind of model file. Files are told apart by their suffix, here alone.
 
-A module of qat/backends that registers a Backend when it is imported is found by itself. Code outside the repository calls
+A module of qat/backends that has a BACKEND is found by itself. Code outside the repository calls
 `register` before it runs a command. Importing a backend imports neither torch nor TensorRT.
 """
 
 import dataclasses
-import importlib
-import pkgutil
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from qswin.calib.files import check_replaceable, check_suffix, sidecar_path, write_with_sidecar
+from qswin.models.discovery import offers
+from qswin.qat import backends as package
 from qswin.qat.backends.findings import Finding
 from qswin.trt.evaluation.evaluate import Predictor
 from qswin.trt.evaluation.timing import Row, Subject, TimingOptions, time_batches
@@ -106,24 +107,24 @@ class Backend(ABC):
         raise NotImplementedError(f"{self.name} builds nothing")
 
 
-_backends: dict[str, Backend] = {}
+@functools.cache
+def _known() -> dict[str, Backend]:
+    """{name: backend}, at first those that the modules of qat/backends offer as BACKEND."""
+    return {backend.name: backend for backend in offers(package, "BACKEND")}
 
 
 def register(backend: Backend) -> None:
     """Adds a backend. Raises ValueError where another one has its name, a suffix or a target of it."""
-    for other in _backends.values():
+    for other in _known().values():
         shared = {other.name, *other.suffixes, *other.targets} & {backend.name, *backend.suffixes, *backend.targets}
         if shared:
             raise ValueError(f"backend {backend.name}: {', '.join(sorted(shared))} belongs to backend {other.name}")
-    _backends[backend.name] = backend
+    _known()[backend.name] = backend
 
 
 def backends() -> list[Backend]:
     """All backends, sorted by name."""
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{__package__}.{module.name}")
-    return [_backends[name] for name in sorted(_backends)]
+    return [backend for _, backend in sorted(_known().items())]
 
 
 def backend_of(path: Path) -> Backend:

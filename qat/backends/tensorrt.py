@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from qswin.qat.backends.findings import Finding, version_of
-from qswin.qat.backends.registry import Backend, Listing, OpenOptions, register
+from qswin.calib.files import version_of
+from qswin.qat.backends.findings import Finding
+from qswin.qat.backends.registry import Backend, Listing, OpenOptions
 from qswin.trt.engines.build import build_engine
 from qswin.trt.engines.cuda import Stopwatch, captured, find_gpu
 from qswin.trt.engines.engine import KIND, SUFFIXES, Engine
@@ -95,4 +96,4 @@ def finding(target: str) -> Finding:
     return Finding(target, found, ", ".join(notes))
 
 
-register(TensorRTBackend())
+BACKEND = TensorRTBackend()

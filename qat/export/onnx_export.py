@@ -1,4 +1,4 @@
-"""ONNX files through torch.export. The command `qswin export`."""
+"""ONNX files through torch.export."""
 
 import contextlib
 import copy

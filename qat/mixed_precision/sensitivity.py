@@ -36,7 +36,6 @@ def run_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, 
         if "all" not in report:
             report |= {"float": probe.measure([]), "all": probe.measure(list(quantizers(probe.model)))}
         measure_groups(probe, group_quantizers(probe.model, by), report, path)
-    write_result(path, KIND, report)
     logging.info("%s: %d rows", path, len(report["rows"]))
     return report
 

@@ -1,4 +1,4 @@
-"""Post-training quantization: ranges from a pass over some images. The command `qswin calibrate`."""
+"""Post-training quantization: ranges from a pass over some images."""
 
 import contextlib
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Everything that a run's folder holds, as the sections of a page. The library of `qswin report`."""
+"""Everything that a run's folder holds, as the sections of a page."""
 
 import json
 import re

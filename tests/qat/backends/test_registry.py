@@ -69,8 +69,8 @@ class ConstantBackend(Backend):
 @pytest.fixture
 def constant(monkeypatch):
     """A backend from outside the repository."""
-    registry.backends()
-    monkeypatch.setattr(registry, "_backends", dict(registry._backends))
+    known = dict(registry._known())
+    monkeypatch.setattr(registry, "_known", lambda: known)
     register(ConstantBackend())
 
 
