@@ -14,13 +14,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     """What the commands that probe a calibrated checkpoint take: the checkpoint and the images."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="a calibrated checkpoint (.safetensors)")
+    add_sample_arguments(parser, images=256, batch_size=32)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or another torch device")
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser, images: int, batch_size: int) -> None:
+    """What the commands that draw images from a folder take; the numbers are defaults."""
     parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/train")
-    parser.add_argument("--images", type=int, default=256, help="how many are drawn at random and kept in memory")
+    parser.add_argument("--images", type=int, default=images, help="how many are drawn at random")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images of a batch")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--batch-size", type=int, default=32, help="images of a batch")
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or another torch device")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qswin.calib.files import write_result
 from qswin.calib.trt_cache.cache_file import ALGORITHMS
+from qswin.qat.commands.arguments import add_sample_arguments
 from qswin.trt.engines.calibrate import CacheOptions, make_cache
 
 
@@ -15,14 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " --algorithm entropy2 --offline"
     )
     parser.add_argument("--onnx", required=True, type=Path, help="the FP32 file that an engine is to be built from")
-    parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/train")
     parser.add_argument("--cache", required=True, type=Path, help="the .cache file to write; its sidecar goes beside it")
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="entropy2", help="how ranges are found")
-    parser.add_argument("--images", type=int, default=512, help="drawn at random from the folder")
-    parser.add_argument("--batch-size", type=int, default=16, help="images of a batch")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--workers", type=int, default=4, help="decoding processes")
-    parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
+    add_sample_arguments(parser, images=512, batch_size=16)
     parser.add_argument("--offline", action="store_true", help="from ONNX Runtime's activations; needs no GPU")
     parser.add_argument("--tensorrt-version", default="8.6.0", help="that an offline cache is for")
     parser.add_argument("--json", type=Path, help="write what the cache was made of here too; - is standard output")
