@@ -38,10 +38,11 @@ class Stream(enum.IntEnum):
     AUGMENTATION = 1  # of one image in one epoch
     ORDER = 2  # of an epoch's images
     FORWARD = 3  # mixup, drop path and dropout of one batch of a rank
+    WEIGHTS = 4  # of a model that starts without a checkpoint
 
 
 def seed_everything(seed: int, stream: Stream, *key: int) -> None:
-    """Seeds Python, NumPy and torch for what `key` names in a stream: (epoch, image), or (batch, rank)."""
+    """Seeds Python, NumPy and torch for what `key` names in a stream: (epoch, image), (batch, rank), or nothing."""
     state = np.random.SeedSequence((seed, stream, *key)).generate_state(1, np.uint64)[0]
     random.seed(int(state))
     np.random.seed(int(state % 2**32))

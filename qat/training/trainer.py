@@ -29,6 +29,7 @@ from qswin.qat.quant.rewrite import quantize
 from qswin.qat.runs import Run
 from qswin.qat.schema import Config
 from qswin.qat.training.data import TrainingData, check_decoder, choose_decoder, scan_folders
+from qswin.qat.training.images import Stream, seed_everything
 from qswin.qat.training.objective import Objective
 from qswin.qat.training.progress import LAST, Log, load_state, open_log, save_state
 from qswin.qat.training.starting import checkpoint_start, float_start
@@ -67,6 +68,7 @@ class Trainer:
     def _start(self, folder: ImageFolder) -> tuple[nn.Module, Description]:
         """The model to train, and the sidecar of what will come of it."""
         config = self.config
+        seed_everything(config.seed, Stream.WEIGHTS)
         described = (config.model, config.data.preprocessing, read_recipe(config.recipe), folder)
         return float_start(*described) if config.init is None else checkpoint_start(Path(config.init), *described)
 

@@ -86,7 +86,7 @@ def same_tensors(other: onnx.ModelProto, graph: onnx.ModelProto) -> dict[str, st
     """{activation of `graph`: what it is called in `other`}, in order. The exporter numbers both graphs on its own.
 
     Raises:
-        ValueError: apart from Q/DQ and Casts, the graphs are not the same operations in the same order.
+        ValueError: apart from Q/DQ and Casts, the graphs are not the same operations on the same operands.
     """
     ours, theirs = arithmetic(other), arithmetic(graph)
     for index, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
@@ -98,10 +98,30 @@ def same_tensors(other: onnx.ModelProto, graph: onnx.ModelProto) -> dict[str, st
 
 
 def arithmetic(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes apart from Q/DQ, with the Clip of fewer than 8 bits before it, and Casts."""
+    """The nodes apart from Q/DQ, with the Clip of fewer than 8 bits before it, and Casts, each after its operands.
+
+    Graphs of one network give one order, whatever order the exporter wrote their nodes in.
+    """
     clipped = {node.input[0] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
-    nodes = [node for node in graph.graph.node if node.op_type not in (*QDQ, "Cast")]
+    nodes = [node for node in _from_the_outputs(graph) if node.op_type not in (*QDQ, "Cast")]
     return [node for node in nodes if node.op_type != "Clip" or node.output[0] not in clipped]
+
+
+def _from_the_outputs(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes in depth-first order from the graph's outputs, operands first."""
+    producers = {output: node for node in graph.graph.node for output in node.output}
+    found: dict[str, onnx.NodeProto] = {}  # by the node's first output
+    pending = [(producers[output.name], False) for output in reversed(graph.graph.output)]
+    while pending:
+        node, operands_done = pending.pop()
+        if node.output[0] in found:
+            continue
+        if operands_done:
+            found[node.output[0]] = node
+            continue
+        pending.append((node, True))
+        pending += [(producers[name], False) for name in reversed(node.input) if name in producers]
+    return list(found.values())
 
 
 def residual_stream(graph: onnx.ModelProto) -> list[str]:

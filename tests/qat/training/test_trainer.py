@@ -172,6 +172,19 @@ def test_a_float_model_trains_with_the_same_file(config_file):
     assert path.name == "float.safetensors" and description.recipe is None and not list(quantizers(model))
 
 
+def test_a_float_model_without_a_checkpoint_starts_from_its_seed(config_file, tmp_path):
+    """Whatever has been drawn before: the same seed trains to the same weights, another seed does not."""
+
+    def weights(name: str, seed: int) -> torch.Tensor:
+        torch.manual_seed(len(name))
+        options = ("recipe=none", "model.checkpoint=null", f"run={tmp_path / name}", f"seed={seed}")
+        return load_checkpoint(run(config_file, *options)[0])[0].patch_embed.proj.weight
+
+    first = weights("first", 0)
+    assert torch.equal(weights("again", 0), first)
+    assert not torch.allclose(weights("other", 1), first, atol=0.01)
+
+
 def test_learned_ranges_move_and_are_kept(config_file, ptq):
     path, _ = run(config_file, f"init={ptq}", "train.learn_ranges=true", "train.range_lr=0.05")
     before, after = ({q.site: q.amax for q in quantizers(load_checkpoint(file)[0])} for file in (ptq, path))
