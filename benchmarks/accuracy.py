@@ -87,7 +87,10 @@ def our_variants(bits: str) -> dict[str, tuple[Recipe, dict[str, Any]]]:
         "full, searched probs, mse weights, chosen": (best, {"choose_calibrators": True}),
         "full, searched probs, mse weights, biases corrected": (best, {"correct_biases": True}),
         "full, searched probs, mse weights, reconstructed": (best, RECONSTRUCTION),
-        "full, searched probs, mse weights, chosen, reconstructed": (best, {"choose_calibrators": True, **RECONSTRUCTION}),
+        "full, searched probs, mse weights, chosen, reconstructed": (
+            best,
+            {"choose_calibrators": True, **RECONSTRUCTION},
+        ),
         "gemm, mse weights, reconstructed": (dataclasses.replace(gemm, weight_calibrator="mse"), RECONSTRUCTION),
         "first system": (first_system(bits), {}),
         "FasterTransformer": (faster_transformer(bits), {}),
@@ -162,7 +165,11 @@ class Bench:
         metric = main_metric(self.description.task, self.description.classes or ())
         result = evaluate(predict, self.batches, [metric, Divergence(self.reference)])
         measured = {name: round(result[name], 5) for name in (*metric.headline, "kl")}
-        where = {"images": result["images"], "device": device_name(device or self.args.device), "commit": self.args.commit}
+        where = {
+            "images": result["images"],
+            "device": device_name(device or self.args.device),
+            "commit": self.args.commit,
+        }
         self.rows.append({**key, **measured, "seconds": round(seconds, 1), **where})
         figures = " ".join(f"{value:8.5g}" for value in measured.values())
         print(f"{bits} {toolkit:<12} {recipe:<56} {figures} {seconds:7.1f} s", flush=True)
@@ -198,7 +205,9 @@ class Bench:
                     return self.predictor(histogram_calibration(self.model, self.tensors, config, "entropy"))
                 if name.startswith("percentile"):
                     settings = {"percentile": float(name.split()[1])}
-                    return self.predictor(histogram_calibration(self.model, self.tensors, config, "percentile", **settings))
+                    return self.predictor(
+                        histogram_calibration(self.model, self.tensors, config, "percentile", **settings)
+                    )
                 if name == "mse":
                     config["algorithm"] = "mse"
 

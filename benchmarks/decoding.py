@@ -45,7 +45,9 @@ def load(decoder: str, folder: ImageFolder, batches: list[list[int]], workers: i
             TrainImages(folder, ClassificationTransform(PREPROCESSING, AUGMENT), 0, 0, False), batches, workers
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_with_dali(EncodedImages(folder, DrawPiece(AUGMENT), 0, 0, False), batches, PREPROCESSING, workers, device)
+    return load_with_dali(
+        EncodedImages(folder, DrawPiece(AUGMENT), 0, 0, False), batches, PREPROCESSING, workers, device
+    )
 
 
 def rate(decoder: str, folder: ImageFolder, batches: list[list[int]], workers: int) -> float:

@@ -44,7 +44,12 @@ def evaluate(name: str, model: Path, data: Path) -> dict[str, float]:
     qswin("evaluate", "--model", str(model), "--data", str(data / "val"), "--json", str(result))
     values = json.loads(result.read_text())
     megabytes = model.stat().st_size / 1e6
-    return {"acc1": values["acc1"], "acc5": values["acc5"], "ms": 1e3 / values["images_per_second"], "megabytes": megabytes}
+    return {
+        "acc1": values["acc1"],
+        "acc5": values["acc5"],
+        "ms": 1e3 / values["images_per_second"],
+        "megabytes": megabytes,
+    }
 
 
 def main() -> None:
@@ -60,7 +65,14 @@ def main() -> None:
     qswin("train", *common, *qat, f"model.checkpoint={weights}", f"init={RUN / 'ptq.safetensors'}")
     checkpoint = RUN / "qat.safetensors"
     for precision in ("fp32", "int8"):
-        arguments = ("--checkpoint", str(checkpoint), "--onnx", str(RUN / f"{precision}.onnx"), "--precision", precision)
+        arguments = (
+            "--checkpoint",
+            str(checkpoint),
+            "--onnx",
+            str(RUN / f"{precision}.onnx"),
+            "--precision",
+            precision,
+        )
         qswin("export", *arguments)
     models = {
         "float": weights,
@@ -73,7 +85,9 @@ def main() -> None:
     try:
         import tensorrt_rtx_bindings  # noqa: F401
 
-        qswin("build", "--onnx", str(RUN / "int8.onnx"), "--engine", str(RUN / "int8.engine"), "--target", "tensorrt-rtx")
+        qswin(
+            "build", "--onnx", str(RUN / "int8.onnx"), "--engine", str(RUN / "int8.engine"), "--target", "tensorrt-rtx"
+        )
         engine = f"{(RUN / 'int8.engine').stat().st_size / 1e6:.2f} MB, built for SM89; it runs on an RTX GPU"
     except ImportError:
         engine = "not built: pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"

@@ -36,7 +36,14 @@ Check = Callable[[Path], object]
 def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     """By job: its command line, and the file it ends with."""
     data, weights = RUN / "digits", RUN / "float" / "float.safetensors"
-    common = ["--config", str(CONFIG), f"data.root={data}", f"model.checkpoint={weights}", f"run={folder}", "data.workers=0"]
+    common = [
+        "--config",
+        str(CONFIG),
+        f"data.root={data}",
+        f"model.checkpoint={weights}",
+        f"run={folder}",
+        "data.workers=0",
+    ]
     qat = ["train.epochs=3", "train.lr=1e-4", "train.distill_weight=0.5", "train.save_minutes=0.01"]
     images = ["--data", str(data / "train"), "--images", "64"]
     ptq, graph = str(RUN / "ptq.safetensors"), str(RUN / "fp32.onnx")

@@ -77,7 +77,9 @@ def with_their_layers(model: nn.Module) -> nn.Module:
     twin, histogram = copy.deepcopy(model), QuantDescriptor(calib_method="histogram")
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, nn.Linear):
-            made = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, quant_desc_input=histogram)
+            made = QuantLinear(
+                layer.in_features, layer.out_features, layer.bias is not None, quant_desc_input=histogram
+            )
         elif isinstance(layer, nn.Conv2d):
             sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
             made = QuantConv2d(*sizes, bias=layer.bias is not None, quant_desc_input=histogram)
@@ -104,7 +106,9 @@ def converted(state: dict[str, Tensor]) -> nn.Module:
         return load_checkpoint(Path(folder) / "run" / "ptq.safetensors")[0].eval()
 
 
-def logits(networks: list[nn.Module], samples: list, preprocessing: Preprocessing) -> tuple[list[np.ndarray], np.ndarray]:
+def logits(
+    networks: list[nn.Module], samples: list, preprocessing: Preprocessing
+) -> tuple[list[np.ndarray], np.ndarray]:
     """What each network answers to the same images, and the images' labels."""
     found: list[list[np.ndarray]] = [[] for _ in networks]
     labels = []

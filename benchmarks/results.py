@@ -20,8 +20,12 @@ def device_name(device: str) -> str:
 def commit() -> str:
     """The commit that is checked out, with a + when files have changed since."""
     try:
-        head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
-        changed = subprocess.check_output(["git", "status", "--porcelain", "-uno"], text=True, stderr=subprocess.DEVNULL)
+        head = subprocess.check_output(
+            ["git", "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        ).strip()
+        changed = subprocess.check_output(
+            ["git", "status", "--porcelain", "-uno"], text=True, stderr=subprocess.DEVNULL
+        )
         return head + ("+" if changed.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

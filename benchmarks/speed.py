@@ -158,7 +158,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--models", nargs="*", default=["swin_tiny_patch4_window7_224"])
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=[1, 64, 256])
-    parser.add_argument("--modes", nargs="+", default=["max-autotune-no-cudagraphs", "default"], help="of torch.compile")
+    parser.add_argument(
+        "--modes", nargs="+", default=["max-autotune-no-cudagraphs", "default"], help="of torch.compile"
+    )
     parser.add_argument("--only", default="", help="backends whose names hold this")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=50)

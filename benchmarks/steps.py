@@ -29,7 +29,9 @@ class Steps:
         """Runs `python -m COMMAND` to its end; says whether it succeeded."""
         gpu, begun = self._gpus.get(), time.perf_counter()
         arguments = [sys.executable, "-m", *map(str, command)]
-        done = subprocess.run(arguments, text=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
+        done = subprocess.run(
+            arguments, text=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        )
         self._gpus.put(gpu)
         seconds = time.perf_counter() - begun
         print(f"{self.elapsed():6.0f} s  {name} ({seconds:.1f} s, exit {done.returncode})", flush=True)

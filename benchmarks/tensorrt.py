@@ -33,7 +33,9 @@ ENGINES: dict[str, tuple[str, str, list[str]]] = {
 }
 REFERENCES = ("fp32", "int8-gemm", "int8-full")
 FAST = ("fp16", "int8-gemm", "int8-full")  # built for the further --shapes too
-LAYERS = ("int8-full",)  # whose layers are compared with ONNX Runtime's; 8.6 does not build fp16 with its layers as outputs
+LAYERS = (
+    "int8-full",
+)  # whose layers are compared with ONNX Runtime's; 8.6 does not build fp16 with its layers as outputs
 
 
 class Run:
@@ -60,7 +62,9 @@ class Run:
 
     def in_background(self) -> dict[str, subprocess.Popen[bytes]]:
         """What needs the CPU only: the offline cache, and Acc@1 in ONNX Runtime."""
-        commands = {"offline": self.calibration("offline", "--offline")} if "implicit-offline" in self.args.engines else {}
+        commands = (
+            {"offline": self.calibration("offline", "--offline")} if "implicit-offline" in self.args.engines else {}
+        )
         for name in sorted({ENGINES[engine][0] for engine in self.args.engines}):
             if not Path(self.file(f"{name}.ort.json")).is_file():  # of an earlier run in this folder
                 arguments = ["--threads", "4", "--json", self.file(f"{name}.ort.json")]
@@ -111,7 +115,9 @@ class Run:
 
     def evaluate(self, engine: str) -> None:
         """Accuracy, and the errors against its own ONNX file in ONNX Runtime."""
-        if self.do(f"evaluate {engine}", *self.evaluation(f"{engine}.engine", "--json", self.file(f"{engine}.eval.json"))):
+        if self.do(
+            f"evaluate {engine}", *self.evaluation(f"{engine}.engine", "--json", self.file(f"{engine}.eval.json"))
+        ):
             self.report["evaluations"][f"{engine}.engine"] = self.measured(f"{engine}.eval.json")
         if self.compare(engine, "errors", "--images", "64"):
             self.report["errors"][engine] = self.measured(f"{engine}.errors.json")
@@ -137,7 +143,9 @@ class Run:
 
     def compare_caches(self) -> None:
         """Shares of the tensors of TensorRT's own cache whose scale the offline cache has, within 1 and 10 per cent."""
-        ours, theirs = (parse_cache((self.args.onnx / f"{name}.cache").read_bytes())[2] for name in ("offline", "tensorrt"))
+        ours, theirs = (
+            parse_cache((self.args.onnx / f"{name}.cache").read_bytes())[2] for name in ("offline", "tensorrt")
+        )
         ratios = {name: ours[name] / amax for name, amax in theirs.items() if name in ours and amax > 0}
         near = {limit: sum(abs(ratio - 1) <= limit for ratio in ratios.values()) for limit in (0.01, 0.1)}
         self.report["caches"] = {
@@ -165,7 +173,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", default="64", help='of all engines; "64 1 256": the others of the fast ones only')
     parser.add_argument("--batch", default="1,16,64,256", help="batches to time, within the shapes")
     parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
-    parser.add_argument("--layers", nargs="*", default=LAYERS, help="engines whose layers are compared, at the first shapes")
+    parser.add_argument(
+        "--layers", nargs="*", default=LAYERS, help="engines whose layers are compared, at the first shapes"
+    )
     parser.add_argument("--images", type=int, default=64, help="to calibrate on")
     parser.add_argument("--minutes", type=float, default=6.0, help="no build begins after this")
     parser.add_argument("--evaluate", type=int, default=0, help="evaluate about this many images only; 0: all")
@@ -194,7 +204,9 @@ def main() -> None:
     for model, result in run.report["evaluations"].items():
         print(f"{model:<28} {result['acc1']:6.2f} {result['acc5']:6.2f} {result['images_per_second']:9.1f}")
     for row in run.report["rows"]:
-        print(f"{row['model']:<26} {row['backend']:<28} {row['batch']:4d} {row['ms']:9.3f} {row['images_per_second']:9.1f}")
+        print(
+            f"{row['model']:<26} {row['backend']:<28} {row['batch']:4d} {row['ms']:9.3f} {row['images_per_second']:9.1f}"
+        )
     print(json.dumps(run.report.get("caches"))[:3000])
 
 

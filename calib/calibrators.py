@@ -214,7 +214,9 @@ def parse_calibrator(text: str) -> tuple[Calibrator, dict[str, float]]:
     name, colon, argument = text.partition(":")
     found = CALIBRATORS.get(name)
     if found is None or (colon and found.parameter is None):
-        names = [key if c.parameter is None else f"{key}[:{c.parameter.name.upper()}]" for key, c in CALIBRATORS.items()]
+        names = [
+            key if c.parameter is None else f"{key}[:{c.parameter.name.upper()}]" for key, c in CALIBRATORS.items()
+        ]
         raise ValueError(f"calibrator {text!r} is not known; choose {', '.join(names)}")
     if found.parameter is None or not colon:
         return found, {}

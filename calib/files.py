@@ -40,7 +40,9 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise OSError(f"{path}: not saved ({error.strerror or error}); free some space or choose another folder") from error
+        raise OSError(
+            f"{path}: not saved ({error.strerror or error}); free some space or choose another folder"
+        ) from error
     except BaseException:
         os.unlink(temporary)
         raise

@@ -56,7 +56,9 @@ def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """The functions and classes that a module defines for others and describes, in order."""
     for name, member in vars(module).items():
         member = getattr(member, "_init_fn", member)  # of an operator of torch.library
-        described = (inspect.isfunction(member) or inspect.isclass(member)) and vars(member).get("__doc__", member.__doc__)
+        described = (inspect.isfunction(member) or inspect.isclass(member)) and vars(member).get(
+            "__doc__", member.__doc__
+        )
         if described and member.__module__ == module.__name__ and not name.startswith("_"):
             yield name, member
 

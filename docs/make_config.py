@@ -31,7 +31,9 @@ def allowed(key: Key) -> str:
     """What values the type lets through and the schema allows; "" is all of them."""
     if key.choices:
         return f" One of {', '.join(f'`{choice}`' for choice in key.choices)}."
-    bounds = [f"{word} {bound:g}" for word, bound in (("at least", key.least), ("at most", key.most)) if bound is not None]
+    bounds = [
+        f"{word} {bound:g}" for word, bound in (("at least", key.least), ("at most", key.most)) if bound is not None
+    ]
     return f" {' and '.join(bounds).capitalize()}." if bounds else ""
 
 
@@ -45,7 +47,9 @@ def default(value: Any) -> str:
 
 
 def table(keys: list[Key]) -> str:
-    rows = [f"| `{key.name}` | {type_name(key.type)} | {default(key.default)} | {key.help}{allowed(key)} |" for key in keys]
+    rows = [
+        f"| `{key.name}` | {type_name(key.type)} | {default(key.default)} | {key.help}{allowed(key)} |" for key in keys
+    ]
     return "\n".join(["| key | type | default | |", "| --- | --- | --- | --- |", *rows])
 
 

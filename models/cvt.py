@@ -103,7 +103,9 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     if not any(key.startswith("stage") for key in state):
         return state
     if any(type(module) is nn.GELU for module in model.modules()):
-        raise ValueError("the original repository's weights were trained with model.kwargs.activation=quick_gelu; set it")
+        raise ValueError(
+            "the original repository's weights were trained with model.kwargs.activation=quick_gelu; set it"
+        )
     return {rename(key, RENAMES): value for key, value in state.items()}
 
 

@@ -60,7 +60,9 @@ def blocks(dim: int, side: int, heads: int, window: int, drop_path: Sequence[flo
     """Swin blocks over side x side tokens, every second one shifted."""
     return nn.Sequential(
         *(
-            SwinTransformerBlock(dim, to_2tuple(side), heads, None, window, window // 2 * (i % 2), drop_path=rate, **kwargs)
+            SwinTransformerBlock(
+                dim, to_2tuple(side), heads, None, window, window // 2 * (i % 2), drop_path=rate, **kwargs
+            )
             for i, rate in enumerate(drop_path)
         )
     )

@@ -32,7 +32,9 @@ class Job:
 JOBS = {
     "calibrate": Job((PTQ, HISTOGRAMS), ("model", "data", "recipe", "calibration", "seed")),
     "convert": Job((PTQ, HISTOGRAMS), ("model", "data", "recipe")),
-    "train": Job(("last.pt", "float.safetensors", "qat.safetensors"), ("model", "data", "recipe", "train", "init", "seed")),
+    "train": Job(
+        ("last.pt", "float.safetensors", "qat.safetensors"), ("model", "data", "recipe", "train", "init", "seed")
+    ),
 }
 FREE = (  # settings that do not change what a job makes
     "data.root",  # moved data are the same data
@@ -84,7 +86,9 @@ class Run:
             return
         name = products[0].name
         if rivals := self._rivals():
-            raise ValueError(f"{self.folder}: its {name} was made by another job, {rivals[0]}; choose another run=FOLDER")
+            raise ValueError(
+                f"{self.folder}: its {name} was made by another job, {rivals[0]}; choose another run=FOLDER"
+            )
         if not self._settings_file(self.job).is_file():
             raise ValueError(f"{self.folder}: its {name} was not made here by {self.job}; choose another run=FOLDER")
 
@@ -97,7 +101,9 @@ class Run:
         if (found := first_difference(before, now)) is not None:
             key, old, new = found
             where = f"{file.name} has {key}={old}, not {new}"
-            raise ValueError(f"{self.folder}: used by another job ({where}); choose another run=FOLDER, or resume=never")
+            raise ValueError(
+                f"{self.folder}: used by another job ({where}); choose another run=FOLDER, or resume=never"
+            )
         old_root, root = saved["data"].get("root"), self.settings["data"]["root"]
         if old_root != root:
             logging.warning("%s: data.root was %s; %s is taken for the same data", file, old_root, root)
@@ -133,7 +139,9 @@ def _compared(settings: dict[str, Any], job: str) -> dict[str, Any]:
     """What decides a job's results, flat and under today's names. Keys that the schema has gained since are at defaults."""
     flat = {RENAMED.get(key, key): value for key, value in flatten(settings).items()}
     everything = flatten(settings_of(Config())) | flat
-    return {key: value for key, value in everything.items() if key not in FREE and key.split(".")[0] in JOBS[job].sections}
+    return {
+        key: value for key, value in everything.items() if key not in FREE and key.split(".")[0] in JOBS[job].sections
+    }
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

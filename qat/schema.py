@@ -49,7 +49,9 @@ class ModelConfig:
     checkpoint: str | None = option(
         None, "File of trained weights, .safetensors, .pth or .pt; without one see `pretrained`."
     )
-    pretrained: bool = option(False, "Download the published weights if there is no `checkpoint`; else weights are random.")
+    pretrained: bool = option(
+        False, "Download the published weights if there is no `checkpoint`; else weights are random."
+    )
     num_classes: int | None = option(None, "Number of classes; null is the architecture's own.", least=1)
     kwargs: dict[str, Any] = option({}, "Settings of the architecture, as its library names them.")
 
@@ -61,7 +63,9 @@ class DataConfig:
     root: str = option(MISSING, "Folder that holds `train` and `val`, in the layout of the model's task.")
     workers: int = option(4, "Number of processes that decode images; 0 decodes in the process itself.", least=0)
     decoder: str = option(
-        "pillow", "Decoder of training images; `dali` is NVIDIA's, which decodes on the GPU.", choices=("pillow", "dali")
+        "pillow",
+        "Decoder of training images; `dali` is NVIDIA's, which decodes on the GPU.",
+        choices=("pillow", "dali"),
     )
     skip_unreadable: bool = option(False, "Leave out images that cannot be read instead of stopping.")
     preprocessing: dict[str, Any] = option(
@@ -79,9 +83,13 @@ class CalibrationConfig:
     choose_calibrators: bool = option(
         False, "Choose the calibrator of each site by the output of its block; needs one process."
     )
-    correct_biases: bool = option(False, "Correct the biases for the shift of each layer's mean output; needs one process.")
+    correct_biases: bool = option(
+        False, "Correct the biases for the shift of each layer's mean output; needs one process."
+    )
     reconstruct_steps: int = option(
-        0, "Steps of training for each block, towards the float block's output, without labels; needs one process.", least=0
+        0,
+        "Steps of training for each block, towards the float block's output, without labels; needs one process.",
+        least=0,
     )
     reconstruct_lr: float = option(1e-4, "Learning rate of weights in the reconstruction.", least=0)
     reconstruct_range_lr: float = option(1e-2, "Learning rate of ranges in the reconstruction.", least=0)
@@ -128,9 +136,14 @@ class TrainConfig:
     )
     learn_ranges: bool = option(False, "Learn the quantizers' ranges, as LSQ learns step sizes.")
     range_lr: float = option(1e-3, "Learning rate of learned ranges: about the relative change a step.", least=0)
-    freeze_ranges_at: float = option(1.0, "Share of all steps after which learned ranges stay as they are.", least=0, most=1)
+    freeze_ranges_at: float = option(
+        1.0, "Share of all steps after which learned ranges stay as they are.", least=0, most=1
+    )
     freeze_oscillating: float | None = option(
-        None, "Freeze weights that change back more often than this share of the steps; 1 only counts them.", least=0, most=1
+        None,
+        "Freeze weights that change back more often than this share of the steps; 1 only counts them.",
+        least=0,
+        most=1,
     )
     amp: str = option("fp32", "Precision of autocast; float16 scales the loss.", choices=("fp32", "bf16", "fp16"))
     compile: bool = option(False, "Compile the model with torch.compile.")
@@ -145,7 +158,9 @@ class Config:
 
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
-    recipe: Any = option("full", "What is quantized: a recipe's name, a YAML file, or the recipe written out as a mapping.")
+    recipe: Any = option(
+        "full", "What is quantized: a recipe's name, a YAML file, or the recipe written out as a mapping."
+    )
     calibration: CalibrationConfig = section(CalibrationConfig)
     train: TrainConfig = section(TrainConfig)
     init: str | None = option(None, "Checkpoint that training starts from; QAT needs a calibrated one.")

@@ -14,7 +14,9 @@ from qswin.qat.quant.rewrite import quantize
 from tests.helpers import ASSETS, V1, V2, small_swin, write_images
 
 ROOT = Path(__file__).resolve().parents[1]
-settings.register_profile("slow machines", deadline=None)  # how long an example takes says more of the machine than of it
+settings.register_profile(
+    "slow machines", deadline=None
+)  # how long an example takes says more of the machine than of it
 settings.load_profile("slow machines")
 
 
@@ -26,7 +28,9 @@ def pytest_configure(config):
         )
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start: sums depend on the number of threads
+    os.environ["OMP_NUM_THREADS"] = str(
+        threads
+    )  # of the processes that tests start: sums depend on the number of threads
     config.addinivalue_line("markers", "gpu: needs TensorRT and an NVIDIA GPU")
     config.addinivalue_line("markers", "slow: left out by make test, run by make coverage")
     config.addinivalue_line("markers", "assets: needs the trained models and images of shared/assets")

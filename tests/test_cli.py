@@ -32,7 +32,14 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
     steps = [
         ("calibrate", "checkpoint report", "--config", config_file),
         ("train", "checkpoint report", "--config", config_file, f"init={ptq}", "train.epochs=1"),
-        ("convert", "checkpoint report", "--config", config_file, f"model.checkpoint={ptq}", f"run={tmp_path / 'other'}"),
+        (
+            "convert",
+            "checkpoint report",
+            "--config",
+            config_file,
+            f"model.checkpoint={ptq}",
+            f"run={tmp_path / 'other'}",
+        ),
         ("export", "export", "--checkpoint", ptq, "--onnx", onnx, "--precision", "fp32"),
         ("build", "build", "--onnx", onnx, "--engine", run / "a.engine", "--target", "tensorrt-rtx"),
         ("calib-cache", "calibration cache report", "--onnx", onnx, "--cache", run / "a.cache", "--offline", *probe),
@@ -74,10 +81,13 @@ def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
     assert invoke("calibrate", "--config", config_file, "--json", out) == 0
     made = json.loads(out.read_text())
     sidecar = json.loads((run / "ptq.safetensors.json").read_text())
-    assert made.items() >= ({"checkpoint": str(run / "ptq.safetensors")} | sidecar | {"kind": "checkpoint report"}).items()
+    assert (
+        made.items() >= ({"checkpoint": str(run / "ptq.safetensors")} | sidecar | {"kind": "checkpoint report"}).items()
+    )
     assert made["metrics"]["calibration_images"] > 0
     assert (
-        invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx", "--json", run / "e.json") == 0
+        invoke("export", "--checkpoint", run / "ptq.safetensors", "--onnx", run / "int8.onnx", "--json", run / "e.json")
+        == 0
     )
     made = json.loads((run / "e.json").read_text())
     assert (made["bytes"], made["precision"]) == ((run / "int8.onnx").stat().st_size, "int8") and made["qdq_nodes"] > 50
@@ -91,7 +101,9 @@ def test_bare_weights_are_evaluated_and_exported_with_their_config(config_file, 
     weights = tmp_path / "weights.pth"
     assert invoke("evaluate", "--model", weights, "--data", data / "val", "--config", config_file) == 0
     onnx = tmp_path / "a.onnx"
-    assert invoke("export", "--checkpoint", weights, "--onnx", onnx, "--precision", "fp32", "--config", config_file) == 0
+    assert (
+        invoke("export", "--checkpoint", weights, "--onnx", onnx, "--precision", "fp32", "--config", config_file) == 0
+    )
     assert onnx.is_file()
 
 
@@ -138,7 +150,9 @@ def test_export_and_evaluate_say_what_is_wrong(config_file, data, tmp_path, caps
     assert "--batch-size two" in fails(capsys, "export", *described, "--batch-size", "two")
     assert not onnx.exists()
     (tmp_path / "few" / "a").mkdir(parents=True)
-    assert "no images" in fails(capsys, "evaluate", "--model", weights, "--data", tmp_path / "few", "--config", config_file)
+    assert "no images" in fails(
+        capsys, "evaluate", "--model", weights, "--data", tmp_path / "few", "--config", config_file
+    )
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(config_file, tmp_path):

@@ -61,7 +61,9 @@ def test_folders_form_no_cycle():
 @pytest.mark.parametrize("module", [name for name in MODULES if name.count(".")])
 def test_folders_import_what_they_may(module):
     top = folder_of(module).split(".")[0]
-    if top != "qswin" and module != "qswin.qat.train" and folder_of(module) != "qat.commands":  # which stand above the table
+    if (
+        top != "qswin" and module != "qswin.qat.train" and folder_of(module) != "qat.commands"
+    ):  # which stand above the table
         assert {folder_of(name).split(".")[0] for name in IMPORTS[module]} <= ALLOWED[top]
 
 
@@ -86,7 +88,9 @@ def test_a_folder_holds_few_files(folder, most):
 def test_engines_and_images_need_no_torch():
     """All of trt/, calib/ and the commands import with torch, timm and torchvision blocked."""
     free = [
-        name for name in MODULES if folder_of(name).split(".")[0] in ("trt", "calib") or folder_of(name) == "qat.commands"
+        name
+        for name in MODULES
+        if folder_of(name).split(".")[0] in ("trt", "calib") or folder_of(name) == "qat.commands"
     ]
     blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'timm', 'torchvision')));"
     script = blocked + "import importlib; [importlib.import_module(name) for name in sys.argv[1:]]"

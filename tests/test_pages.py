@@ -30,7 +30,12 @@ train: {{epochs: 1, batch_size: 4, lr: 1.0e-4, distill_weight: 0.5}}
 run: runs/mine
 device: cpu
 """
-NAMES = {"DIR": "photos", "FILE": "mine.pth", ".venv/bin/qswin": "qswin", "reconstruct_steps=500": "reconstruct_steps=2"}
+NAMES = {
+    "DIR": "photos",
+    "FILE": "mine.pth",
+    ".venv/bin/qswin": "qswin",
+    "reconstruct_steps=500": "reconstruct_steps=2",
+}
 ELSEWHERE = ("make ", "pip ")  # CI runs `make`
 
 
@@ -138,7 +143,9 @@ def read_command_line(name: str, arguments: list[str], monkeypatch) -> None:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
 
 
-@pytest.mark.parametrize(("page", "count"), [("docs/results.md", 10), ("docs/performance.md", 4), ("docs/moving.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "count"), [("docs/results.md", 10), ("docs/performance.md", 4), ("docs/moving.md", 1)]
+)
 def test_benchmarks_take_the_options_that_are_given(page, count, monkeypatch, capsys):
     """They take hours, or a GPU: what produced the figures is not run here."""
     lines = re.findall(r"python -m benchmarks\.(\w+)([^\n#`]*)", (ROOT / page).read_text())

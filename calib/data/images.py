@@ -33,7 +33,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLING:
-            raise ValueError(f"interpolation {self.interpolation!r} is not known; choose one of {', '.join(RESAMPLING)}")
+            raise ValueError(
+                f"interpolation {self.interpolation!r} is not known; choose one of {', '.join(RESAMPLING)}"
+            )
         for field in ("size", "mean", "std"):  # JSON and YAML give lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.size[0] != self.size[1]:
@@ -79,7 +81,9 @@ def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -
     """
     mask = open_image(path)
     if mask.mode not in ("L", "P"):
-        raise ValueError(f"{path}: a mask has one channel of 8-bit class indices; the mode of this one is {mask.mode!r}")
+        raise ValueError(
+            f"{path}: a mask has one channel of 8-bit class indices; the mode of this one is {mask.mode!r}"
+        )
     with naming_unreadable(image), image.open("rb") as file:
         header = Image.open(file)
     check_size(path, mask, header)

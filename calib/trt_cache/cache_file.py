@@ -98,7 +98,9 @@ def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
     bound = read_sidecar(path, KIND, ("onnx", "onnx_sha256"), "make the cache again with qswin calib-cache")
     made_by, _, ranges = parse_cache(path.read_bytes(), str(path))
     if made_by != version_number(version):
-        raise ValueError(f"{path}: made for TensorRT {made_by}, here is {version_number(version)}; make the cache again")
+        raise ValueError(
+            f"{path}: made for TensorRT {made_by}, here is {version_number(version)}; make the cache again"
+        )
     if bound["onnx_sha256"] != onnx_sha256:
         raise ValueError(f"{path}: stale: made for another ONNX file, {bound['onnx']}; make the cache again")
     return ranges

@@ -129,10 +129,14 @@ def check_gpu() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError("--target inductor needs an NVIDIA GPU, and torch finds none; --target tensorrt-rtx builds without")
+        raise ValueError(
+            "--target inductor needs an NVIDIA GPU, and torch finds none; --target tensorrt-rtx builds without"
+        )
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
-        raise ValueError(f"--target inductor needs compute capability 8.0, {torch.cuda.get_device_name()} has {capability}")
+        raise ValueError(
+            f"--target inductor needs compute capability 8.0, {torch.cuda.get_device_name()} has {capability}"
+        )
     return "{}.{}".format(*capability)
 
 

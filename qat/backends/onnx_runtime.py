@@ -58,7 +58,9 @@ class OnnxRuntime(Backend):
         import onnxruntime
 
         note = ", ".join(onnxruntime.get_available_providers())
-        return [Finding("onnxruntime", onnxruntime.__version__, f"{note}; {SATURATES}" if int8_sums_saturate() else note)]
+        return [
+            Finding("onnxruntime", onnxruntime.__version__, f"{note}; {SATURATES}" if int8_sums_saturate() else note)
+        ]
 
 
 BACKEND = OnnxRuntime()

@@ -88,7 +88,9 @@ class Backend(ABC):
         Args:
             time: measure each layer.
         """
-        raise ValueError(f"{path}: what it consists of is not known; qswin inspect lists the file that it was built from")
+        raise ValueError(
+            f"{path}: what it consists of is not known; qswin inspect lists the file that it was built from"
+        )
 
     def activations(self, path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
         """{tensor of a reference ONNX file: its values for images (N, 3, H, W) in a file of the same network}.

@@ -7,8 +7,12 @@ from pathlib import Path
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """What the commands that make a checkpoint take: --config and its overrides, --json."""
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the file's, e.g. data.root=DIR")
-    parser.add_argument("--json", type=Path, help="write what the checkpoint's sidecar says as JSON; - is standard output")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings over the file's, e.g. data.root=DIR"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write what the checkpoint's sidecar says as JSON; - is standard output"
+    )
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --target tensorrt-rtx --capability 8.9\n"
         "  qswin build --checkpoint runs/x/ptq.safetensors --engine runs/x/int8.pt2 --target inductor --batch-sizes 64"
     )
-    parser.add_argument("--target", choices=build_targets(), default="tensorrt", help="what is built, and for which runtime")
+    parser.add_argument(
+        "--target", choices=build_targets(), default="tensorrt", help="what is built, and for which runtime"
+    )
     parser.add_argument("--onnx", type=Path, help="the exported file to build from")
     parser.add_argument(
         "--checkpoint", type=Path, help="to build from, of --target inductor: calibrated with recipe=attention"

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " --algorithm entropy2 --offline"
     )
     parser.add_argument("--onnx", required=True, type=Path, help="the FP32 file that an engine is to be built from")
-    parser.add_argument("--cache", required=True, type=Path, help="the .cache file to write; its sidecar goes beside it")
+    parser.add_argument(
+        "--cache", required=True, type=Path, help="the .cache file to write; its sidecar goes beside it"
+    )
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="entropy2", help="how ranges are found")
     add_sample_arguments(parser, images=512, batch_size=16)
     parser.add_argument("--offline", action="store_true", help="from ONNX Runtime's activations; needs no GPU")

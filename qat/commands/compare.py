@@ -7,7 +7,14 @@ from typing import Any
 
 from qswin.calib.files import write_result
 from qswin.qat.backends.registry import backend_of, open_predictor
-from qswin.trt.evaluation.compare import first_parting, layer_errors, logits_of, output_errors, read_images, worst_layers
+from qswin.trt.evaluation.compare import (
+    first_parting,
+    layer_errors,
+    logits_of,
+    output_errors,
+    read_images,
+    worst_layers,
+)
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 
 
@@ -22,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=16, help="how many, evenly spread over the folder")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
     parser.add_argument("--layers", action="store_true", help="every activation too, and where they part first")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="relative error of a tensor that counts as parting")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.1, help="relative error of a tensor that counts as parting"
+    )
     parser.add_argument("--json", type=Path, help="write the errors here too; - is standard output")
 
 

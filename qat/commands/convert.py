@@ -6,7 +6,9 @@ from qswin.qat.commands.arguments import add_config_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Converts a checkpoint that pytorch-quantization or ModelOpt calibrated to <run>/ptq.safetensors."
+    parser.description = (
+        "Converts a checkpoint that pytorch-quantization or ModelOpt calibrated to <run>/ptq.safetensors."
+    )
     parser.epilog = (
         "example:\n  qswin convert --config configs/swin_tiny_imagenet.yaml data.root=unused recipe=gemm"
         " model.checkpoint=FILE run=runs/x"

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Acc@1 and Acc@5 over a folder of images, one folder a class; of a segmentation model Dice and HD95 over"
         " images/ and masks/."
     )
-    parser.epilog = "example:\n  qswin evaluate --model runs/x/int8.onnx --data DIR/val --json runs/x/int8-accuracy.json"
+    parser.epilog = (
+        "example:\n  qswin evaluate --model runs/x/int8.onnx --data DIR/val --json runs/x/int8-accuracy.json"
+    )
     parser.add_argument("--model", required=True, type=Path, help="a checkpoint, an ONNX file, an engine or a package")
     parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/val")
     parser.add_argument("--json", type=Path, help="write the result here too; - is standard output")
@@ -22,14 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="of models that take any")
     parser.add_argument("--workers", type=int, default=4, help="decoding processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="count and skip files that cannot be read")
-    parser.add_argument("--pictures", type=Path, help="folder for pictures of the worst images; of segmentation, with masks")
+    parser.add_argument(
+        "--pictures", type=Path, help="folder for pictures of the worst images; of segmentation, with masks"
+    )
     parser.add_argument("--worst", type=int, default=8, help="how many pictures")
     add_model_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     predictor = open_predictor(args.model, OpenOptions(args.threads, args.device, args.config, tuple(args.overrides)))
-    options = EvaluationOptions(args.images, args.batch_size, args.workers, args.skip_unreadable, args.pictures, args.worst)
+    options = EvaluationOptions(
+        args.images, args.batch_size, args.workers, args.skip_unreadable, args.pictures, args.worst
+    )
     report = evaluate_folder(args.model, predictor, args.data, options)
     if args.json:
         write_result(args.json, "evaluation", report)

@@ -11,11 +11,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  qswin export --checkpoint runs/x/qat.safetensors --onnx runs/x/int8.onnx"
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or bare weights with --config")
     parser.add_argument("--onnx", required=True, type=Path, help="the file to write")
-    parser.add_argument("--precision", choices=PRECISIONS, default="int8", help="int8 has Q/DQ nodes; the others have none")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="int8", help="int8 has Q/DQ nodes; the others have none"
+    )
     parser.add_argument("--opset", type=int, default=20, help="17 for TensorRT 8.x, else 18 or newer")
     parser.add_argument("--batch-size", default="dynamic", help="a number, or dynamic")
     parser.add_argument("--config", help="for bare weights, which lack a sidecar: the YAML file that describes them")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="over --config's")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="over --config's"
+    )
     parser.add_argument("--json", type=Path, help="write what was exported: its size, nodes and metadata")
 
 

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example:\n  qswin report runs/x"
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--out", type=Path, help="the page to write, a name that ends in .html; default: RUN/report.html")
+    parser.add_argument(
+        "--out", type=Path, help="the page to write, a name that ends in .html; default: RUN/report.html"
+    )
     parser.add_argument("--json", type=Path, help="write the page's name and size as JSON; - is standard output")
 
 

@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " --sensitivity runs/x/sensitivity.json --budget 'acc1_drop<=0.1' --recipe runs/x/mixed.yaml"
     )
     add_probe_arguments(parser)
-    parser.add_argument("--sensitivity", required=True, type=Path, help="what qswin sensitivity wrote for this checkpoint")
+    parser.add_argument(
+        "--sensitivity", required=True, type=Path, help="what qswin sensitivity wrote for this checkpoint"
+    )
     parser.add_argument("--budget", required=True, help="acc1_drop<=X, dice_drop<=X, kl<=X, bops<=SHARE or latency<=MS")
     parser.add_argument("--recipe", required=True, type=Path, help="the YAML file to write")
     parser.add_argument(

@@ -62,7 +62,9 @@ def export_onnx(
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not known; choose {', '.join(PRECISIONS)}")
     if opset < OLDEST_OPSET:
-        raise ValueError(f"opset {opset} is too old: LayerNormalization and per-channel Q/DQ need {OLDEST_OPSET} or newer")
+        raise ValueError(
+            f"opset {opset} is too old: LayerNormalization and per-channel Q/DQ need {OLDEST_OPSET} or newer"
+        )
     twin = _prepare(model, description, precision)
     check_fits(twin, description)
     if precision == "fp16":
@@ -81,7 +83,9 @@ def _prepare(model: nn.Module, description: Description, precision: str) -> nn.M
     twin = twin.cpu().eval()
     if precision == "int8":
         if not any(quantizers(twin)):
-            raise ValueError("the checkpoint is not quantized: run qswin calibrate first, or export with --precision fp32")
+            raise ValueError(
+                "the checkpoint is not quantized: run qswin calibrate first, or export with --precision fp32"
+            )
         check_formats(twin)
         enable(twin)
         clip_weights(twin)
@@ -96,7 +100,9 @@ def check_formats(model: nn.Module) -> None:
     for quantizer in quantizers(model):
         grid = quantizer.spec.grid
         if grid.onnx_type is None or grid.torch_dtype is None:
-            raise ValueError(f"{quantizer.site}: format {grid.name!r} has no type in ONNX; export with --precision fp32")
+            raise ValueError(
+                f"{quantizer.site}: format {grid.name!r} has no type in ONNX; export with --precision fp32"
+            )
 
 
 def check_fits(model: nn.Module, description: Description) -> None:
@@ -114,7 +120,9 @@ def check_fits(model: nn.Module, description: Description) -> None:
             output = model(torch.zeros(1, 3, height, width))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"the model does not take an image of 3 x {height} x {width}, the size of its description's preprocessing"
+        what = (
+            f"the model does not take an image of 3 x {height} x {width}, the size of its description's preprocessing"
+        )
         raise ValueError(f"{what}: {reason}") from error
     if not isinstance(output, Tensor):
         return  # feature maps have no classes

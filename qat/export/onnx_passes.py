@@ -89,7 +89,9 @@ def slice_shapes(graph: ir.Graph) -> None:
         start, end = (node.attributes.pop(name, None) for name in ("start", "end"))
         bounds = (0 if start is None else start.as_int(), np.iinfo(np.int32).max if end is None else end.as_int())
         part = node.outputs[0]
-        inputs = [_constant(graph, f"{part.name}_{name}", value) for name, value in zip(("from", "to"), bounds, strict=True)]
+        inputs = [
+            _constant(graph, f"{part.name}_{name}", value) for name, value in zip(("from", "to"), bounds, strict=True)
+        ]
         whole = ir.Node("", "Shape", node.inputs, num_outputs=1)
         piece = ir.Node("", "Slice", [whole.outputs[0], *inputs], num_outputs=1)
         graph.insert_before(node, [whole, piece])

@@ -55,7 +55,9 @@ def gelu(y):
     if INTERPRETED:
         value = y / (1.0 + tl.exp2(exponent))
     else:
-        value = tl.inline_asm_elementwise(_TIMES_LOGISTIC, "=f,f,f", [y, exponent], dtype=tl.float32, is_pure=True, pack=1)
+        value = tl.inline_asm_elementwise(
+            _TIMES_LOGISTIC, "=f,f,f", [y, exponent], dtype=tl.float32, is_pure=True, pack=1
+        )
     return value
 
 

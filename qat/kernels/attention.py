@@ -116,7 +116,9 @@ def cosine_window_attention(
 
     qkv is float16 or float32, and qk_scale the scale of q times that of k times the head's logit scale.
     """
-    return _launch(qkv, bias, num_tokens, qk_scale, True, q_inv_scale, k_inv_scale, v_inv_scale, probs_inv_scale, av_scale)
+    return _launch(
+        qkv, bias, num_tokens, qk_scale, True, q_inv_scale, k_inv_scale, v_inv_scale, probs_inv_scale, av_scale
+    )
 
 
 def padded_bias(bias: Tensor) -> Tensor:

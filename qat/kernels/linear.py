@@ -41,7 +41,10 @@ def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: 
     for start_k in range(0, K, BLOCK_K):
         x_mask, weight_mask = (start_m + offs_m < M)[:, None], (offs_n < N)[None, :]
         if K % BLOCK_K:
-            x_mask, weight_mask = x_mask & (start_k + offs_k < K)[None, :], weight_mask & (start_k + offs_k < K)[:, None]
+            x_mask, weight_mask = (
+                x_mask & (start_k + offs_k < K)[None, :],
+                weight_mask & (start_k + offs_k < K)[:, None],
+            )
         x = tl.load(x_ptr + offs_m[:, None] * K + (start_k + offs_k)[None, :], mask=x_mask, other=0)
         weight_ptrs = weight_ptr + offs_n[None, :] * K + (start_k + offs_k)[:, None]
         weight = tl.load(weight_ptrs, mask=weight_mask, other=0)
@@ -109,7 +112,13 @@ def grid(m: int, n: int, config: dict[str, int]) -> tuple[int]:
 
 
 def _launch(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, inv_scale: float = 1.0, gelu: bool = False
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    inv_scale: float = 1.0,
+    gelu: bool = False,
 ) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)

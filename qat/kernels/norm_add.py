@@ -58,7 +58,9 @@ def norm_add(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bia
 
 
 @norm_add.register_kernel("cpu")
-def norm_add_reference(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def norm_add_reference(
+    y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
     """`norm_add` in plain torch."""
     normed = F.layer_norm(y.float(), weight.shape, weight, bias, eps).view(shortcut.shape[0], token_ids.shape[0], -1)
     mask = token_ids >= 0

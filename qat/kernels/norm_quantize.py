@@ -39,7 +39,9 @@ def _norm_quantize_kernel(
         x = layer_norm(x, channel_mask, weight, bias, eps, TOKENS * CHANNELS)
         if TOKENS == 1:  # windows are padded with zeros behind the norm
             x = tl.where(token_mask, x, 0.0)
-    out_ptrs = out_ptr + start_row.to(tl.int64) * (TOKENS * CHANNELS) + offs_r[:, None, None] * (TOKENS * CHANNELS) + cols
+    out_ptrs = (
+        out_ptr + start_row.to(tl.int64) * (TOKENS * CHANNELS) + offs_r[:, None, None] * (TOKENS * CHANNELS) + cols
+    )
     tl.store(out_ptrs, to_int8(x * tl.cast(inv_scale, tl.float32)), mask=row_mask[:, None, None] & channel_mask)
 
 
@@ -67,7 +69,9 @@ def gather_quantize(x: Tensor, token_ids: Tensor, inv_scale: float) -> Tensor:
     return _launch(x, token_ids, x, x, 0.0, inv_scale, norm=False)
 
 
-def _launch(x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float, norm: bool) -> Tensor:
+def _launch(
+    x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float, norm: bool
+) -> Tensor:
     batch, num_tokens, channels = x.shape
     rows_per_image, tokens = token_ids.shape
     num_rows = batch * rows_per_image

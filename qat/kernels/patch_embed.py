@@ -38,7 +38,10 @@ def _patch_embed_kernel(
     weight_ptrs = weight_ptr + offs_n[None, :] * K + offs_k[:, None]
     weight = tl.load(weight_ptrs, mask=n_mask[None, :] & k_mask[:, None], other=0)
     acc = tl.dot(to_int8(x.to(tl.float32) * tl.cast(inv_scale, tl.float32)), weight, out_dtype=tl.int32)
-    scale, bias = tl.load(scale_ptr + offs_n, mask=n_mask, other=0.0), tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0)
+    scale, bias = (
+        tl.load(scale_ptr + offs_n, mask=n_mask, other=0.0),
+        tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0),
+    )
     y = acc.to(tl.float32) * scale[None, :] + bias[None, :]
     norm_weight = tl.load(norm_weight_ptr + offs_n, mask=n_mask, other=0.0)
     norm_bias = tl.load(norm_bias_ptr + offs_n, mask=n_mask, other=0.0)

@@ -47,7 +47,9 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
     sizes = _input_sizes(lowered, image)
     if not sizes:
         known = ", ".join(kind.__name__ for kind in parts())
-        raise ValueError(f"this model has no block that the INT8 kernels are for; those are {known} (of Swin V1 and V2)")
+        raise ValueError(
+            f"this model has no block that the INT8 kernels are for; those are {known} (of Swin V1 and V2)"
+        )
     for name, module in list(lowered.named_modules()):
         if name in sizes:
             _replace(lowered, name, parts()[type(module)](module, name, *sizes[name]))

@@ -56,7 +56,9 @@ class Int8Block(nn.Module):
 
     def _attention(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The windows' tokens (B * R, C) int8 -> the projection's input (B * R, C) int8."""
-        return window_attention(self.qkv.requantize(x), self.position_bias, self.tokens, self.qk_scale, *self._av_scales())
+        return window_attention(
+            self.qkv.requantize(x), self.position_bias, self.tokens, self.qk_scale, *self._av_scales()
+        )
 
     def _av_scales(self) -> tuple[float, float]:
         """1 / the scale of the probabilities, and what the integer products with v are multiplied by."""
@@ -84,7 +86,9 @@ class Int8BlockV2(Int8Block):
     def _attention(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         inv_scales = (1 / self.scales[name] for name in "qkv")
         qkv = self.qkv.dequantize(x, dtype)
-        return cosine_window_attention(qkv, self.position_bias, self.tokens, self.qk_scale, *inv_scales, *self._av_scales())
+        return cosine_window_attention(
+            qkv, self.position_bias, self.tokens, self.qk_scale, *inv_scales, *self._av_scales()
+        )
 
 
 class Int8PatchMerging(nn.Module):

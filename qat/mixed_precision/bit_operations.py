@@ -40,7 +40,9 @@ def bit_operations(model: nn.Module, image: Tensor) -> dict[str, tuple[float, fl
     return {site: (quantized, floating) for site, (quantized, floating) in counts.items()}
 
 
-def _operations(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> list[tuple[TensorQuantizer, float, int]]:
+def _operations(
+    layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> list[tuple[TensorQuantizer, float, int]]:
     """(quantizer, operations, bits of both factors) of each site of a layer."""
     first: Any = layer._input_quantizer
     second: Any = layer._weight_quantizer if isinstance(layer, QuantLinear | QuantConv2d) else layer._other_quantizer

@@ -55,7 +55,11 @@ def start_report(path: Path, job: dict[str, Any]) -> dict[str, Any]:
 def read_report(path: Path) -> dict[str, Any]:
     """What `run_sensitivity` wrote. Raises FileNotFoundError, and ValueError for a file of another kind."""
     report = read_json(path)
-    if report.get("kind") != KIND or not isinstance(report.get("job"), dict) or not isinstance(report.get("rows"), list):
+    if (
+        report.get("kind") != KIND
+        or not isinstance(report.get("job"), dict)
+        or not isinstance(report.get("rows"), list)
+    ):
         raise ValueError(f"{path}: not a sensitivity report; choose another name, or run qswin sensitivity again")
     return {key: report[key] for key in ("job", "float", "all", "rows") if key in report}
 
@@ -81,7 +85,9 @@ def table(report: dict[str, Any], rows: int) -> str:
     values = [(row["name"], row["alone"], row["without"]) for row in report["rows"][:rows]]
     for name, alone, without in [*values, ("everything", report["all"], report["float"])]:
         metric = next(key for key in alone if key != "kl")
-        lines.append(f"{name:<40} {alone['kl']:12.4g} {alone[metric]:8.4g} {without['kl']:12.4g} {without[metric]:8.4g}")
+        lines.append(
+            f"{name:<40} {alone['kl']:12.4g} {alone[metric]:8.4g} {without['kl']:12.4g} {without[metric]:8.4g}"
+        )
     return "\n".join(lines)
 
 

@@ -26,7 +26,9 @@ def correct_biases(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """
     teacher = copy.deepcopy(model).eval()
     disable(teacher, quiet=True)
-    layers = [(ours, theirs) for ours, theirs in zip(model.modules(), teacher.modules(), strict=True) if _correctable(ours)]
+    layers = [
+        (ours, theirs) for ours, theirs in zip(model.modules(), teacher.modules(), strict=True) if _correctable(ours)
+    ]
     for ours, theirs in tqdm(layers, "correct biases", disable=not sys.stderr.isatty()):
         shifts = [channel_means(theirs, teacher, batch) - channel_means(ours, model, batch) for batch in batches]
         ours.bias += torch.stack(shifts).mean(0)

@@ -73,7 +73,9 @@ def quantize_dequantize(x: Tensor, scale: Tensor, axis: int | None, dtype: torch
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     scale = scale.reshape(()) if axis is None else scale.flatten()
     zero_point = torch.zeros(scale.shape, dtype=dtype)
-    quantized = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero_point), attributes, dtype=dtype, shape=x.shape)
+    quantized = torch.onnx.ops.symbolic(
+        "QuantizeLinear", (x, scale, zero_point), attributes, dtype=dtype, shape=x.shape
+    )
     return torch.onnx.ops.symbolic(
         "DequantizeLinear", (quantized, scale, zero_point), attributes, dtype=x.dtype, shape=x.shape
     )

@@ -136,7 +136,9 @@ class TensorQuantizer(nn.Module):
         try:
             self.histogram.reserve(amax)
         except ValueError as error:
-            raise ValueError(f"{self.site}: {error}; look for an overflow or a broken weight before this site") from error
+            raise ValueError(
+                f"{self.site}: {error}; look for an overflow or a broken weight before this site"
+            ) from error
 
     def observe(self, quiet: bool = False) -> None:
         """Starts counting afresh. `quiet`: it is meant that a calibrated quantizer computes in float."""
@@ -254,4 +256,6 @@ def table(model: nn.Module) -> str:
         state = quantizer.mode.value if quantizer.range_problem() is None else "uncalibrated"
         rows.append((quantizer.site, quantizer.spec.grid.name, ends, state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -135,5 +135,7 @@ RECIPES = {
 def named_recipe(name: str) -> Recipe:
     """A recipe by name. Raises ValueError, listing the names, when there is none of that name."""
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r} is not known; choose {', '.join(RECIPES)}, or write the recipe out as a mapping")
+        raise ValueError(
+            f"recipe {name!r} is not known; choose {', '.join(RECIPES)}, or write the recipe out as a mapping"
+        )
     return RECIPES[name]

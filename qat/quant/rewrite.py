@@ -59,7 +59,9 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
         raise ValueError(f"recipe {recipe.name!r} {what}; write rules for its layers ({layers}, ...)")
     logging.info("recipe %s: %s", recipe.name, covered)
     for kind, path in covered.attention.items():
-        logging.warning("%s (first at %s) has no quantized twin: its matmuls stay in float; see register_twins", kind, path)
+        logging.warning(
+            "%s (first at %s) has no quantized twin: its matmuls stay in float; see register_twins", kind, path
+        )
     return twin
 
 

@@ -52,7 +52,9 @@ class EncodedImages(TrainImages):
             header = Image.open(io.BytesIO(data))
         if header.format not in FORMATS or header.mode not in MODES:
             what = f"{header.format} of mode {header.mode}"
-            raise ValueError(f"{path}: DALI does not read {what} as Pillow does; convert it, or set data.decoder=pillow")
+            raise ValueError(
+                f"{path}: DALI does not read {what} as Pillow does; convert it, or set data.decoder=pillow"
+            )
         return Encoded(np.frombuffer(data, np.uint8), header)
 
 
@@ -77,7 +79,11 @@ class DrawPiece:
 
 
 def load_batches(
-    dataset: EncodedImages, batches: Sequence[list[int]], preprocessing: Preprocessing, workers: int, device: torch.device
+    dataset: EncodedImages,
+    batches: Sequence[list[int]],
+    preprocessing: Preprocessing,
+    workers: int,
+    device: torch.device,
 ) -> Iterator[TrainBatch]:
     """Yields the given batches, in order, their images on `device`. `workers` processes read, as many threads decode.
 
@@ -97,7 +103,9 @@ def load_batches(
             done += 1
     except RuntimeError as error:
         _check(dataset, batches[done : done + DECODED_AHEAD])
-        raise ValueError(f"DALI stopped ({' '.join(str(error).split())}); data.decoder=pillow does without it") from error
+        raise ValueError(
+            f"DALI stopped ({' '.join(str(error).split())}); data.decoder=pillow does without it"
+        ) from error
 
 
 def _check(dataset: EncodedImages, batches: Sequence[list[int]]) -> None:

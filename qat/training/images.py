@@ -156,7 +156,11 @@ def load_batches(dataset: TrainImages, batches: Sequence[list[int]], workers: in
 
 
 def load_in_order(
-    dataset: TrainImages, batches: Sequence[list[int]], workers: int, collate: Callable[[list[Any]], Any], **options: Any
+    dataset: TrainImages,
+    batches: Sequence[list[int]],
+    workers: int,
+    collate: Callable[[list[Any]], Any],
+    **options: Any,
 ) -> Iterator[Any]:
     """What `collate` makes of each batch's samples. Raises ValueError, in one line, for an image that cannot be read."""
     loader = DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate, **options)

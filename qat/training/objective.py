@@ -20,7 +20,9 @@ class Objective:
         classes: how many there are.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, task: str, classes: int, options: TrainConfig) -> None:
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None, task: str, classes: int, options: TrainConfig
+    ) -> None:
         self.teacher, self.task, self.options = teacher, task, options
         by_blocks = teacher is not None and options.distill_blocks_weight > 0
         self.blocks = BlockOutputs(model) if by_blocks else None
@@ -49,7 +51,9 @@ class Objective:
             distance = distillation_loss(logits.float(), soft, self.options.distill_temperature)
             loss = (1 - weight) * loss + weight * distance
         if self.blocks is not None and self.teacher_blocks is not None:
-            loss = loss + self.options.distill_blocks_weight * block_loss(self.blocks.take(), self.teacher_blocks.take())
+            loss = loss + self.options.distill_blocks_weight * block_loss(
+                self.blocks.take(), self.teacher_blocks.take()
+            )
         return loss
 
 

@@ -72,7 +72,9 @@ def check_preprocessing(init: Path, description: Description, configured: dict[s
     found = first_difference(own, adapted(own, configured).to_dict())
     if found is not None:
         key, before, now = found
-        raise ValueError(f"{init}: its preprocessing has {key}={before}, data.preprocessing.{key} is {now}; leave it out")
+        raise ValueError(
+            f"{init}: its preprocessing has {key}={before}, data.preprocessing.{key} is {now}; leave it out"
+        )
 
 
 def check_recipe(init: Path, started: Recipe, configured: Recipe) -> None:

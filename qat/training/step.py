@@ -175,7 +175,9 @@ def parameter_groups(model: nn.Module, options: TrainConfig, no_weight_decay: tu
             decayed.append(parameter)
     groups = [(decayed, options.lr, options.weight_decay), (plain, options.lr, 0.0), (ranges, options.range_lr, 0.0)]
     return [
-        {"params": p, "lr": lr, "base_lr": lr, "weight_decay": decay, "ranges": p is ranges} for p, lr, decay in groups if p
+        {"params": p, "lr": lr, "base_lr": lr, "weight_decay": decay, "ranges": p is ranges}
+        for p, lr, decay in groups
+        if p
     ]
 
 
@@ -201,4 +203,6 @@ def find_non_finite(model: nn.Module, images: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"the first values that are not finite come out of {found[0]}" if found else "in float32 its forward is finite"
+    return (
+        f"the first values that are not finite come out of {found[0]}" if found else "in float32 its forward is finite"
+    )

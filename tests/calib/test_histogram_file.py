@@ -53,7 +53,13 @@ def test_these_columns_are_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("bits", "name"),
-    [(np.array([4]), "int4"), (np.array([9]), None), (np.array([8, 8]), None), (np.array([8.5]), None), (np.array(8), None)],
+    [
+        (np.array([4]), "int4"),
+        (np.array([9]), None),
+        (np.array([8, 8]), None),
+        (np.array([8.5]), None),
+        (np.array(8), None),
+    ],
 )
 def test_files_with_bits_instead_of_formats_are_read(tmp_path, bits, name):
     old = {key: value for key, value in columns().items() if key != "formats"} | {"bits": bits}

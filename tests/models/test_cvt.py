@@ -40,7 +40,9 @@ def microsofts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             names[layer + "output.dense."] = theirs_block + "mlp.fc2."
             names[layer + "layernorm_before."] = theirs_block + "norm1."
             names[layer + "layernorm_after."] = theirs_block + "norm2."
-    return {next(new + key[len(old) :] for old, new in names.items() if key.startswith(old)): v for key, v in state.items()}
+    return {
+        next(new + key[len(old) :] for old, new in names.items() if key.startswith(old)): v for key, v in state.items()
+    }
 
 
 def test_the_original_repositorys_checkpoint_loads(tmp_path):
@@ -61,7 +63,8 @@ def test_its_weights_with_the_other_activation_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"), [({"activation": "relu"}, "gelu or quick_gelu"), ({"widths": 3}, "'widths' is not a setting")]
+    ("settings", "words"),
+    [({"activation": "relu"}, "gelu or quick_gelu"), ({"widths": 3}, "'widths' is not a setting")],
 )
 def test_wrong_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):

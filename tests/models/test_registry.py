@@ -62,7 +62,9 @@ def test_an_unknown_name_lists_the_nearest():
 
 def test_preprocessing_is_the_models_own():
     values = swin.preprocessing(small_swin())
-    assert values["size"] == (32, 32) and values["mean"] == (0.485, 0.456, 0.406) and values["interpolation"] == "bicubic"
+    assert (
+        values["size"] == (32, 32) and values["mean"] == (0.485, 0.456, 0.406) and values["interpolation"] == "bicubic"
+    )
 
 
 VIT_NAME, UNET_NAME = "vit_tiny_patch16_224", "swin_unet_tiny_patch4_window7_224"
@@ -100,7 +102,9 @@ def test_every_family_is_found():
 
 
 def test_a_family_has_a_task_that_is_known():
-    with pytest.raises(ValueError, match="family 'x': task 'detection' is not known; choose classification or segmentation"):
+    with pytest.raises(
+        ValueError, match="family 'x': task 'detection' is not known; choose classification or segmentation"
+    ):
         Family("x", "detection", list, small_swin, swin.preprocessing)
 
 
@@ -194,7 +198,8 @@ def test_vits_are_those_with_plain_blocks():
 def test_a_vits_preprocessing_is_its_own():
     """ViT normalizes with 0.5, DeiT with ImageNet's mean."""
     values = {
-        name: vit.preprocessing(build_model(name, img_size=64)) for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
+        name: vit.preprocessing(build_model(name, img_size=64))
+        for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
     }
     assert values["vit_tiny_patch16_224"]["mean"] == (0.5, 0.5, 0.5)
     assert values["deit_tiny_patch16_224"]["mean"] == (0.485, 0.456, 0.406)

@@ -76,7 +76,10 @@ def test_recipes_are_names_files_or_mappings(config_file, tmp_path):
     recipe = recipe_of(load_config(config_file, [f"recipe={written}", "calibration.calibrator=max"]))
     assert (recipe.name, recipe.per_channel, recipe.calibrator, len(recipe.rules)) == ("mine", False, "max", 1)
     (file := tmp_path / "mine.yaml").write_text(yaml.safe_dump(written))
-    assert recipe_of(load_config(config_file, [f"recipe={file}"])).to_dict() == {**recipe.to_dict(), "calibrator": "mse"}
+    assert recipe_of(load_config(config_file, [f"recipe={file}"])).to_dict() == {
+        **recipe.to_dict(),
+        "calibrator": "mse",
+    }
 
 
 @pytest.mark.parametrize("text, words", [("3", "not a recipe"), ("a: [", "not YAML"), (None, "no such recipe file")])
@@ -143,7 +146,9 @@ def build(config_file, *overrides):
 
 
 def test_one_number_is_the_side_of_a_square(config_file):
-    assert build(config_file, "data.preprocessing.size=64")[1] == build(config_file, "data.preprocessing.size=[64, 64]")[1]
+    assert (
+        build(config_file, "data.preprocessing.size=64")[1] == build(config_file, "data.preprocessing.size=[64, 64]")[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,6 +184,8 @@ def test_published_weights_without_a_network_are_refused_at_once(monkeypatch):
     slept = []
     monkeypatch.setattr(download.constants, "ENDPOINT", "http://localhost:9")
     monkeypatch.setattr(time, "sleep", slept.append)
-    with pytest.raises(ValueError, match=r"weights of swin_tiny_patch4_window7_224 cannot be downloaded.*model.checkpoint="):
+    with pytest.raises(
+        ValueError, match=r"weights of swin_tiny_patch4_window7_224 cannot be downloaded.*model.checkpoint="
+    ):
         build_model("swin_tiny_patch4_window7_224", pretrained=True, cache_dir="/nonexistent")
     assert sum(slept) < 1 and not download.constants.HF_HUB_OFFLINE

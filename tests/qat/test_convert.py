@@ -57,12 +57,15 @@ def test_a_modelopt_checkpoint_computes_the_same(config_file, images, tmp_path):
     twin = quantize(small_swin(), RECIPES["gemm"])
     calibrate(twin, [images])
     state = {
-        key.replace("._input_q", ".input_q").replace("._weight_q", ".weight_q"): v for key, v in twin.state_dict().items()
+        key.replace("._input_q", ".input_q").replace("._weight_q", ".weight_q"): v
+        for key, v in twin.state_dict().items()
     }
     state["layers.0.blocks.0.norm1.input_quantizer._amax"] = torch.tensor(3.0)  # it quantizes what normalizations read
     state["layers.0.blocks.0.attn.qkv.input_quantizer._pre_quant_scale"] = torch.ones(16)
     torch.save(state, tmp_path / "theirs.pth")
-    model, _ = load_checkpoint(convert(load_config(config_file, settings(config_file, tmp_path / "theirs.pth", "gemm"))))
+    model, _ = load_checkpoint(
+        convert(load_config(config_file, settings(config_file, tmp_path / "theirs.pth", "gemm")))
+    )
     with torch.no_grad():
         torch.testing.assert_close(model(images), twin(images))
 

@@ -144,7 +144,10 @@ def test_convert_and_calibrate_do_not_take_each_others_checkpoint(config_file, f
 
 def test_convert_keeps_where_its_checkpoint_came_from(config_file, foreign):
     path = convert(load_config(config_file, [foreign]))
-    assert f"model.checkpoint={yaml.safe_load((path.parent / 'convert.yaml').read_text())['model']['checkpoint']}" == foreign
+    assert (
+        f"model.checkpoint={yaml.safe_load((path.parent / 'convert.yaml').read_text())['model']['checkpoint']}"
+        == foreign
+    )
 
 
 def test_a_job_that_left_nothing_gives_its_place(config_file, foreign, open_run):
@@ -159,7 +162,9 @@ def test_a_second_calibration_says_that_it_is_finished(config_file, caplog):
     made = path.stat().st_mtime_ns
     caplog.clear()
     assert calibrated(config_file) == path and path.stat().st_mtime_ns == made
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: already calibrated; resume=never starts over"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: already calibrated; resume=never starts over"
+    ]
 
 
 @pytest.mark.parametrize("damage", ["cut", "without sidecar", "without histograms"])

@@ -79,7 +79,9 @@ def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> di
         content = calibrate_with_tensorrt(onnx, model, options.algorithm, options.batch_size, stream)
         images = stream.images
     else:
-        content = format_cache(activation_ranges(model, batches, options.algorithm), options.offline_for, options.algorithm)
+        content = format_cache(
+            activation_ranges(model, batches, options.algorithm), options.offline_for, options.algorithm
+        )
         images = len(samples) - len(skipped or ())
     warn_of_skipped(skipped)
     details = {"images": images, "seed": options.seed, "offline": options.offline_for is not None}
@@ -99,7 +101,9 @@ def calibration_batches(
         yield batch.images
 
 
-def calibrate_with_tensorrt(path: Path, model: onnx.ModelProto, algorithm: str, batch: int, stream: BatchStream) -> bytes:
+def calibrate_with_tensorrt(
+    path: Path, model: onnx.ModelProto, algorithm: str, batch: int, stream: BatchStream
+) -> bytes:
     """TensorRT's own cache. An engine is built on the way and thrown away, so the builder does not optimize it.
 
     Raises:
@@ -108,7 +112,9 @@ def calibrate_with_tensorrt(path: Path, model: onnx.ModelProto, algorithm: str, 
     options = BuildOptions(precision="int8", batch_sizes=(batch, batch, batch), level=0)
     tensorrt = find_tensorrt("tensorrt")
     if not tensorrt.can.implicit_int8:
-        raise ValueError(f"{tensorrt} has no calibrators; use --offline for a cache of an older version, or Q/DQ graphs")
+        raise ValueError(
+            f"{tensorrt} has no calibrators; use --offline for a cache of an older version, or Q/DQ graphs"
+        )
     check_possible(path, model, options, tensorrt, calibrated=True)
     calibrator = make_calibrator(algorithm, stream)
     build_network(path, model, options, tensorrt, {}, calibrator)

@@ -45,7 +45,9 @@ def _attribute(runtime: Any, attribute: int) -> int:
 
 
 def _name(runtime: Any) -> str:
-    properties = ctypes.create_string_buffer(8192)  # cudaDeviceProp begins with char name[256]; its size grows by version
+    properties = ctypes.create_string_buffer(
+        8192
+    )  # cudaDeviceProp begins with char name[256]; its size grows by version
     _cuda().check(runtime.cudaGetDeviceProperties(properties, 0))
     return properties.raw[:256].split(b"\0")[0].decode()
 

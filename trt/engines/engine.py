@@ -27,7 +27,9 @@ NO_RTX = ("9.0", "10.0", "10.3")  # compute capabilities of data-centre GPUs tha
 def check_fits(path: Path, sidecar: dict[str, Any], tensorrt: TensorRT, gpu: Gpu | None) -> None:
     """Raises ValueError when this TensorRT or this GPU cannot run the engine, before TensorRT's own error does."""
     if tensorrt.version != sidecar["version"]:
-        raise ValueError(f"{path}: built by {tensorrt.target} {sidecar['version']}, here is {tensorrt}; build it again here")
+        raise ValueError(
+            f"{path}: built by {tensorrt.target} {sidecar['version']}, here is {tensorrt}; build it again here"
+        )
     if gpu is None:
         raise ValueError(f"{path}: running an engine needs an NVIDIA GPU and its driver; evaluate the .onnx file here")
     if tensorrt.target == "tensorrt-rtx" and gpu.capability in NO_RTX:

@@ -125,7 +125,9 @@ def graph_layers(model: onnx.ModelProto) -> list[Layer]:
     def kinds(tensors: Any) -> tuple[str, ...]:
         return tuple(names.get(types.get(tensor, 0), "unknown") for tensor in tensors if tensor)
 
-    return [Layer(node.name, node.op_type, (node.name,), kinds(node.input), kinds(node.output)) for node in model.graph.node]
+    return [
+        Layer(node.name, node.op_type, (node.name,), kinds(node.input), kinds(node.output)) for node in model.graph.node
+    ]
 
 
 def layer_table(layers: list[Layer]) -> str:

@@ -97,7 +97,8 @@ def _config(
     return loaders.CreateConfig(
         tf32=precision in ("tf32", "best"),
         fp16=weak and precision in ("fp16", "int8", "best"),
-        int8=weak and (precision == "int8" or (precision == "best" and (calibrator is not None or _has_scales(network)))),
+        int8=weak
+        and (precision == "int8" or (precision == "best" and (calibrator is not None or _has_scales(network)))),
         calibrator=calibrator,
         precision_constraints="prefer" if weak and options.override else None,
         # Without cuBLAS and cuDNN, off by default since TensorRT 10: an engine that uses neither needs neither installed.

@@ -77,7 +77,9 @@ def check_possible(
             f" qswin export --opset {can.newest_opset}"
         )
     if can.needs_gpu and find_gpu() is None:
-        raise ValueError(f"{tensorrt} builds on a GPU, and there is none here; --target tensorrt-rtx builds without one")
+        raise ValueError(
+            f"{tensorrt} builds on a GPU, and there is none here; --target tensorrt-rtx builds without one"
+        )
     if options.override and options.precision in ("fp32", "tf32"):
         raise ValueError("--override is for --precision fp16, int8 or best: in fp32 and tf32 there is nothing to keep")
     _check_precision(path, model, options, calibrated)
@@ -99,7 +101,9 @@ def _check_precision(path: Path, model: onnx.ModelProto, options: BuildOptions, 
 
 def _check_cache(path: Path, cache: Path, options: BuildOptions, tensorrt: TensorRT, quantized: bool) -> None:
     if not tensorrt.can.implicit_int8:
-        raise ValueError(f"{tensorrt} has no implicit INT8, so no use for a calibration cache; build a Q/DQ graph instead")
+        raise ValueError(
+            f"{tensorrt} has no implicit INT8, so no use for a calibration cache; build a Q/DQ graph instead"
+        )
     if quantized or options.precision in FLOATING:
         raise ValueError(f"{path}: a calibration cache is for --precision int8 or best of a graph without Q/DQ nodes")
     read_cache(cache, tensorrt.version, sha256(path))

@@ -37,7 +37,8 @@ def int8_sums_saturate() -> bool:
     """
     depth, level = 32, np.int8(127)
     scale, zero = (
-        numpy_helper.from_array(np.array(value), name) for value, name in ((np.float32(1), "scale"), (np.int8(0), "zero"))
+        numpy_helper.from_array(np.array(value), name)
+        for value, name in ((np.float32(1), "scale"), (np.int8(0), "zero"))
     )
     weights = numpy_helper.from_array(np.full((depth, 4), level), "weights")
     nodes = [
@@ -67,7 +68,9 @@ def start_session(path: str | Path, threads: int, disabled: Sequence[str] = ()) 
             str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
         )
     except LOAD_ERRORS as error:
-        raise ValueError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again") from error
+        raise ValueError(
+            f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again"
+        ) from error
 
 
 def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> dict[str, str]:

@@ -16,7 +16,10 @@ SENSITIVE = 40  # groups of a sensitivity result that are drawn
 SCORES = ("acc1", "acc5", "dice", "volume_dice", "volume_hd95")
 LISTED = {
     "evaluation": ("Accuracy", ("backend", "precision", *SCORES, "images", "images_per_second")),
-    "comparison": ("Comparisons", ("model", "reference", "max_abs", "mean_abs", "mean_rel", "top1_agreement", "parting")),
+    "comparison": (
+        "Comparisons",
+        ("model", "reference", "max_abs", "mean_abs", "mean_rel", "top1_agreement", "parting"),
+    ),
     "search": ("Mixed precision", ("recipe", "budget", "in_float", "share_of_bit_operations")),
     "export": ("Exports", ("onnx", "precision", "opset", "nodes", "qdq_nodes", "bytes")),
     "build": ("Builds", ("target", "version", "engine_precision", "gpu", "capability", "profile", "seconds")),

@@ -59,7 +59,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], classes: Iter
     kinds = list(classes) or [""] * len(found)
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join(
-        f'<tr class="{html.escape(kind)}">{"".join(map(cell, row))}</tr>' for kind, row in zip(kinds, found, strict=True)
+        f'<tr class="{html.escape(kind)}">{"".join(map(cell, row))}</tr>'
+        for kind, row in zip(kinds, found, strict=True)
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

@@ -36,7 +36,8 @@ def test_a_mask_is_cut_as_its_image_is_and_keeps_its_values(tmp_path):
     mask = np.kron(rng.integers(0, 5, (10, 14)), np.ones((4, 4))).astype(np.uint8)
     Image.fromarray(mask).save(tmp_path / "a.png")
     np.testing.assert_array_equal(
-        load_mask(tmp_path / "a.png", tmp_path / "a.png", Preprocessing(size=(10, 10), crop_pct=1.0)), mask[1::4, 9:49:4]
+        load_mask(tmp_path / "a.png", tmp_path / "a.png", Preprocessing(size=(10, 10), crop_pct=1.0)),
+        mask[1::4, 9:49:4],
     )
 
 

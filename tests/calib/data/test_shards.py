@@ -111,7 +111,8 @@ WHOLE = tar_bytes([("a.jpg", b"x" * 700), ("a.cls", b"3")])
 
 @settings(max_examples=200)
 @given(
-    changes=st.lists(st.tuples(st.integers(0, 2047), st.integers(0, 255)), min_size=1, max_size=6), cut=st.integers(0, 10240)
+    changes=st.lists(st.tuples(st.integers(0, 2047), st.integers(0, 255)), min_size=1, max_size=6),
+    cut=st.integers(0, 10240),
 )
 def test_broken_bytes_give_samples_or_one_error(tmp_path_factory, changes, cut):
     content = bytearray(WHOLE)

@@ -52,8 +52,14 @@ def test_building_needs_a_gpu(checkpoint):
         (["--precision", "fp16", "--checkpoint", "x", "--engine", "x.pt2"], "--precision fp16 is not for"),
         (["--onnx", "x", "--engine", "x.pt2"], "--onnx is not for --target inductor"),
         (["--level", "0", "--checkpoint", "x", "--engine", "x.pt2"], "--level is not for --target inductor"),
-        (["--timing-cache", "t", "--checkpoint", "x", "--engine", "x.pt2"], "--timing-cache is not for --target inductor"),
-        (["--capability", "8.9", "--checkpoint", "x", "--engine", "x.pt2"], "--capability is not for --target inductor"),
+        (
+            ["--timing-cache", "t", "--checkpoint", "x", "--engine", "x.pt2"],
+            "--timing-cache is not for --target inductor",
+        ),
+        (
+            ["--capability", "8.9", "--checkpoint", "x", "--engine", "x.pt2"],
+            "--capability is not for --target inductor",
+        ),
         (["--engine", "x.pt2"], "builds from --checkpoint FILE"),
         (["--checkpoint", "x", "--engine", "x.engine"], "--engine x.engine: the name must end in .pt2"),
     ],
@@ -88,7 +94,9 @@ def test_a_library_with_its_own_cpp_library_is_refused(tmp_path, links):
     package = io.BytesIO()
     with zipfile.ZipFile(package, "w") as archive:
         archive.write(library, "model/x.so")
-    with contextlib.nullcontext() if links else pytest.raises(ValueError, match="linked libstdc.. into the package.*CXX"):
+    with (
+        contextlib.nullcontext() if links else pytest.raises(ValueError, match="linked libstdc.. into the package.*CXX")
+    ):
         inductor.check_linkage(package.getvalue())
 
 
@@ -117,7 +125,8 @@ def test_a_package_computes_what_the_lowered_model_does(checkpoint, images, shap
 
     engine = tmp_path / "int8.pt2"
     assert (
-        invoke("build", "--target", "inductor", "--checkpoint", checkpoint, "--engine", engine, "--batch-sizes", shapes) == 0
+        invoke("build", "--target", "inductor", "--checkpoint", checkpoint, "--engine", engine, "--batch-sizes", shapes)
+        == 0
     )
     package = inductor.Package(engine)
     model, _ = load_checkpoint(checkpoint)

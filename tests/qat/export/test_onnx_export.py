@@ -37,7 +37,9 @@ def calibrated(model, images, recipe=RECIPE):
 
 
 @functools.cache
-def model_and_graph(name: str = V1, precision: str = "int8", opset: int = 20) -> tuple[torch.nn.Module, onnx.ModelProto]:
+def model_and_graph(
+    name: str = V1, precision: str = "int8", opset: int = 20
+) -> tuple[torch.nn.Module, onnx.ModelProto]:
     """The small Swin, calibrated for int8, and its graph. Exporting takes seconds, so each graph is made once."""
     torch.manual_seed(0)
     model = small_swin(name)
@@ -168,7 +170,9 @@ def test_weights_beyond_their_range_saturate_as_in_torch(images):
         if "_weight_quantizer" in name:
             buffer *= 0.3
     graph = saved(export_onnx(twin, DESCRIPTION))
-    stored = [numpy_helper.to_array(i) for i in graph.graph.initializer if i.data_type == onnx.TensorProto.INT8 and i.dims]
+    stored = [
+        numpy_helper.to_array(i) for i in graph.graph.initializer if i.data_type == onnx.TensorProto.INT8 and i.dims
+    ]
     assert min(array.min() for array in stored) == -127
     expected = twin(images).numpy()
     np.testing.assert_allclose(run(graph, images), expected, atol=0.02 * np.abs(expected).max())
@@ -211,7 +215,10 @@ def test_what_cannot_be_exported_says_why(images):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"preprocessing": Preprocessing(size=(48, 48))}, "does not take an image of 3 x 48 x 48.*preprocessing: .*height"),
+        (
+            {"preprocessing": Preprocessing(size=(48, 48))},
+            "does not take an image of 3 x 48 x 48.*preprocessing: .*height",
+        ),
         ({"model": {**DESCRIPTION.model, "num_classes": 7}}, "gives 5 classes, but .* num_classes says 7"),
         ({"classes": ("a", "b")}, "gives 5 classes, but .* classes says 2"),
     ],

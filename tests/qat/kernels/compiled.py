@@ -44,7 +44,11 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         NORMS | {"x_ptr": "*fp16", "out_ptr": "*i8"},
         NORM | {"TOKENS": 1, "NORM": True},
     ),
-    "norm_add": (norm_add._norm_add_kernel, NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"}, NORM),
+    "norm_add": (
+        norm_add._norm_add_kernel,
+        NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
+        NORM,
+    ),
     "patch_embed": (
         patch_embed._patch_embed_kernel,
         NORMS | {"image_ptr": "*fp16", "weight_ptr": "*i8", "out_ptr": "*fp16"},
@@ -71,7 +75,9 @@ def machine_code(name: str) -> str:
     """PTX, Python floats being typed as torch 2.11's Inductor types them."""
     kernel, pointers, constants = KERNELS[name]
     names = kernel.arg_names
-    types = {n: pointers.get(n, "fp64" if is_float(n) else "i32") for n in names} | dict.fromkeys(constants, "constexpr")
+    types = {n: pointers.get(n, "fp64" if is_float(n) else "i32") for n in names} | dict.fromkeys(
+        constants, "constexpr"
+    )
     source = ASTSource(kernel, types, {(names.index(n),): value for n, value in constants.items()})
     return triton.compile(source, target=TARGET, options={"num_warps": 4}).asm["ptx"]
 
@@ -81,7 +87,9 @@ def written(name: str) -> list[str]:
     kernel, pointers, constants = KERNELS[name]
     with FakeTensorMode():
         arguments = {n: 1.5 if is_float(n) else 64 for n in kernel.arg_names}
-        arguments |= {n: torch.empty(64, 64, dtype=DTYPES[pointers[n]], device="cuda") for n in arguments if n in pointers}
+        arguments |= {
+            n: torch.empty(64, 64, dtype=DTYPES[pointers[n]], device="cuda") for n in arguments if n in pointers
+        }
         return get_mutated_tensors(
             kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args({}), arguments | constants, {}
         )

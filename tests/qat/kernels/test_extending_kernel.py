@@ -38,4 +38,6 @@ def test_the_kernel_computes_what_its_reference_does(example):
 
 def test_the_operator_is_the_reference_on_a_cpu(example):
     x, y = random_int8(5, 9), random_int8(5, 9)
-    assert torch.equal(torch.ops.qswin_example.add_quantize(x, y, 0.3, 0.7), example.add_quantize_reference(x, y, 0.3, 0.7))
+    assert torch.equal(
+        torch.ops.qswin_example.add_quantize(x, y, 0.3, 0.7), example.add_quantize_reference(x, y, 0.3, 0.7)
+    )

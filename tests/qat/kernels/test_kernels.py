@@ -9,7 +9,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = pytest.mark.skipif(not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and not interpreted")
+pytestmark = pytest.mark.skipif(
+    not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and not interpreted"
+)
 
 from qswin.qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed  # noqa: E402
 from qswin.qat.kernels.arithmetic import gelu  # noqa: E402
@@ -88,7 +90,9 @@ def test_norm_quantize_is_layer_norm():
     x, weight, bias = torch.randn(1, 10, 32), torch.randn(32), torch.randn(32)
     q_out = norm_quantize.norm_quantize_reference(x, torch.arange(10).int()[:, None], weight, bias, 1e-5, 30.0)
     expected = torch.nn.functional.layer_norm(x.double(), (32,), weight.double(), bias.double(), 1e-5)
-    torch.testing.assert_close(q_out.double() / 30, expected[0].clamp(-128 / 30, 127 / 30), rtol=0, atol=0.5 / 30 + 1e-6)
+    torch.testing.assert_close(
+        q_out.double() / 30, expected[0].clamp(-128 / 30, 127 / 30), rtol=0, atol=0.5 / 30 + 1e-6
+    )
 
 
 SIZES = pytest.mark.parametrize(("m", "n", "k"), [(100, 96, 96), (64, 32, 200), (130, 160, 64), (1, 64, 33)])
@@ -137,7 +141,10 @@ def test_integer_sums_are_exact():
 
 def test_ties_go_to_even():
     """x is the identity times 2, so that half of the weight's levels come out."""
-    weight, half = torch.arange(-16, 16, dtype=torch.int8).view(1, 32).expand(32, 32).contiguous(), torch.full((32,), 0.25)
+    weight, half = (
+        torch.arange(-16, 16, dtype=torch.int8).view(1, 32).expand(32, 32).contiguous(),
+        torch.full((32,), 0.25),
+    )
     x = 2 * torch.eye(32, dtype=torch.int8)
     ours, expected = compare(linear.linear_quantize, linear.linear_quantize_reference, x, weight, half, torch.zeros(32))
     assert torch.equal(ours, expected)
@@ -162,7 +169,9 @@ def test_linear_add(padded):
         token_ids = torch.cat([token_ids[:20], torch.tensor([-1], dtype=torch.int32), token_ids[20:]])
         x = random_int8(batch * (rows + 1), k)
     shortcut = torch.randn(batch, rows, n)
-    ours, expected = compare(linear.linear_add, linear.linear_add_reference, x, weight, scale, bias, shortcut, token_ids)
+    ours, expected = compare(
+        linear.linear_add, linear.linear_add_reference, x, weight, scale, bias, shortcut, token_ids
+    )
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     image = x.view(batch, -1, k)[1, (token_ids == 5).nonzero().item()]
     one = shortcut[1, 5].double() + (image.double() @ weight.double().T) * scale.double() + bias.double()
@@ -199,7 +208,17 @@ def test_window_attention_is_attention():
 def test_cosine_window_attention():
     qkv, bias = torch.randn(9 * 49, 3 * 2 * 32) * 3, torch.randn(3, 2, 49, 49)
     qkv[5] = 0.0  # a token whose q and k have no direction
-    arguments = (qkv, attention.padded_bias(bias), 49, torch.tensor([2.0, 10.0]) / 250**2, 250.0, 250.0, 12.0, 127.0, 0.007)
+    arguments = (
+        qkv,
+        attention.padded_bias(bias),
+        49,
+        torch.tensor([2.0, 10.0]) / 250**2,
+        250.0,
+        250.0,
+        12.0,
+        127.0,
+        0.007,
+    )
     ours, expected = compare(attention.cosine_window_attention, attention.cosine_window_attention_reference, *arguments)
     assert_int8_close(ours, expected, share=0.01)
 

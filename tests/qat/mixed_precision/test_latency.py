@@ -24,7 +24,9 @@ def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch, 
     groups = [quantizer.site.removesuffix(".weight") for quantizer in quantizers(probe.model)]
     activations = {quantizer.site for quantizer in quantizers(probe.model) if not quantizer.site.endswith(".weight")}
     first = next(site for site in groups if site.endswith("qkv"))
-    measured = latency.latencies(probe.model, description, [[first], groups], "onnxruntime", 2, tmp_path / "timing.cache")
+    measured = latency.latencies(
+        probe.model, description, [[first], groups], "onnxruntime", 2, tmp_path / "timing.cache"
+    )
     assert all(measured(count) > 0 for count in (1, 2, 1))
     assert seen == [len(activations) - 1, 0]
 

@@ -99,7 +99,9 @@ def test_the_command_keeps_to_a_latency(checkpoint, data, tmp_path, capsys, monk
     assert invoke("sensitivity", *common, "--by", "layer", "--json", tmp_path / "s.json") == 0
     search_for = [*common, "--sensitivity", tmp_path / "s.json", "--recipe", tmp_path / "mixed.yaml", "--budget"]
     assert invoke("search", *search_for, "latency<=4", "--json", tmp_path / "found.json") == 0
-    floats = [rule for rule in yaml.safe_load((tmp_path / "mixed.yaml").read_text())["rules"] if rule["quantize"] is False]
+    floats = [
+        rule for rule in yaml.safe_load((tmp_path / "mixed.yaml").read_text())["rules"] if rule["quantize"] is False
+    ]
     assert 2 <= len(floats) <= 3  # a layer has one site or two
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["in_float"]) < len(floats) + 1 and len(found["in_float"] + found["quantized"]) == 35
@@ -107,7 +109,18 @@ def test_the_command_keeps_to_a_latency(checkpoint, data, tmp_path, capsys, monk
 
 
 def test_search_says_what_is_wrong_with_its_files(checkpoint, data, tmp_path, capsys):
-    common = ["--checkpoint", checkpoint, "--data", data / "train", "--images", 4, "--device", "cpu", "--budget", "kl<=1"]
+    common = [
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        data / "train",
+        "--images",
+        4,
+        "--device",
+        "cpu",
+        "--budget",
+        "kl<=1",
+    ]
     report = tmp_path / "s.json"
     files = ["--sensitivity", report, "--recipe", tmp_path / "mixed.yaml"]
     assert "no such file" in fails(capsys, "search", *common, *files)

@@ -26,7 +26,9 @@ def test_a_bad_range_is_ranked_first_alone_and_when_left_out(probe, tmp_path):
 
 def test_a_row_is_what_switching_by_hand_gives(probe, tmp_path):
     name = "layers.1.blocks.0.attn.qkv"
-    row = measure_groups(probe, {name: group_quantizers(probe.model, "site")[name]}, {"rows": []}, tmp_path / "s.json")[0]
+    row = measure_groups(probe, {name: group_quantizers(probe.model, "site")[name]}, {"rows": []}, tmp_path / "s.json")[
+        0
+    ]
     images = torch.from_numpy(np.concatenate([batch.images for batch in probe.batches]))
     with torch.no_grad():
         probe.switch([])
@@ -35,7 +37,9 @@ def test_a_row_is_what_switching_by_hand_gives(probe, tmp_path):
             if quantizer.site in (name, f"{name}.weight"):
                 quantizer.enable()
         alone = probe.model(images)
-    ours, reference = (logits.double().log_softmax(1) for logits in (alone, floating))  # a small KL is rounding in float32
+    ours, reference = (
+        logits.double().log_softmax(1) for logits in (alone, floating)
+    )  # a small KL is rounding in float32
     expected = F.kl_div(ours, reference, log_target=True, reduction="batchmean").item()
     assert row["alone"]["kl"] == pytest.approx(expected, rel=1e-3)
 
@@ -48,7 +52,9 @@ def test_an_interrupted_run_goes_on(probe, tmp_path):
     report = {"job": {"seed": 0}, "rows": [kept]}
     rows = measure_groups(probe, groups, report, tmp_path / "s.json")
     assert rows[0] == kept and {row["name"] for row in rows} == set(groups)
-    assert start_report(tmp_path / "s.json", {"seed": 0})["rows"] == json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert (
+        start_report(tmp_path / "s.json", {"seed": 0})["rows"] == json.loads((tmp_path / "s.json").read_text())["rows"]
+    )
     with pytest.raises(ValueError, match="seed was 0, now 1"):
         start_report(tmp_path / "s.json", {"seed": 1})
     for text, words in (

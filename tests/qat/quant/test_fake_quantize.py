@@ -44,7 +44,9 @@ def test_each_channel_has_its_scale():
     assert torch.equal(fake_quantize(x, scale, INT8.of_weights), torch.stack(rows))
 
 
-def lsq_reference(x: np.ndarray, scale: np.ndarray, grad: np.ndarray, qmin: int, qmax: int) -> tuple[np.ndarray, np.ndarray]:
+def lsq_reference(
+    x: np.ndarray, scale: np.ndarray, grad: np.ndarray, qmin: int, qmax: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Equations 3 and 5 of "Learned Step Size Quantization", in float64."""
     v = x.astype(np.float64) / scale
     inside = (np.rint(v) >= qmin) & (np.rint(v) <= qmax)

@@ -65,7 +65,14 @@ def test_every_site_of_cvt_is_there():
 def test_every_site_of_swin_unet_is_there():
     stages = ("layers.0", "layers.1", "layers_up.1")
     blocks = {f"{stage}.blocks.{i}.{site}" for stage in stages for i in range(2) for site in ATTENTION | {"attn.qkv"}}
-    others = {"patch_embed", "head", "layers.0.downsample.reduction", "layers_up.0.expand", "concat_back_dim.1", "up.expand"}
+    others = {
+        "patch_embed",
+        "head",
+        "layers.0.downsample.reduction",
+        "layers_up.0.expand",
+        "concat_back_dim.1",
+        "up.expand",
+    }
     assert sites_of("swin-unet") == others | blocks
 
 

@@ -191,7 +191,11 @@ def test_quantizers_that_were_switched_off_come_back_off(quantized):
     assert sorted(key for key in state if key.endswith("_off")) == sorted(f"{name}._off" for name in names)
     fresh = quantize(small_swin(), named_recipe("full"))
     fresh.load_state_dict(state, strict=True)
-    off = [name for name, module in fresh.named_modules() if isinstance(module, TensorQuantizer) and module.mode is Mode.OFF]
+    off = [
+        name
+        for name, module in fresh.named_modules()
+        if isinstance(module, TensorQuantizer) and module.mode is Mode.OFF
+    ]
     assert off == names and torch.equal(next(quantizers(fresh))._amax, first._amax)
     fresh.load_state_dict(quantize_all(quantized).state_dict(), strict=True)
     assert modes(fresh) == {Mode.QUANTIZING}

@@ -32,7 +32,11 @@ def test_patterns_match_whole_parts_of_a_name(pattern, site, matches):
 def test_later_rules_win_setting_by_setting():
     recipe = Recipe(
         "mine",
-        (Rule("*", quantize=True, activation_format="int6"), Rule("fc2", calibrator="max"), Rule("head", quantize=False)),
+        (
+            Rule("*", quantize=True, activation_format="int6"),
+            Rule("fc2", calibrator="max"),
+            Rule("head", quantize=False),
+        ),
     )
     settings = recipe.settings("mlp.fc2")
     assert (settings["activation_format"], settings["calibrator"]) == ("int6", "max")

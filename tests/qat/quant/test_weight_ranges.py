@@ -46,7 +46,9 @@ def test_least_squares_ranges_are_the_first_formulas_bit_for_bit(bits, axis):
     best, least = torch.ones_like(amax), torch.full_like(amax, float("inf"))
     for share in torch.linspace(0.25, 1.0, 64).tolist():
         scale = share / grid.qmax
-        error = (torch.clamp((x / scale).round_(), grid.qmin, grid.qmax).mul_(scale) - x).square_().sum_to_size(amax.shape)
+        error = (
+            (torch.clamp((x / scale).round_(), grid.qmin, grid.qmax).mul_(scale) - x).square_().sum_to_size(amax.shape)
+        )
         best, least = torch.where(error < least, share, best), torch.minimum(error, least)
     found = weight_ranges(weight, axis, "mse", grid)
     assert torch.equal(found, best * amax) and (bits == 8 or (found < amax).any())

@@ -91,7 +91,11 @@ def test_what_dali_reads_otherwise_is_refused(tmp_path, name, mode):
 
 def in_mode(image, mode):
     """Pillow converts to 16 bits by cutting them off."""
-    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    return (
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else image.convert(mode)
+    )
 
 
 TURNED = Image.Exif()

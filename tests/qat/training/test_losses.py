@@ -17,7 +17,9 @@ def test_distillation_is_the_divergence_from_the_teacher(shape):
 
 def test_block_loss_is_a_share_of_the_teachers_square():
     ours, theirs = [torch.randn(2, 3), torch.randn(4)], [torch.randn(2, 3), torch.randn(4)]
-    expected = sum(((a - b).double() ** 2).mean() / (b.double() ** 2).mean() for a, b in zip(ours, theirs, strict=True)) / 2
+    expected = (
+        sum(((a - b).double() ** 2).mean() / (b.double() ** 2).mean() for a, b in zip(ours, theirs, strict=True)) / 2
+    )
     assert block_loss(ours, theirs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -28,7 +30,9 @@ def test_dice_loss_is_counted_by_hand():
     for index in range(3):
         both = predicted = true = 0.0
         for image in range(2):
-            for pixel, label in zip(logits[image].double().softmax(0).flatten(1).T, masks[image].flatten(), strict=True):
+            for pixel, label in zip(
+                logits[image].double().softmax(0).flatten(1).T, masks[image].flatten(), strict=True
+            ):
                 if label != 255:
                     both += pixel[index] * (label == index)
                     predicted += pixel[index] ** 2

@@ -39,7 +39,11 @@ def start(config_file):
             ["model.kwargs.drop_path_rate=0.2"],
             "its model has drop_path_rate=None, the config model.kwargs.drop_path_rate=0.2",
         ),
-        ([], ["data.preprocessing.crop_pct=0.5"], "its preprocessing has crop_pct=0.9, data.preprocessing.crop_pct is 0.5"),
+        (
+            [],
+            ["data.preprocessing.crop_pct=0.5"],
+            "its preprocessing has crop_pct=0.9, data.preprocessing.crop_pct is 0.5",
+        ),
         ([], ["recipe=gemm"], "its recipe is 'full', the config's is 'gemm'; set recipe=full"),
         ([f"recipe={HALF}"], [f"recipe={LESS}"], "its recipe 'mine' has rules.1.sites=fc2, the config's has qkv"),
         (
@@ -74,9 +78,13 @@ def test_a_recipe_that_was_changed_since_is_noticed(start, tmp_path, config_file
     with process_group("cpu") as ranks:
         path = run_calibration(load_config(config_file, ["recipe=gemm"]), ranks)
     model, description = load_checkpoint(path)
-    changed = dataclasses.replace(RECIPES["gemm"], rules=(*RECIPES["gemm"].rules, Rule("layers.0", weight_calibrator="mse")))
+    changed = dataclasses.replace(
+        RECIPES["gemm"], rules=(*RECIPES["gemm"].rules, Rule("layers.0", weight_calibrator="mse"))
+    )
     save_checkpoint(tmp_path / "same.safetensors", model, dataclasses.replace(description, recipe=changed))
-    config = load_config(config_file, [f"init={tmp_path / 'same.safetensors'}", "recipe=gemm", f"run={tmp_path / 'other'}"])
+    config = load_config(
+        config_file, [f"init={tmp_path / 'same.safetensors'}", "recipe=gemm", f"run={tmp_path / 'other'}"]
+    )
     assert Trainer(config, ranks).task == "classification"  # calibrators alone
     config.recipe = {**RECIPES["gemm"].to_dict(), "rules": [{"sites": "fc1", "quantize": True}]}
     with pytest.raises(ValueError, match="its recipe 'gemm' has rules.0.sites=.*the config's has fc1"):

@@ -37,7 +37,8 @@ def batches(sizes: list[int], side: int = 4) -> list[TrainBatch]:
     images = torch.randn(count, 3, side, side, generator=generator)
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
     return [
-        TrainBatch(*parts) for parts in zip(*(t.split(sizes) for t in (images, labels, torch.arange(count))), strict=True)
+        TrainBatch(*parts)
+        for parts in zip(*(t.split(sizes) for t in (images, labels, torch.arange(count))), strict=True)
     ]
 
 

@@ -140,7 +140,10 @@ def test_masks_train_too(masks_config):
 
 
 def test_an_augmentation_of_another_task_is_named(masks_config, config_file):
-    for file, setting, task in ((masks_config, "mixup=0.2", "segmentation"), (config_file, "rotate=9", "classification")):
+    for file, setting, task in (
+        (masks_config, "mixup=0.2", "segmentation"),
+        (config_file, "rotate=9", "classification"),
+    ):
         with pytest.raises(ValueError, match=f"train.augment.{setting.partition('=')[0]} is not for {task}"):
             run(file, "recipe=none", f"train.augment.{setting}")
 
@@ -350,7 +353,9 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(config_file, ptq):
 def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file, ptq):
     trainer = make_trainer(config_file, ptq, "train.learn_ranges=true", "train.range_lr=0.5")
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    groups = [({names[id(p)] for p in g["params"]}, g["weight_decay"], g["lr"]) for g in trainer.step.optimizer.param_groups]
+    groups = [
+        ({names[id(p)] for p in g["params"]}, g["weight_decay"], g["lr"]) for g in trainer.step.optimizer.param_groups
+    ]
     (decayed, decay, _), (plain, none, _), (ranges, of_ranges, rate) = groups
     assert decay == 0.05 and none == of_ranges == 0 and rate == 0.5
     assert all(name.endswith("_log_gain") for name in ranges) and len(ranges) == len(list(quantizers(trainer.model)))
@@ -391,7 +396,9 @@ def test_training_with_dali_follows_training_with_pillow(config_file, ptq, tmp_p
     assert dali == pytest.approx(pillow, rel=0.02)
 
 
-@pytest.mark.parametrize("decoder, message", [("jpeg", "not known; choose pillow, dali"), ("dali", "is for classification")])
+@pytest.mark.parametrize(
+    "decoder, message", [("jpeg", "not known; choose pillow, dali"), ("dali", "is for classification")]
+)
 def test_a_decoder_that_a_task_has_not_is_an_error(masks_config, decoder, message):
     with pytest.raises(ValueError, match=message):
         run(masks_config, f"data.decoder={decoder}")

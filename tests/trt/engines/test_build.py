@@ -123,7 +123,16 @@ def test_files_that_are_no_graphs_say_so(rtx, tmp_path):
 
 def test_the_command_writes_an_engine_and_its_sidecar(rtx, graphs, tmp_path):
     engine = tmp_path / "deep" / "int8.engine"
-    arguments = ["--onnx", str(graphs["int8"]), "--engine", str(engine), "--target", "tensorrt-rtx", "--precision", "int8"]
+    arguments = [
+        "--onnx",
+        str(graphs["int8"]),
+        "--engine",
+        str(engine),
+        "--target",
+        "tensorrt-rtx",
+        "--precision",
+        "int8",
+    ]
     assert invoke("build", *arguments, "--batch-sizes", "1,2,4", "--json", tmp_path / "r.json") == 0
     sidecar = json.loads(sidecar_path(engine).read_text())
     assert sidecar["kind"] == "engine" and sidecar["sha256"] == sha256(engine) and sidecar["engine_precision"] == "int8"
@@ -152,7 +161,10 @@ def test_any_text_is_a_size_or_an_error(text):
 def test_one_shape_is_a_fixed_batch(rtx, graphs, graph):
     model = read_onnx(graphs[graph])
     fixed = with_batch(model, 3)
-    assert [value.type.tensor_type.shape.dim[0].dim_value for value in (*fixed.graph.input, *fixed.graph.output)] == [3, 3]
+    assert [value.type.tensor_type.shape.dim[0].dim_value for value in (*fixed.graph.input, *fixed.graph.output)] == [
+        3,
+        3,
+    ]
     images = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
     # Node by node: ONNX Runtime fuses the two to other products, float or integer, where the batch is known.
     runs = [activations(m, ["logits"], images)["logits"] for m in (model, fixed)]

@@ -43,7 +43,9 @@ def test_what_does_not_fit_says_why(engine):
 @pytest.mark.parametrize("key", KEYS)
 def test_a_sidecar_without_a_key_is_refused(engine, key):
     sidecar = sidecar_path(engine)
-    sidecar.write_text(json.dumps({name: value for name, value in json.loads(sidecar.read_text()).items() if name != key}))
+    sidecar.write_text(
+        json.dumps({name: value for name, value in json.loads(sidecar.read_text()).items() if name != key})
+    )
     with pytest.raises(ValueError, match=f"not the sidecar of a engine \\('{key}' is missing\\); build it again"):
         BuiltModel(engine, KIND)
 

@@ -38,7 +38,8 @@ def built(graph: Path, folder: Path, options: BuildOptions) -> Engine:
 
 
 @pytest.mark.parametrize(
-    ("graph", "precision", "tolerance"), [("fp32-17", "fp32", 1e-3), ("fp32-17", "fp16", 0.02), ("int8-17", "int8", 0.1)]
+    ("graph", "precision", "tolerance"),
+    [("fp32-17", "fp32", 1e-3), ("fp32-17", "fp16", 0.02), ("int8-17", "int8", 0.1)],
 )
 def test_engines_agree_with_onnx_runtime(graphs, images, tmp_path, graph, precision, tolerance):
     engine = built(graphs[graph], tmp_path, BuildOptions(precision=precision, batch_sizes=(1, 4, 8), level=1))

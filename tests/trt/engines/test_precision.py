@@ -53,7 +53,8 @@ def test_wrong_overrides_say_what_would_be_right(graphs, override, message):
 
 def test_kinds_of_graphs(graphs):
     kinds = {
-        name: (is_quantized(onnx.load(graphs[name])), is_half(onnx.load(graphs[name]))) for name in ("fp32", "fp16", "int8")
+        name: (is_quantized(onnx.load(graphs[name])), is_half(onnx.load(graphs[name])))
+        for name in ("fp32", "fp16", "int8")
     }
     assert kinds == {"fp32": (False, False), "fp16": (False, True), "int8": (True, False)}
 

@@ -80,7 +80,9 @@ def half_errors(source: Path, overrides: list[str], images: np.ndarray) -> list[
 LAYER_NORM = "LayerNormalization=fp32"  # as backends compute it that have the node: TensorRT, ONNX Runtime, torch
 
 
-@pytest.mark.parametrize(("graph", "override"), [("fp32", LAYER_NORM), ("fp32", "swinv2-fp16"), ("plain", "swinv2-fp16")])
+@pytest.mark.parametrize(
+    ("graph", "override"), [("fp32", LAYER_NORM), ("fp32", "swinv2-fp16"), ("plain", "swinv2-fp16")]
+)
 def test_every_layer_is_right_in_fp16(folder, images, graph, override):
     """Our cosine attention without an override, torch's with the preset."""
     errors = half_errors(folder / f"{graph}.onnx", [override], images)

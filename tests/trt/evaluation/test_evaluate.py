@@ -67,7 +67,9 @@ def test_a_label_the_model_does_not_know_is_an_error():
 
 def test_evaluation_weighs_images_not_batches():
     batches = [Batch(np.zeros((n, 3, 1, 1), np.float32), np.full(n, label), []) for n, label in ((9, 0), (1, 1))]
-    result = evaluate(lambda images: np.tile(np.float32([9, 0, 1, 2, 3, 4, 5]), (len(images), 1)), batches, [Accuracy()])
+    result = evaluate(
+        lambda images: np.tile(np.float32([9, 0, 1, 2, 3, 4, 5]), (len(images), 1)), batches, [Accuracy()]
+    )
     assert (result["acc1"], result["acc5"], result["images"]) == (90.0, 90.0, 10)
 
 

@@ -151,7 +151,9 @@ def test_the_command_evaluates_masks_without_torch(tmp_path):
     data = write_masks(tmp_path / "data", side=32)
     preprocessing = Preprocessing(size=(32, 32), crop_pct=1.0)
     description = Description({"name": NAME, "num_classes": 3, **UNET}, "float", preprocessing, CLASSES)
-    save_onnx(tmp_path / "a.onnx", export_onnx(build_model(NAME, 3, **UNET), description, "fp32"), description.to_dict())
+    save_onnx(
+        tmp_path / "a.onnx", export_onnx(build_model(NAME, 3, **UNET), description, "fp32"), description.to_dict()
+    )
     paths = ["--model", str(tmp_path / "a.onnx"), "--data", str(data / "val"), "--json", str(tmp_path / "r.json")]
     options = ["--pictures", str(tmp_path / "worst"), "--worst", "2"]
     command = [sys.executable, "-m", "tests.without_torch", "evaluate", *paths, *options]

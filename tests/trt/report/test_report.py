@@ -29,7 +29,9 @@ COMPARISON = {"kind": "comparison", "model": "a.engine", "reference": "a.onnx", 
 SEARCH = {"kind": "search", "recipe": "mixed.yaml", "budget": "kl<=0.01", "in_float": ["fc1", "fc2"]}
 BUILD = {"kind": "build", "target": "tensorrt", "profile": [1, 8, 64], "seconds": 3.5}
 EXPORT = {"kind": "export", "onnx": "a.onnx", "precision": "int8", "nodes": 100, "qdq_nodes": 60}
-LOG = '{"step": 0, "loss": 2.0}\n{"step": 1, "epoch": 1, "acc1": 48.5}\n{"step": 2, "lo'  # the last line is being written
+LOG = (
+    '{"step": 0, "loss": 2.0}\n{"step": 1, "epoch": 1, "acc1": 48.5}\n{"step": 2, "lo'  # the last line is being written
+)
 
 
 class Page(HTMLParser):
@@ -92,7 +94,9 @@ def make_run(folder):
         (folder / f"{name}.json").write_text(json.dumps(record))
     (folder / "log.jsonl").write_text(LOG)
     for stage, amax in (("ptq", 2.0), ("qat", 3.0)):
-        save_file({f"{SITE}._amax": np.array(amax, np.float32), "head.weight": np.zeros(3)}, folder / f"{stage}.safetensors")
+        save_file(
+            {f"{SITE}._amax": np.array(amax, np.float32), "head.weight": np.zeros(3)}, folder / f"{stage}.safetensors"
+        )
     Image.new("RGB", (4, 4)).save(folder / "pictures" / "worst.png")
     save_histograms(folder / HISTOGRAMS, {f"{SITE[:-10]}{i}_quantizer": observation() for i in range(13)})
     return folder
@@ -157,7 +161,9 @@ def test_weights_are_drawn_by_channel(tmp_path):
     weight = np.array([[1.0, -4.0], [2.0, 0.5], [0, 0], [1, 1]], np.float32)
     amax = np.array([[2.0], [2.0], [1.0], [0.75]], np.float32)
     save_file({"fc.weight": weight, "fc._weight_quantizer._amax": amax}, tmp_path / "ptq.safetensors")
-    save_histograms(tmp_path / HISTOGRAMS, {"fc._weight_quantizer": observation(), "fc._input_quantizer": observation()})
+    save_histograms(
+        tmp_path / HISTOGRAMS, {"fc._weight_quantizer": observation(), "fc._input_quantizer": observation()}
+    )
     read = read_ranges(tmp_path / "ptq.safetensors")
     assert read.shares == {"fc._weight_quantizer": 0.75} and read.largest == {"fc._weight_quantizer": 2.0}
     save_file({"fc._weight_quantizer._amax": amax}, tmp_path / "cut.safetensors")

@@ -17,7 +17,8 @@ def chromium() -> str | None:
     local = Path(__file__).resolve().parents[3] / ".browser" / "chromium"
     named = os.environ.get("CHROMIUM", str(local))
     return next(
-        (path for path in (named, *map(shutil.which, ("chromium", "google-chrome"))) if path and Path(path).is_file()), None
+        (path for path in (named, *map(shutil.which, ("chromium", "google-chrome"))) if path and Path(path).is_file()),
+        None,
     )
 
 
@@ -101,4 +102,6 @@ def test_numbers_sort_by_value_and_texts_by_letters(page):
 def test_nothing_is_wider_than_the_window(page):
     """Wide tables scroll inside of their own frames."""
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.evaluate("[...document.images].every(image => image.getBoundingClientRect().right <= window.innerWidth)")
+    assert page.evaluate(
+        "[...document.images].every(image => image.getBoundingClientRect().right <= window.innerWidth)"
+    )
