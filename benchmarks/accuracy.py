@@ -1,12 +1,12 @@
-"""PTQ accuracy side by side: ours piece by piece, NVIDIA ModelOpt, ONNX Runtime's static quantization, two earlier recipes.
+"""PTQ accuracy compared: ours piece by piece, NVIDIA ModelOpt, ONNX Runtime's static quantization, two earlier recipes.
 
     pip install nvidia-modelopt requests
     python -m benchmarks.accuracy --data DIR --checkpoint FILE --out docs/results/accuracy.json [--bits W8A8 W6A6]
     python -m benchmarks.accuracy --config configs/swin_unet_acdc.yaml --data DIR --checkpoint FILE --bits W8A8 W4A8 ...
 
 Swin-T on Tiny-ImageNet, or Swin-Unet on ACDC; every toolkit gets the same checkpoint, calibration images and validation
-images. Rows that are in the output file are kept. All run in torch but ONNX Runtime's, which has no other form; it knows
-8 bits only.
+images. Rows that are in the output file are kept. All run in torch but ONNX Runtime's, which has no other form; it
+knows 8 bits only.
 """
 
 import argparse
@@ -228,7 +228,7 @@ class Bench:
         from qswin.trt.graphs.files import properties, read_onnx
 
         class Reader:
-            """Batches, a stride of them at a time where the option CalibStridedMinMax (for every method) asks for it."""
+            """Batches, a stride at a time where the option CalibStridedMinMax (for every method) asks for it."""
 
             def __init__(self, batches: list[np.ndarray]) -> None:
                 self.batches, self.feeds = batches, iter(batches)

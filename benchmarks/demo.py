@@ -1,7 +1,7 @@
 """`make demo`: the whole job on handwritten digits, offline, on a CPU.
 
-A small Swin is trained in float, calibrated, fine-tuned with quantization, exported, evaluated in torch and in ONNX Runtime
-and, where TensorRT-RTX is installed, built into an engine. Every step is the command a user would type.
+A small Swin is trained in float, calibrated, fine-tuned with quantization, exported, evaluated in torch and in ONNX
+Runtime and, where TensorRT-RTX is installed, built into an engine. Every step is the command a user would type.
 """
 
 import json
@@ -21,7 +21,7 @@ CONFIG = ROOT / "configs" / "swin_digits.yaml"
 
 
 def write_digits(folder: Path) -> None:
-    """scikit-learn's 1,797 digits of 8x8 pixels as an ImageFolder of 32x32 PNGs: three quarters train, one quarter val."""
+    """scikit-learn's 1,797 digits of 8x8 pixels as an ImageFolder of 32x32 PNGs: 3/4 train, 1/4 val."""
     digits = load_digits()
     train, val = train_test_split(range(len(digits.target)), test_size=0.25, stratify=digits.target, random_state=0)
     for split, indices in (("train", train), ("val", val)):

@@ -1,7 +1,7 @@
 """The families on TensorRT: errors of their engines against ONNX Runtime, and latencies, with random weights.
 
     python -m benchmarks.family export --out DIR                                    (torch)
-    qswin bench --model DIR/swinv2.safetensors --batch-sizes 1,4,8,16,32 --json DIR/swinv2-torch.json (torch; and others)
+    qswin bench --model DIR/swinv2.safetensors --batch-sizes 1,4,8,16,32 --json DIR/swinv2-torch.json (torch, others)
     python -m benchmarks.family measure --models DIR --out docs/results/family-tensorrt.json   (a GPU; no torch)
 
 Random weights cost what trained ones do; their errors are those of the arithmetic, not of a task.

@@ -3,8 +3,8 @@
     make demo                                                    (its digits, weights and graphs are what this works on)
     python -m benchmarks.kills --out docs/results/kills.json [--jobs train ...] [--kills 50]
 
-A job is started and killed, again and again in one folder, until it has been killed that often; every file that it leaves
-is read after each kill. Then it runs to its end. The result must be the one of a run that nobody disturbed.
+A job is started and killed, again and again in one folder, until it has been killed that often; every file that it
+leaves is read after each kill. Then it runs to its end. The result must be the one of a run that nobody disturbed.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def read_all(folder: Path) -> None:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two results are: tensors to float32's last digits, for sums are taken in any order; others to the byte."""
+    """Whether two results are: tensors to float32's last digits, as sums are taken in any order; others to the byte."""
     if first.suffix == ".json":  # but for the command, which names the folder
         a, b = ({**json.loads(path.read_text()), "command": None} for path in (first, second))
         return a == b

@@ -3,7 +3,7 @@
 pip install nvidia-modelopt requests
 python -m benchmarks.modelopt --out docs/results/modelopt-cpu.json
 
-Swin-T with random weights and images, which cost what trained ones do. Both calibrate by percentile 99.99 of a histogram.
+Swin-T with random weights and images; they cost what trained ones do. Both calibrate by a histogram's percentile 99.99.
 ModelOpt quantizes the weighted layers (its INT8 default), as our `gemm` does; `full` adds attention and residuals.
 """
 

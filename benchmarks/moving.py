@@ -1,11 +1,12 @@
-"""Checkpoints that ModelOpt and pytorch-quantization calibrated, taken over by `qswin convert`: do they answer the same?
+"""Checkpoints calibrated by ModelOpt and pytorch-quantization, taken over by `qswin convert`: do they answer the same?
 
     pip install nvidia-modelopt requests       # or: pytorch-quantization's sources on PYTHONPATH
     python -m benchmarks.moving --toolkit modelopt --data DIR --checkpoint FILE --out docs/results/moving.json
 
-Swin-T on Tiny-ImageNet: the toolkit calibrates the weighted layers on training images, saves its state dict, and both models
-see the same validation images. Of pytorch-quantization, frozen and not on the index, its own repository's Python is enough:
-on a CPU nothing compiled is called. Its layers are put in by hand: its patches of torch.nn refuse what timm passes today.
+Swin-T on Tiny-ImageNet: the toolkit calibrates the weighted layers on training images, saves its state dict, and both
+models see the same validation images. Of pytorch-quantization, frozen and not on the index, its own repository's Python
+is enough: on a CPU nothing compiled is called. Its layers are put in by hand: its patches of torch.nn refuse what timm
+passes today.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def logits(
 
 @torch.inference_mode()
 def layers_apart(theirs: nn.Module, ours: nn.Module, images: Tensor) -> float:
-    """The largest mean difference of a layer's outputs, as a share of their mean, where both get the input that theirs has.
+    """The largest mean difference of a layer's outputs, as a share of their mean, where both get the input of theirs.
 
     It is what two implementations of one quantizer differ by; from layer to layer rounding makes more of it.
     """
@@ -141,7 +142,7 @@ def layers_apart(theirs: nn.Module, ours: nn.Module, images: Tensor) -> float:
 
 
 def compare(floats: np.ndarray, theirs: np.ndarray, ours: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Acc@1 of each, how often the last two agree, and how far their logits are apart, beside quantization's own error."""
+    """Acc@1 of each, how often the last two agree, and how far their logits differ, beside quantization's own error."""
     accuracies = [round(100 * float((found.argmax(1) == labels).mean()), 2) for found in (floats, theirs, ours)]
     return {
         **dict(zip(("acc1_float", "acc1_theirs", "acc1_converted"), accuracies, strict=True)),

@@ -2,8 +2,8 @@
 
     python -m benchmarks.qat_accuracy --data DIR --checkpoint FILE --work runs/qat --out docs/results/qat-accuracy.json
 
-Each bit width is calibrated and reconstructed once (the best settings of benchmarks.accuracy), then trained with the seeds
-side by side on the device, by the commands that users run; what is finished is kept.
+Each bit width is calibrated and reconstructed once (the best settings of benchmarks.accuracy), then trained with the
+seeds side by side on the device, by the commands that users run; what is finished is kept.
 """
 
 import argparse

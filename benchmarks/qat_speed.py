@@ -3,7 +3,7 @@
     pip install nvidia-modelopt
     python -m benchmarks.qat_speed --out docs/results/qat-speed.json [--batch 128] [--repeats 20]
 
-Random weights and images, which cost what trained ones do. A step is forward, backward and AdamW; medians by CUDA events.
+Random weights and images cost what trained ones do. A step is forward, backward and AdamW; medians by CUDA events.
 ModelOpt quantizes the weighted layers (its INT8 default), as our `gemm` does; `full` adds attention and residuals.
 """
 

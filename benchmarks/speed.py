@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed --out speed.json [--models swin_tiny_patch4_window7_224 ...] [--batch-sizes 1 64 256]
 
-Weights are random: the time does not depend on them. Before anything is timed, the INT8 model on the GPU is compared with
-its kernels' references on the CPU. Times are medians by CUDA events; inputs rotate, so that they do not stay in the cache.
+Weights are random: time does not depend on them. Before anything is timed, the INT8 model on the GPU is compared with
+its kernels' references on the CPU. Times are medians by CUDA events; inputs rotate, so they do not stay in the cache.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def compiled(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
 
 
 def torchao(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
-    """Linear layers in INT8, their inputs quantized row by row at run time; without torchao's search by coordinate descent.
+    """Linear layers in INT8, inputs quantized row by row at run time; without torchao's search by coordinate descent.
 
     That search over every kernel did not end in 7 minutes. Products and their scales are fused as torchao wants them.
     """

@@ -1,4 +1,4 @@
-"""Accuracy of Swin-T on Tiny-ImageNet in torch and ONNX Runtime: float, PTQ for each calibrator and recipe, or checkpoints.
+"""Accuracy of Swin-T on Tiny-ImageNet in torch and ONNX Runtime: float, PTQ per calibrator and recipe, or checkpoints.
 
 python -m benchmarks.swin_tiny --data DIR --checkpoint FILE --out docs/results/swin_tiny.json [--trained CHECKPOINT ...]
 """

@@ -205,7 +205,8 @@ def main() -> None:
         print(f"{model:<28} {result['acc1']:6.2f} {result['acc5']:6.2f} {result['images_per_second']:9.1f}")
     for row in run.report["rows"]:
         print(
-            f"{row['model']:<26} {row['backend']:<28} {row['batch']:4d} {row['ms']:9.3f} {row['images_per_second']:9.1f}"
+            f"{row['model']:<26} {row['backend']:<28} {row['batch']:4d} {row['ms']:9.3f}"
+            f" {row['images_per_second']:9.1f}"
         )
     print(json.dumps(run.report.get("caches"))[:3000])
 

@@ -1,8 +1,8 @@
 """Files that are whole or not there, and JSON that says of what kind it is.
 
-A checkpoint, engine, package or calibration cache has a sidecar: `<file>.json` beside it, which describes the file and holds
-its checksum. What a command writes for `--json` is a result. Both have a `"kind"`, and neither is written over a file of
-another kind.
+A checkpoint, engine, package or calibration cache has a sidecar: `<file>.json` beside it, which describes the file and
+holds its checksum. What a command writes for `--json` is a result. Both have a `"kind"`, and neither is written over a
+file of another kind.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def sha256(path: str | Path) -> str:
 
 
 def sidecar_path(path: Path) -> Path:
-    """`ptq.safetensors.json` of `ptq.safetensors`: files that differ in their suffix only have sidecars of their own."""
+    """`ptq.safetensors.json` of `ptq.safetensors`: files that differ only in suffix have their own sidecars."""
     return path.with_name(path.name + ".json")
 
 

@@ -1,7 +1,7 @@
 """Number formats: the levels that a tensor is rounded to, in units of its scale. NumPy arrays and torch tensors alike.
 
-All formats are symmetric: the real value of level q is q * scale, and scale = amax / qmax. A format is found by its name,
-`grid_of("int8")`, in recipes and files; one from outside of this module is made known by `register_grid`.
+All formats are symmetric: the real value of level q is q * scale, and scale = amax / qmax. A format is found by its
+name, `grid_of("int8")`, in recipes and files; one from outside of this module is made known by `register_grid`.
 """
 
 import abc

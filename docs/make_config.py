@@ -11,8 +11,9 @@ from qswin.qat.schema import MISSING, RENAMED, Config, Key, keys_of
 PAGE = Path(__file__).with_name("config.md")
 HEAD = """# Config
 
-Written by `python docs/make_config.py` from the schema, `qat/schema.py`. `qswin calibrate`, `train` and `convert` read one
-YAML file, `--config FILE`; `key=value` on the command line comes over it: `train.lr=1e-4`. Examples are in `configs/`.
+Written by `python docs/make_config.py` from the schema, `qat/schema.py`. `qswin calibrate`, `train` and `convert` read
+one YAML file, `--config FILE`; `key=value` on the command line comes over it: `train.lr=1e-4`. Examples are in
+`configs/`.
 """
 
 

@@ -1,4 +1,4 @@
-"""Writes the examples of docs/examples into docs/extending.md, each between its markers: python docs/make_extending.py"""
+"""Writes the examples of docs/examples to docs/extending.md, each between its markers: python docs/make_extending.py"""
 
 import re
 from pathlib import Path

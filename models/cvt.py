@@ -1,4 +1,4 @@
-"""CvT, as transformers implements it: convolutional token embeddings and projections, a class token in the last stage."""
+"""CvT, as in transformers: convolutional token embeddings and projections, a class token in the last stage."""
 
 from typing import Any
 

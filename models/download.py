@@ -12,7 +12,7 @@ PATIENCE = 3.0  # seconds to wait for the Hub's first answer
 
 @contextlib.contextmanager
 def cache_only_if_unreachable() -> Iterator[None]:
-    """Where the Hub does not answer, its client looks in its cache alone; it would repeat its request for 50 s otherwise."""
+    """Where the Hub does not answer, its client looks in its cache only; else it would repeat its request for 50 s."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not answers(constants.ENDPOINT)
     try:

@@ -25,7 +25,7 @@ class Family:
         task: "classification" or "segmentation".
         names: gives the names of the models that `build` knows.
         build: called as build(name, num_classes, pretrained=..., **kwargs), it makes a float model, (N, 3, H, W) ->
-            logits, whose attribute `num_classes` is the number of its classes. None keeps the architecture's own number.
+            logits, whose attribute `num_classes` is the number of classes. None keeps the architecture's own number.
         preprocessing: gives a model's own size, mean, std, interpolation and crop_pct; the keys are those of
             qswin.calib.data.images.Preprocessing.
         convert_state: called with a state dict in a layout that people hold and the model it is for, it gives the state

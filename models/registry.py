@@ -63,7 +63,7 @@ def family_of(name: str) -> Family:
 
 
 def site_name(path: str) -> str:
-    """What recipes call the module at `path`: `backbone.head` for `backbone.head.fc` of a Swin within a larger model."""
+    """What recipes call the module at `path`: `backbone.head` for `backbone.head.fc` of a Swin in a larger model."""
     return rename(path, (pair for family in families() for pair in family.sites))
 
 

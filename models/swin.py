@@ -16,7 +16,7 @@ def names() -> list[str]:
 
 
 def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state under timm's names: checkpoints of the original Swin repository are renamed and resized by timm itself."""
+    """The state under timm's names: timm itself renames and resizes checkpoints of the original Swin repository."""
     family = swin_transformer_v2 if isinstance(model, swin_transformer_v2.SwinTransformerV2) else swin_transformer
     return family.checkpoint_filter_fn(state, model)
 

@@ -93,8 +93,8 @@ class DecoderStage(nn.Module):
 class SwinUnet(nn.Module):
     """(B, 3, img_size, img_size) -> class logits of every pixel, (B, num_classes, img_size, img_size).
 
-    As in the published code, the decoder mirrors the encoder: stage i of it has as many blocks as the encoder's at the same
-    resolution, and the lowest resolution has the encoder's only.
+    As in the published code, the decoder mirrors the encoder: stage i of it has as many blocks as the encoder's at the
+    same resolution, and the lowest resolution has the encoder's only.
 
     Args:
         depths: blocks of each encoder stage.

@@ -20,7 +20,7 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key is not known (the nearest one is named), a value has the wrong type, is not allowed or is missing;
+        ValueError: a key is unknown (the nearest is named), a value has the wrong type, is not allowed or is missing;
             where it stands (file and line, or the override) comes first.
     """
     path = Path(file)

@@ -19,7 +19,7 @@ from qswin.qat.quant.rewrite import quantize
 from qswin.qat.runs import PTQ, Run
 from qswin.qat.schema import Config
 
-# Quantizers that FasterTransformer and the first Swin systems have on matmuls and residual adds, and where they are here.
+# Quantizers of FasterTransformer and the first Swin systems on matmuls and residual adds, and where they are here.
 RENAMES = (
     (r"\.attn\.matmul_q_input_quantizer\.", ".attn.qk._input_quantizer."),
     (r"\.attn\.matmul_k_input_quantizer\.", ".attn.qk._other_quantizer."),
@@ -43,8 +43,8 @@ def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> di
         model: made by `quantize` with the recipe that the ranges were calibrated for.
 
     Raises:
-        ValueError: a site of the recipe has no range in the file, or the file has a range for no site of it; or inputs are
-            scaled before they are quantized.
+        ValueError: a site of the recipe has no range in the file, or the file has a range for no site of it; or inputs
+            are scaled before they are quantized.
     """
     check_unscaled(state, path)
     expected = model.state_dict()
@@ -67,7 +67,7 @@ def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> di
 
 
 def check_unscaled(state: dict[str, Tensor], path: Path) -> None:
-    """Raises ValueError for SmoothQuant's scales: weights were divided by them, and no input is multiplied by them here."""
+    """Raises ValueError for SmoothQuant's scales: weights were divided by them, and no input is multiplied here."""
     for key, value in state.items():
         if key.endswith("._pre_quant_scale") and bool((value != 1).any()):
             what = "scales what the layer reads (SmoothQuant), which has no place here"
@@ -75,7 +75,7 @@ def check_unscaled(state: dict[str, Tensor], path: Path) -> None:
 
 
 def convert(config: Config) -> Path:
-    """Writes <run>/ptq.safetensors from the foreign checkpoint `model.checkpoint`; returns its path. Raises ValueError."""
+    """Writes <run>/ptq.safetensors from the foreign `model.checkpoint`; returns its path. Raises ValueError."""
     if config.model.checkpoint is None:
         raise ValueError("model.checkpoint is not set: give the calibrated checkpoint to convert")
     path, recipe = Path(config.model.checkpoint), read_recipe(config.recipe)

@@ -52,7 +52,8 @@ class Run:
         start_over: what the job left there before counts for nothing, and goes when the folder is claimed.
 
     Raises:
-        ValueError: the folder holds what another job made, or this job with other settings; the first that differs is named.
+        ValueError: the folder holds what another job made, or this job with other settings; the first that differs is
+            named.
     """
 
     def __init__(self, folder: Path, job: str, settings: dict[str, Any], start_over: bool = False) -> None:
@@ -136,7 +137,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _compared(settings: dict[str, Any], job: str) -> dict[str, Any]:
-    """What decides a job's results, flat and under today's names. Keys that the schema has gained since are at defaults."""
+    """What decides a job's results, flat and under today's names. Keys that the schema gained since are at defaults."""
     flat = {RENAMED.get(key, key): value for key, value in flatten(settings).items()}
     everything = flatten(settings_of(Config())) | flat
     return {

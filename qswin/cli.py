@@ -1,7 +1,8 @@
 """The `qswin` command: a table of commands, and how every one of them is run.
 
-A command is a module of qat/commands with `add_arguments(parser)` and `main(args)`. Its module is imported only when it is
-asked for, and imports torch only when it runs, so that help is instant and evaluating an ONNX file never needs torch.
+A command is a module of qat/commands with `add_arguments(parser)` and `main(args)`. Its module is imported only when it
+is asked for, and imports torch only when it runs, so that help is instant and evaluating an ONNX file never needs
+torch.
 """
 
 import argparse

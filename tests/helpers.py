@@ -47,7 +47,7 @@ class Small(NamedTuple):
     side: int = 32
 
     def build(self) -> nn.Module:
-        """Random weights, but of sizes that training leads to: tokens and layer scales start near 0, batch norms empty."""
+        """Random weights of sizes that training leads to: tokens and layer scales start near 0, batch norms empty."""
         torch.manual_seed(0)
         model = build_model(self.name, num_classes=CLASSES, **self.settings)
         for name, parameter in model.named_parameters():
@@ -86,7 +86,7 @@ VARIANTS = {
 
 
 def small_swin(name: str = V1, seed: int = 0, **settings) -> torch.nn.Module:
-    """A small random Swin; V2's zero-initialised norms are filled, as training would. Skips where timm cannot build it."""
+    """A small random Swin; V2's zero-initialised norms are filled, as training would. Skips if timm cannot build it."""
     settings = {**SMALL, **settings}
     if name == V2 and OLD_TIMM and settings["img_size"] // settings["patch_size"] % settings["window_size"]:
         pytest.skip("timm before 1.0.31 cannot build a SwinV2 whose tokens do not fill its windows")

@@ -1,4 +1,4 @@
-"""Images, checkpoints, sidecars and graphs with bytes changed or cut off: read, or refused by a line that names the file."""
+"""Images, checkpoints, sidecars and graphs with bytes changed or cut: read, or refused by a line naming the file."""
 
 import dataclasses
 import io

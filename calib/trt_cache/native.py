@@ -11,8 +11,8 @@ BASE_CLASSES = {"entropy2": "IInt8EntropyCalibrator2", "minmax": "IInt8MinMaxCal
 class BatchStream:
     """Feeds batches to Polygraphy's calibrator, one in memory at a time.
 
-    TensorRT takes an exception for the end of the data and would calibrate on what came before, so it is kept in `error`
-    for the caller to raise. A last batch that is not full is left out: TensorRT calibrates one shape.
+    TensorRT takes an exception for the end of the data and would calibrate on what came before, so it is kept in
+    `error` for the caller to raise. A last batch that is not full is left out: TensorRT calibrates one shape.
 
     Attributes:
         images: how many were fed.

@@ -1,7 +1,7 @@
 """The target `inductor`: a calibrated checkpoint as an AOTInductor package (.pt2) that runs the project's INT8 kernels.
 
-A package holds compiled code and integer weights: running it needs torch and a GPU of its compute capability, but neither
-qswin nor timm. It is code: load only packages you built yourself.
+A package holds compiled code and integer weights: running it needs torch and a GPU of its compute capability, but
+neither qswin nor timm. It is code: load only packages you built yourself.
 """
 
 import dataclasses
@@ -85,8 +85,9 @@ def check_linkage(package: bytes) -> None:
         for name in archive.namelist():
             if name.endswith(".so") and b"libstdc++.so" not in archive.read(name):
                 raise ValueError(
-                    f"{os.environ.get('CXX', 'g++')} linked libstdc++ into the package, which would crash torch when it is"
-                    " loaded; set CXX to a compiler that links it dynamically, such as /usr/bin/g++, and build again"
+                    f"{os.environ.get('CXX', 'g++')} linked libstdc++ into the package, which would crash torch"
+                    " when it is loaded; set CXX to a compiler that links it dynamically,"
+                    " such as /usr/bin/g++, and build again"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Backends: each opens, times, lists and builds one kind of model file. Files are told apart by their suffix, here alone.
+"""Backends: each opens, times, lists and builds one kind of model file. Files are told apart by suffix, here alone.
 
 A module of qat/backends that has a BACKEND is found by itself. Code outside the repository calls
 `register` before it runs a command. Importing a backend imports neither torch nor TensorRT.
@@ -39,7 +39,7 @@ class OpenOptions:
 
 
 class Listing(NamedTuple):
-    """What a model file consists of: `kind` is "layers" or "quantizers", `rows` are for JSON and `table` is for people."""
+    """What a model file consists of: `kind` is "layers" or "quantizers", `rows` are for JSON and `table` for people."""
 
     kind: str
     rows: list[dict[str, Any]]

@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Times models side by side: engines, packages, ONNX files (ONNX Runtime) and checkpoints (torch)."
     )
-    parser.epilog = "example:\n  qswin bench --model runs/x/int8.engine runs/x/int8.onnx --batch-sizes 1,16,64 --json runs/x/bench.json"
+    parser.epilog = (
+        "example:\n  qswin bench --model runs/x/int8.engine runs/x/int8.onnx --batch-sizes 1,16,64"
+        " --json runs/x/bench.json"
+    )
     parser.add_argument("--model", required=True, nargs="+", type=Path, help="model files of any kind")
     parser.add_argument("--batch-sizes", default="1,4,8,16,32,64,256", help="a model skips those that it does not take")
     parser.add_argument(

@@ -8,7 +8,10 @@ from qswin.qat.commands.arguments import add_probe_arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Quantizes one site (or layer) at a time, and all but it, and ranks them by what that costs."
-    parser.epilog = "example:\n  qswin sensitivity --checkpoint runs/x/ptq.safetensors --data DIR/train --json runs/x/sensitivity.json"
+    parser.epilog = (
+        "example:\n  qswin sensitivity --checkpoint runs/x/ptq.safetensors --data DIR/train"
+        " --json runs/x/sensitivity.json"
+    )
     add_probe_arguments(parser)
     parser.add_argument("--by", choices=("site", "layer"), default="site", help="what is quantized at a time")
     parser.add_argument("--json", required=True, type=Path, help="the result; an interrupted run goes on from it")

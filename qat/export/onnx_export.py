@@ -46,8 +46,8 @@ def export_onnx(
     """Exports a float or quantized model to an ONNX graph with input `input` (N, 3, H, W) and output `logits`.
 
     Each quantized site is exactly one QuantizeLinear and DequantizeLinear pair; weights are INT8 initializers with a
-    DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. Position biases and shift
-    masks are one constant a block.
+    DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. Position biases and
+    shift masks are one constant a block.
 
     Args:
         model: is left as it is.
@@ -56,7 +56,7 @@ def export_onnx(
         batch: a fixed batch size; None leaves it free.
 
     Raises:
-        ValueError: int8 of a model that is not quantized or not calibrated, or whose format ONNX does not have (the site is
+        ValueError: int8 of a model that is not quantized or not calibrated, or whose format ONNX lacks (the site is
             named); a wrong precision or opset; or the description is not this model's.
     """
     if precision not in PRECISIONS:

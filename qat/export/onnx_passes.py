@@ -12,9 +12,9 @@ from qswin.calib.grid import INT8
 def finish_weights(model: ir.Model, int8: bool) -> None:
     """Transposes quantized weights ahead of time and, with `int8`, stores them as INT8.
 
-    The exporter leaves weight -> Q -> DQ -> Transpose -> MatMul. Afterwards the weight is stored transposed with its scales
+    The exporter leaves weight -> Q -> DQ -> Transpose -> MatMul. Then the weight is stored transposed with its scales
     along axis 1, so that DQ feeds MatMul itself, as fusions to INT8 kernels want it; with `int8` Q is computed here, by
-    QuantizeLinear's definition: saturate(round_half_even(x / scale)). A Q of another type than INT8 is left to the runtime.
+    QuantizeLinear's definition: saturate(round_half_even(x / scale)). A Q that is not INT8 is left to the runtime.
     """
     for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         weight = quantize.inputs[0]
@@ -61,9 +61,9 @@ def _store(value: Any, array: np.ndarray) -> None:
 def lower_to_opset_17(model: ir.Model) -> None:
     """Turns an opset 18 graph into opset 17, TensorRT 8.6's newest.
 
-    Opset 18 changed two kinds of operators in these graphs: the axes of reductions (average pooling, the norms of cosine
-    attention) became an input, and Split (CvT's class token) got an attribute. Every other node must mean the same in both,
-    which is checked against ONNX's own schemas.
+    Opset 18 changed two kinds of operators in these graphs: the axes of reductions (average pooling, the norms of
+    cosine attention) became an input, and Split (CvT's class token) got an attribute. Every other node must mean the
+    same in both, which is checked against ONNX's own schemas.
 
     Raises:
         ValueError: a node has no form in opset 17; it is named.
@@ -84,7 +84,7 @@ def lower_to_opset_17(model: ir.Model) -> None:
 
 
 def slice_shapes(graph: ir.Graph) -> None:
-    """Writes Shape of some dimensions as Shape of all and a Slice: TensorRT 8.6 reads past `start` and `end`, new in 15."""
+    """Writes Shape of some dimensions as Shape of all and Slice: TensorRT 8.6 ignores `start` and `end`, new in 15."""
     for node in [node for node in graph if node.op_type == "Shape" and {"start", "end"} & set(node.attributes)]:
         start, end = (node.attributes.pop(name, None) for name in ("start", "end"))
         bounds = (0 if start is None else start.as_int(), np.iinfo(np.int32).max if end is None else end.as_int())

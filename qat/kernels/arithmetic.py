@@ -1,11 +1,11 @@
 """Arithmetic that the kernels share: rounding to INT8, GELU.
 
-On a GPU each is a few machine instructions, written out as PTX: they run once for every value that a layer computes, and in
-Triton's own form took longer than the matrix products. Triton's interpreter, which tests use, cannot run PTX: there the same
-values come from Triton's operations.
+On a GPU each is a few machine instructions, written out as PTX: they run once for every value that a layer computes,
+and in Triton's own form took longer than the matrix products. Triton's interpreter, which tests use, cannot run PTX:
+there the same values come from Triton's operations.
 
-Kernels cast each Python float argument to float32. Torch 2.11's Inductor compiles such arguments as float64: without the
-cast all that depends on them would be computed in float64, in registers of twice the width that the PTX reads.
+Kernels cast each Python float argument to float32. Torch 2.11's Inductor compiles such arguments as float64: without
+the cast all that depends on them would be computed in float64, in registers of twice the width that the PTX reads.
 """
 
 import torch
@@ -21,12 +21,12 @@ QMIN, QMAX = tl.constexpr(float(INT8.qmin)), tl.constexpr(float(INT8.qmax))  # i
 # Triton's interpreter lacks.
 ROUNDING = tl.constexpr(1.5 * 2**23)
 
-# Phi(y) = 1 / (1 + 2**(y * p(y**2))), where p is this polynomial in min(y**2, 40), highest power first. It is the minimax
-# fit of y * Phi(y) on [-6.5, 6.5] with three coefficients; the largest error is 2.6e-5.
+# Phi(y) = 1 / (1 + 2**(y * p(y**2))), where p is this polynomial in min(y**2, 40), highest power first. It is the
+# minimax fit of y * Phi(y) on [-6.5, 6.5] with three coefficients; the largest error is 2.6e-5.
 GELU_2, GELU_1, GELU_0 = (tl.constexpr(-1.4426950408889634 * c) for c in (-7.03636305e-04, 7.40150518e-02, 1.59501155))
 GELU_MAX_SQUARE = tl.constexpr(40.0)
 
-# One line each: Inductor copies such constants into the source of a kernel, and a line break would end the string there.
+# One line each: Inductor copies such constants into the source of a kernel, where a line break would end the string.
 _TO_INT8 = tl.constexpr(
     "{ .reg .s32 a, b, c, d, high;"
     " cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;"

@@ -1,4 +1,4 @@
-"""Window attention in INT8: both matmuls, position bias, mask and softmax of a few windows and a head in one program."""
+"""INT8 window attention: both matmuls, position bias, mask and softmax of a few windows and a head in one program."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ SMALL_GRID = 2048  # programs, below which each takes one window
 
 @triton.jit
 def _attend(q, k, v, bias, qk_scale, probs_inv_scale, av_scale):
-    """int8 result (N, D) of a window in one head; q, k, v: (N, D) int8; bias (N, N) times LOG2E, as softmax is by exp2."""
+    """int8 result (N, D) of a window in a head; q, k, v: (N, D) int8; bias (N, N) times LOG2E, as softmax uses exp2."""
     scores = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * (qk_scale * LOG2E) + bias
     probs = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     q_probs = to_int8(probs * (probs_inv_scale / tl.sum(probs, axis=1))[:, None])
@@ -87,8 +87,8 @@ def window_attention(
 
     Args:
         qkv: (W * N, 3 * heads * D) int8: W windows of N tokens; q, k and v side by side, heads within each.
-        bias: (M, heads, P, P), float16 or float32, as `padded_bias` returns it: position bias plus mask; window w has mask
-            w % M.
+        bias: (M, heads, P, P), float16 or float32, as `padded_bias` returns it: position bias plus mask; window w has
+            mask w % M.
         num_tokens: N.
         qk_scale: (heads,) float32: the scale of q times that of k.
         probs_inv_scale: 1 / the scale of the probabilities.
@@ -122,10 +122,10 @@ def cosine_window_attention(
 
 
 def padded_bias(bias: Tensor) -> Tensor:
-    """Position bias plus mask (M, heads, N, N) as the kernels read it: float16, with rows and columns up to a tile's size.
+    """Position bias plus mask (M, heads, N, N) as the kernels read it: float16, rows and columns up to a tile's size.
 
-    Each row's largest value is taken off: softmax does not see it, and float16 has no digits to spare for the 16 that Swin
-    V2's biases reach. No token attends to the new columns.
+    Each row's largest value is taken off: softmax does not see it, and float16 has no digits to spare for the 16 that
+    Swin V2's biases reach. No token attends to the new columns.
     """
     extra = max(32, triton.next_power_of_2(bias.shape[-1])) - bias.shape[-1]
     bias = bias - bias.amax(dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ def layer_norm(x, mask, weight, bias, eps, NUM_CHANNELS: tl.constexpr):
     It takes loaded values. A helper that loads weight and bias itself would load them once for each row of the tile.
 
     Args:
-        x: (rows, channels), or (rows, tokens, channels) where the channels of several tokens are one row; 0 where masked.
+        x: (rows, channels), or (rows, tokens, channels) where several tokens' channels are one row; 0 where masked.
         mask: (1, channels) or (1, 1, channels): which channels exist.
         weight, bias: (1, channels) or (1, tokens, channels).
         NUM_CHANNELS: the length of a row, without masked channels.

@@ -31,9 +31,9 @@ def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: 
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """A tile of x @ weight.T * scale + bias in float32: BLOCK_M rows from start_m, columns offs_n.
 
-    It returns values only; offsets come from `_pid_m_n`, which takes no pointer. Inductor follows pointers through helpers:
-    if offsets came from one that takes pointers, it would believe that a store to those offsets writes to the inputs, and
-    would copy the inputs before each call.
+    It returns values only; offsets come from `_pid_m_n`, which takes no pointer. Inductor follows pointers through
+    helpers: if offsets came from one that takes pointers, it would believe that a store to those offsets writes to the
+    inputs, and would copy the inputs before each call.
     """
     offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x_ptr += start_m.to(tl.int64) * K
@@ -168,8 +168,8 @@ def linear_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut:
     Args:
         x: (B * R, K) int8; weight: (N, K) int8; scale, bias: (N,) float32.
         shortcut: (B, L, N) float16 or float32.
-        token_ids: (R,) int32: the token of an image, 0..L-1, that each of its R rows of x belongs to, each token once; -1
-            for a row of padding, which is dropped.
+        token_ids: (R,) int32: the token of an image, 0..L-1, that each of its R rows of x belongs to, each token once;
+            -1 for a row of padding, which is dropped.
 
     Returns:
         (B, L, N) of the shortcut's dtype.

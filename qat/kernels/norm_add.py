@@ -39,8 +39,8 @@ def norm_add(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bia
     Args:
         y: (B * R, C) float16 or float32.
         shortcut: (B, L, C), float16 or float32.
-        token_ids: (R,) int32: the token of an image, 0..L-1, that each of its R rows of y belongs to, each token once; -1
-            for a row of padding, which is dropped.
+        token_ids: (R,) int32: the token of an image, 0..L-1, that each of its R rows of y belongs to, each token once;
+            -1 for a row of padding, which is dropped.
         weight, bias: (C,) float32.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Patch embedding in INT8: quantization of the image, the convolution as a matrix product and its LayerNorm in one pass."""
+"""INT8 patch embedding: quantization of the image, convolution as a matrix product and its LayerNorm in one pass."""
 
 import torch
 import torch.nn.functional as F

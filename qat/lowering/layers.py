@@ -46,7 +46,7 @@ class Int8Linear(Int8Weight):
     """A linear layer. x: (M, K) int8 in units of `input_scale`; a method for each of the kernels' epilogues."""
 
     def fold_output_scale(self, output_scale: Tensor) -> None:
-        """Divides scale and bias by each output channel's scale, (N,), so that `requantize` gives int8 in units of it."""
+        """Divides scale and bias by each output channel's scale, (N,), so `requantize` gives int8 in units of it."""
         self.scale /= output_scale
         self.bias /= output_scale
 

@@ -1,6 +1,6 @@
 """A calibrated model lowered to integer arithmetic: blocks, patch mergings, stem and classifier become kernels.
 
-What the lowered model computes is what the fake-quantized one does, in INT8: weights are stored as integers, activations
+The lowered model computes what the fake-quantized one does, in INT8: weights are stored as integers, activations
 between the kernels are integers, and the residual stream is float. Recipe `attention` has the sites that it needs.
 """
 

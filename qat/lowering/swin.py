@@ -49,7 +49,7 @@ class Int8Block(nn.Module):
         return self.fc2.add(h, x, self.norm2.token_ids).view(size)
 
     def _fold_scales(self, attn: Any) -> Tensor:
-        """Folds the scales of q, k and v into the qkv layer; returns the scale of each head's integer scores, (heads,)."""
+        """Folds the scales of q, k and v into the qkv layer; returns each head's scale of integer scores, (heads,)."""
         scales = self.qkv.scale.new_tensor([self.scales["q"] / attn.scale, self.scales["k"], self.scales["v"]])
         self.qkv.fold_output_scale(scales.repeat_interleave(len(self.proj.weight)))
         return self.qkv.scale.new_full((attn.num_heads,), self.scales["q"] * self.scales["k"])

@@ -15,8 +15,8 @@ FLOAT_BITS = 16  # of a site that is not quantized
 def bit_operations(model: nn.Module, image: Tensor) -> dict[str, tuple[float, float]]:
     """(quantized, in float) bit operations of each site for one image: multiply-adds times the bits of both factors.
 
-    A matmul's are halved between its two inputs, and each element of a residual add's branch counts as one operation of its
-    bits.
+    A matmul's are halved between its two inputs, and each element of a residual add's branch counts as one operation of
+    its bits.
 
     Args:
         image: (1, 3, H, W).

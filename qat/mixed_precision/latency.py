@@ -1,4 +1,4 @@
-"""Latency of a model of which some sites stay in float, measured where it is going to run: exported, built and timed."""
+"""Latency of a model of which some sites stay in float, measured where it will run: exported, built and timed."""
 
 import copy
 import functools

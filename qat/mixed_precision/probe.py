@@ -35,7 +35,7 @@ class ProbeImages:
 
 
 class Divergence:
-    """Mean KL(reference || model) of the class distributions, over images or pixels. A metric of trt.evaluation.evaluate.
+    """Mean KL(reference || model) of class distributions, over images or pixels. A metric of trt.evaluation.evaluate.
 
     Args:
         reference: logits of each batch, in the order in which the batches will come.

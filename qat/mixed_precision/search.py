@@ -1,8 +1,8 @@
 """Mixed precision: which sites stay in float so that a budget holds.
 
-Greedy: sites leave quantization in the order of what they cost in accuracy (their KL, from the sensitivity report) for each
-bit operation that quantizing them saves. A budget on accuracy takes the fewest that meet it, one on operations or on
-measured latency as many as fit.
+Greedy: sites leave quantization in the order of what they cost in accuracy (their KL, from the sensitivity report) for
+each bit operation that quantizing them saves. A budget on accuracy takes the fewest that meet it, one on operations or
+on measured latency as many as fit.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from qswin.qat.quant.recipe import Recipe, Rule
 
 
 class Budget(NamedTuple):
-    """`name` <= `limit`. kl and <metric>_drop are accuracy; bops is bit operations, as a share of the float model's; latency
-    is milliseconds of a batch.
+    """`name` <= `limit`. kl and <metric>_drop are accuracy; bops is bit operations, as a share of the float model's;
+    latency is milliseconds of a batch.
     """
 
     name: str

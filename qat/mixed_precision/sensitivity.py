@@ -41,7 +41,7 @@ def run_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, 
 
 
 def start_report(path: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """An empty report, or the one that an interrupted run of the same job has left. Raises ValueError for another job's."""
+    """An empty report, or the one that an interrupted run of the same job left. Raises ValueError for another job's."""
     if not path.is_file():
         return {"job": job, "rows": []}
     report = read_report(path)
@@ -65,7 +65,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def measure_groups(probe: Probe, groups: Groups, report: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """Fills `report["rows"]` with a row for each group, most harmful first, and saves it after each. Rows there are kept."""
+    """Fills `report["rows"]` with a row per group, most harmful first, and saves it after each. Rows there are kept."""
     everything = list(quantizers(probe.model))
     done = {row["name"] for row in report["rows"]}
     for name in tqdm(groups, "sensitivity", disable=not sys.stderr.isatty()):

@@ -20,20 +20,20 @@ from qswin.qat.quant.weight_ranges import largest
 def calibrate(model: nn.Module, batches: Iterable[Any], dead_range: float | None = None) -> int:
     """Calibrates every quantizer of a rewritten model in one pass and switches them on.
 
-    Under torch.distributed each rank passes its own batches, and all end with the ranges of the whole. When it fails, all
-    quantizers are as they were before.
+    Under torch.distributed each rank passes its own batches, and all end with the ranges of the whole. When it fails,
+    all quantizers are as they were before.
 
     Args:
-        batches: (N, 3, H, W), or tuples or lists that begin with such a tensor, as a DataLoader of (images, labels) gives.
-            They are moved to the model's device.
+        batches: (N, 3, H, W), or tuples or lists that begin with such a tensor, as a DataLoader of (images, labels)
+            gives. They are moved to the model's device.
         dead_range: stands in for ranges that come out as 0.
 
     Returns:
         The number of images seen by this rank.
 
     Raises:
-        ValueError: a batch is something else; there were no images; or a range is dead and `dead_range` is None, whose site
-            is named.
+        ValueError: a batch is something else; there were no images; or a range is dead and `dead_range` is None, whose
+            site is named.
     """
     with _restored_on_failure(model):
         for quantizer in quantizers(model):
@@ -107,7 +107,7 @@ def set_ranges(model: nn.Module, calibrator: str | None = None, dead_range: floa
 def observations(model: nn.Module) -> dict[str, Observation]:
     """{quantizer: what it quantizes}, of those that have seen anything but zeros.
 
-    Of activations, what the last pass left in the histograms; of weights, each value as a share of its channel's largest.
+    Of activations, what the last pass left in the histograms; of weights, each value's share of its channel's largest.
     """
     weights = {quantizer: weight_histogram(quantizer, weight) for quantizer, weight in weight_quantizers(model)}
     found = {}

@@ -20,7 +20,7 @@ CANDIDATES = ("max", "percentile:99.999", "percentile:99.99", "percentile:99.9",
 def choose_calibrators(
     model: nn.Module, batches: Sequence[Tensor], candidates: Sequence[str] = CANDIDATES
 ) -> dict[str, str]:
-    """Tries every calibrator at every activation of every block, alone, and keeps the range with the least squared error.
+    """Tries every calibrator at every activation of every block, alone, and keeps the range of least squared error.
 
     Args:
         model: calibrated, its histograms still there; its quantizers quantize afterwards.

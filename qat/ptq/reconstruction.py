@@ -1,7 +1,7 @@
-"""Block-wise reconstruction: each block is trained to give what the float model's block gives, on calibration images alone.
+"""Block-wise reconstruction: each block is trained to give what the float model's gives, on calibration images alone.
 
 Li et al., "BRECQ", ICLR 2021, section 3.2, with the inputs that the quantized blocks before it leave (as in Wei et al.,
-"QDrop", ICLR 2022), and with weights and ranges trained by QAT's own gradients instead of a rounding variable. No labels.
+"QDrop", ICLR 2022), and with weights and ranges trained by QAT's gradients instead of a rounding variable. No labels.
 """
 
 import copy

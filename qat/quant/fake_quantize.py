@@ -1,6 +1,6 @@
 """Fake quantization as pure functions: no state, no policy.
 
-All of it is symmetric: the real value of level q is q * scale, and scale = amax / qmax. What the levels are is a `Grid`'s.
+All is symmetric: the real value of level q is q * scale, and scale = amax / qmax. What the levels are is a `Grid`'s.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class _FakeQuantize(torch.autograd.Function):
         if not ctx.needs_input_grad[1] and ctx.needs_input_grad[0]:
             ctx.save_for_backward(levels == clipped)
         ctx.grid, ctx.scale_shape = grid, scale.shape
-        # torch 2.11 compiles no gradient for an output that an operator gives back as it got it: mul_, `to` its own dtype.
+        # torch 2.11 compiles no gradient for an output that an operator returns as it got it: mul_, `to` its own dtype.
         value = clipped * scale if torch.compiler.is_compiling() else clipped.mul_(scale)
         return value if value.dtype == x.dtype else value.to(x.dtype)
 
@@ -43,8 +43,8 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Rounds x to the nearest level of the grid, times scale; ties go to the even level, as in ONNX.
 
-    The gradient of x is the straight-through estimator: 1 where the nearest level lies within the grid, else 0. The gradient
-    of scale is LSQ's (Esser et al., "Learned Step Size Quantization", ICLR 2020, eq. 3).
+    The gradient of x is the straight-through estimator: 1 where the nearest level lies within the grid, else 0. The
+    gradient of scale is LSQ's (Esser et al., "Learned Step Size Quantization", ICLR 2020, eq. 3).
 
     Args:
         x: any shape and floating dtype; rounding is done in float32.

@@ -26,8 +26,8 @@ IN_FLOAT = (
 class QuantSpec:
     """How one tensor is quantized.
 
-    `grid` is the number format; a weight's is `grid.of_weights`. `axis` None gives the tensor one range, 0 gives each output
-    channel of a weight its own. `amax` fixes the range instead of calibrating it.
+    `grid` is the number format; a weight's is `grid.of_weights`. `axis` None gives the tensor one range, 0 gives each
+    output channel of a weight its own. `amax` fixes the range instead of calibrating it.
     """
 
     grid: Grid = INT8
@@ -50,12 +50,12 @@ class Mode(enum.Enum):
 class TensorQuantizer(nn.Module):
     """Observes or fake-quantizes a tensor. Named as in pytorch-quantization, with the same state-dict key `_amax`.
 
-    The range |x| <= `_amax` is a buffer: one value, or [C, 1, ...] for the C output channels of a weight; NaN until it is
-    calibrated. With `learn_range` the range becomes _amax * exp(_log_gain), with a trained `_log_gain` that starts at 0: the
-    scale stays positive, and one learning rate suits ranges of every magnitude.
+    The range |x| <= `_amax` is a buffer: one value, or [C, 1, ...] for the C output channels of a weight; NaN until it
+    is calibrated. With `learn_range` the range becomes _amax * exp(_log_gain), with a trained `_log_gain` that starts
+    at 0: the scale stays positive, and one learning rate suits ranges of every magnitude.
 
-    The state dict says whether it quantizes. One with a range does, and one without is off; a quantizer that has a range
-    and does not quantize is marked by one more key, `_off`. A quantizer that has a range and computes in float warns of it.
+    The state dict says whether it quantizes. One with a range does, one without is off; a quantizer that has a range
+    and does not quantize is marked by one more key, `_off`. One that has a range and computes in float warns of it.
 
     Args:
         spec: how to quantize.
@@ -109,7 +109,7 @@ class TensorQuantizer(nn.Module):
         return (x.numel() / self._amax.numel() * self.spec.grid.qmax) ** -0.5
 
     def _export(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Where Q does not saturate at the grid's ends, an activation is clipped first (weights are already clipped)."""
+        """Where Q does not saturate at the grid's ends, an activation is clipped first (weights already are)."""
         grid = self.spec.grid
         assert grid.torch_dtype is not None  # export_onnx refuses it before
         if self.weight_shape is None and not grid.saturates:

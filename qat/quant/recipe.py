@@ -1,6 +1,6 @@
 """Recipe: which sites are quantized, and how. Policy lives here and nowhere else.
 
-A site is a name such as `layers.0.blocks.1.attn.qkv`. A rule's pattern matches when it is a run of whole dotted parts of
+A site is a name such as `layers.0.blocks.1.attn.qkv`. A rule's pattern matches if it is a run of whole dotted parts of
 the name (`qkv`, `attn.probs`, `layers.3`), or a wildcard that matches all of it (`layers.[01].*.fc2`). Later rules win.
 """
 
@@ -38,9 +38,9 @@ class Rule:
 class Recipe:
     """The quantization of a whole model. `rules` start from nothing quantized.
 
-    Formats are names that `grid_of` knows. Weights have a range for each output channel, unless `per_channel` is false, from
-    `weight_calibrator`: "max" is the largest magnitude, "mse" pays below 8 bits. Activations have one range a site, from
-    `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
+    Formats are names that `grid_of` knows. Weights have a range for each output channel, unless `per_channel` is false,
+    from `weight_calibrator`: "max" is the largest magnitude, "mse" pays below 8 bits. Activations have one range a
+    site, from `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
     """
 
     name: str

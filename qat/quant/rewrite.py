@@ -120,8 +120,8 @@ def fold_biases(model: nn.Module) -> None:
 def clip_weights(model: nn.Module) -> None:
     """Clips weights to what their grid can express, which changes nothing for a model that quantizes them.
 
-    It is for export: where a weight's range is below its largest value, QuantizeLinear saturates at -128, but the narrow
-    grid of weights ends at -127.
+    It is for export: where a weight's range is below its largest value, QuantizeLinear saturates at -128, but the
+    narrow grid of weights ends at -127.
     """
     for quantizer, weight in weight_quantizers(model):
         grid, scale = quantizer.spec.grid, quantizer.scale.detach()

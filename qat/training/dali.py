@@ -1,7 +1,7 @@
 """Training images decoded, cut and resized by NVIDIA DALI, on the GPU where there is one: `data.decoder: dali`.
 
-Windows and flips are drawn as timm draws them for Pillow (qat/training/images.py), from the same seeds: both decoders see
-the same pieces of the same images, and a run that was killed resumes alike. Their pixels differ by what resizing rounds.
+Windows and flips are drawn as timm draws for Pillow (qat/training/images.py), from the same seeds: both decoders see
+the same pieces of the same images, and a killed run resumes alike. Their pixels differ by what resizing rounds.
 """
 
 import io
@@ -59,7 +59,7 @@ class EncodedImages(TrainImages):
 
 
 class DrawPiece:
-    """Random resized crop and flips, as numbers. Raises ValueError for an augmentation that changes colours or angles."""
+    """Random resized crop and flips, as numbers. Raises ValueError for augmentations that change colours or angles."""
 
     def __init__(self, augment: AugmentConfig) -> None:
         for name in PILLOW_ONLY:
@@ -109,7 +109,7 @@ def load_batches(
 
 
 def _check(dataset: EncodedImages, batches: Sequence[list[int]]) -> None:
-    """Raises ValueError for the first image that Pillow cannot decode either: DALI does not say which one it could not."""
+    """Raises ValueError for the first image that Pillow cannot decode either: DALI does not say which it could not."""
     for path, _ in (dataset.folder.samples[index] for batch in batches for index in batch):
         try:
             open_image(path)
@@ -143,7 +143,7 @@ def _pipeline(
             data,
             device="mixed" if gpu else "cpu",
             adjust_orientation=False,  # nor does Pillow turn an image as its EXIF data says
-            jpeg_fancy_upsampling=True,  # colours as libjpeg's; on a GPU not for a part of an image, so it is cut afterwards
+            jpeg_fancy_upsampling=True,  # colours as libjpeg's; on a GPU only for whole images, so it is cut afterwards
         )
         images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
         images = fn.resize(images, size=preprocessing.size, interp_type=interpolation, antialias=True)

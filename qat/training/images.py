@@ -1,6 +1,6 @@
 """Training images: augmented, with labels, in an order and with random numbers that depend on the seed only.
 
-Every random number is drawn from a generator seeded by (seed, stream, epoch, image) or (seed, stream, batch, rank), so there
+All random numbers come from a generator seeded by (seed, stream, epoch, image) or (seed, stream, batch, rank), so there
 is no state to save: a run that is killed at any step resumes with the same batches, however many processes decode.
 """
 
@@ -108,7 +108,7 @@ UNSUPPORTED = {"classification": ("rotate",), "segmentation": ("auto_augment", "
 
 
 def train_transform(task: str, preprocessing: Preprocessing, augment: AugmentConfig) -> Transform:
-    """What a task's training images and labels go through. Raises ValueError for an augmentation that the task lacks."""
+    """What a task's training images and labels go through. Raises ValueError for augmentations that the task lacks."""
     for name in UNSUPPORTED[task]:
         if getattr(augment, name):
             raise ValueError(f"train.augment.{name} is not for {task}; leave it out")
@@ -116,7 +116,7 @@ def train_transform(task: str, preprocessing: Preprocessing, augment: AugmentCon
 
 
 class TrainImages(Dataset[tuple[Any, ...]]):
-    """One epoch's images, augmented: (image, label, index). An unreadable one, if skipped, gives its place to the next."""
+    """One epoch's images, augmented: (image, label, index). An unreadable one, if skipped, yields to the next."""
 
     def __init__(self, folder: ImageFolder, transform: Transform, seed: int, epoch: int, skip_unreadable: bool) -> None:
         self.folder, self.transform = folder, transform
@@ -143,7 +143,7 @@ class TrainImages(Dataset[tuple[Any, ...]]):
 
 
 def epoch_batches(images: int, batch_size: int, rank: int, world: int, seed: int, epoch: int) -> list[list[int]]:
-    """This rank's batches of one epoch: a permutation of all images, dealt out to the ranks, without a short last batch."""
+    """This rank's batches of one epoch: a permutation of all images, dealt to the ranks, without a short last batch."""
     order = np.random.default_rng((seed, Stream.ORDER, epoch)).permutation(images)
     steps = images // (batch_size * world)
     dealt = order[: steps * batch_size * world].reshape(steps, world, batch_size)
@@ -162,7 +162,7 @@ def load_in_order(
     collate: Callable[[list[Any]], Any],
     **options: Any,
 ) -> Iterator[Any]:
-    """What `collate` makes of each batch's samples. Raises ValueError, in one line, for an image that cannot be read."""
+    """What `collate` makes of each batch's samples. Raises ValueError, in one line, for an unreadable image."""
     loader = DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate, **options)
     try:
         yield from loader

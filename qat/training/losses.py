@@ -1,4 +1,4 @@
-"""Training losses as pure functions. The class dimension of logits is the second: (N, classes) or (N, classes, H, W)."""
+"""Training losses as pure functions. The class dimension of logits is second: (N, classes) or (N, classes, H, W)."""
 
 from collections.abc import Sequence
 

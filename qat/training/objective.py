@@ -16,7 +16,7 @@ class Objective:
 
     Args:
         model: the one that is trained, without wrappers.
-        teacher: the float model, or None without distillation. It is made of twins where outputs of blocks are compared.
+        teacher: the float model, or None without distillation. It is made of twins where block outputs are compared.
         classes: how many there are.
     """
 

@@ -50,8 +50,8 @@ class _Weight(nn.Module):
 class Oscillations(nn.Module):
     """Counts the oscillations of a calibrated model's quantized weights, and freezes the weights that pass a frequency.
 
-    A weight oscillates at a step that takes it back to where its last change of level came from. A frozen one stays at the
-    level that it was at most of the time. All state is in buffers, so that a run which is killed goes on alike.
+    A weight oscillates at a step that takes it back to where its last change of level came from. A frozen one stays at
+    the level that it was at most of the time. All state is in buffers, so that a run which is killed goes on alike.
 
     Args:
         threshold: oscillations a step, a running mean; 1 freezes nothing.

@@ -45,7 +45,7 @@ def checkpoint_start(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: its model, preprocessing, recipe or classes are not those of the config; the first difference is named.
+        ValueError: its model, preprocessing, recipe or classes are not the config's; the first difference is named.
     """
     model, description = load_checkpoint(init)
     check_model(init, description.model, model_arguments(config))

@@ -164,7 +164,7 @@ def lr_factor(step: int, total: int, warmup: int, floor: float) -> float:
 
 
 def parameter_groups(model: nn.Module, options: TrainConfig, no_weight_decay: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, but for a family's exceptions; learned ranges have a learning rate of their own."""
+    """Weight decay for matrices only, but for a family's exceptions; learned ranges have their own learning rate."""
     ranges, plain, decayed = [], [], []
     for name, parameter in model.named_parameters():
         if name.endswith("_log_gain"):

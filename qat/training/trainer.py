@@ -1,7 +1,7 @@
 """Fine-tunes a quantized model (QAT) or a float one. `qswin train`, or `torchrun --nproc_per_node N qat/train.py`.
 
-A run can be killed at any moment: last.pt holds the weights, optimizer and step, everything random is a function of the seed
-and the step (qat/training/images.py), and the next start goes on from there, to the same losses.
+A run can be killed at any moment: last.pt holds the weights, optimizer and step, everything random is a function of the
+seed and the step (qat/training/images.py), and the next start goes on from there, to the same losses.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class Trainer:
         return TrainStep(self.model, objective, self.options, total, self.config.seed, self.ranks, no_decay)
 
     def _build_teacher(self) -> nn.Module | None:
-        """The float model; made of twins where the outputs of its blocks are wanted, which are then those of the model."""
+        """The float model; made of twins where its blocks' outputs are wanted, which are then those of the model."""
         by_blocks = self.options.distill_blocks_weight > 0
         if not (self.options.distill_weight or by_blocks):
             return None
@@ -97,7 +97,7 @@ class Trainer:
             already finished is returned as it is.
 
         Raises:
-            ValueError: the loss is not finite, an image cannot be read, or what the folder holds began with another `init`.
+            ValueError: the loss is not finite, an image cannot be read, or the folder's run began with another `init`.
         """
         if self._is_finished():
             logging.info("%s: already trained; train.epochs can be raised, and resume=never starts over", self.path)
@@ -163,7 +163,7 @@ class Trainer:
             save_state(self.run_folder.folder, {**self.step.state_dict(), "parent": self.description.parent})
 
     def _resume(self) -> None:
-        """Goes back to last.pt, if there is one. Raises ValueError when it cannot be read, or began with another `init`."""
+        """Goes back to last.pt, if any. Raises ValueError when it cannot be read, or began with another `init`."""
         folder = self.run_folder.folder
         state = None if self.config.resume == "never" else load_state(folder, self.ranks.device)
         if state is not None:

@@ -215,7 +215,7 @@ def test_a_vit_checkpoint_loads(tmp_path):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Installs a package that declares a family at `module:FAMILY`; the families are looked for again, now and after."""
+    """Installs a package that declares a family at `module:FAMILY`; families are looked for again, now and after."""
 
     def install(place: str) -> None:
         (tmp_path / "elsewhere.py").write_text(

@@ -31,7 +31,7 @@ def settings(config_file, path, recipe) -> list[str]:
 
 
 def test_a_first_systems_checkpoint_computes_the_same(config_file, images, tmp_path):
-    """Names of the original repository, [1] for a range, quantizers of GEMM outputs beside; no range for add2's shortcut."""
+    """Names of the original repository, [1] for a range, GEMM output quantizers too; no range for add2's shortcut."""
     recipe = dataclasses.replace(RECIPES["full"], rules=(*RECIPES["full"].rules, Rule("add2.shortcut", quantize=False)))
     twin = quantize(small_swin(), recipe)
     calibrate(twin, [images])

@@ -1,4 +1,4 @@
-"""A run folder belongs to one job: other jobs are refused, the same one goes on, says that it is finished or starts over."""
+"""A run folder belongs to one job: other jobs are refused, the same one goes on, says it is finished or starts over."""
 
 import json
 import shutil

@@ -79,7 +79,7 @@ def prepare_graph(
 
 
 def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with constant subgraphs computed ahead of time. Raises ValueError where ONNX-GraphSurgeon is missing."""
+    """The graph with constant subgraphs computed ahead of time. Raises ValueError without ONNX-GraphSurgeon."""
     try:
         import onnx_graphsurgeon  # noqa: F401
     except ImportError as error:

@@ -38,8 +38,8 @@ class CacheOptions:
         seed: of the drawing.
         workers: decoding processes.
         skip_unreadable: skip the files that cannot be read.
-        offline_for: make the cache from ONNX Runtime's activations, for this TensorRT version, "8.6.0"; None for TensorRT's
-            own cache.
+        offline_for: make the cache from ONNX Runtime's activations, for this TensorRT version, "8.6.0"; None for
+            TensorRT's own cache.
     """
 
     algorithm: str = "entropy2"

@@ -38,7 +38,8 @@ def check_fits(path: Path, sidecar: dict[str, Any], tensorrt: TensorRT, gpu: Gpu
         )
     if gpu.capability != sidecar["capability"]:
         raise ValueError(
-            f"{path}: built for compute capability {sidecar['capability']}, {gpu.name} has {gpu.capability}; build it again"
+            f"{path}: built for compute capability {sidecar['capability']}, {gpu.name} has {gpu.capability};"
+            " build it again"
         )
 
 
@@ -69,7 +70,7 @@ class BuiltModel:
 
 
 class Engine(BuiltModel):
-    """A deserialized engine with buffers on the GPU for one batch size at a time; a qswin.trt.evaluation.evaluate.Predictor.
+    """A deserialized engine with GPU buffers for one batch size at a time; a qswin.trt.evaluation.evaluate.Predictor.
 
     Attributes:
         engine: TensorRT's ICudaEngine.
@@ -96,7 +97,7 @@ class Engine(BuiltModel):
         self._batch = 0
 
     def load(self, images: np.ndarray) -> None:
-        """Copies a batch (N, 3, H, W) float32 to the GPU: what runs from now on. Raises ValueError outside the profile."""
+        """Copies a batch (N, 3, H, W) float32 to the GPU: later runs use it. Raises ValueError outside the profile."""
         self._bind(len(images))
         self._buffers["input"].copy_from(np.ascontiguousarray(images), self._stream)
 

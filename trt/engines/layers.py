@@ -12,7 +12,7 @@ from qswin.calib.data.images import noise_images
 from qswin.trt.engines.engine import Engine
 from qswin.trt.engines.version import tensorrt_module
 
-# As TensorRT's inspector writes formats, "Row major linear FP16 format" or "Half" or "Int8": the first that is found counts.
+# As TensorRT's inspector writes formats, "Row major linear FP16 format" or "Half" or "Int8": the first found counts.
 TYPES = {
     "fp32": ("FP32", "Float"),
     "fp16": ("FP16", "Half"),
@@ -30,7 +30,7 @@ FLOATING = ("fp32", "fp16", "bf16", "int8")
 class Layer:
     """A layer of an engine, or a node of a graph.
 
-    `nodes` are the ONNX nodes fused into it, `inputs` and `outputs` the types of its tensors, `ms` its time when measured.
+    `nodes` are the ONNX nodes fused into it, `inputs` and `outputs` its tensors' types, `ms` its time when measured.
     """
 
     name: str
@@ -101,7 +101,7 @@ def _parse_layer(layer: dict[str, Any] | str) -> Layer:
 
 
 def _nodes(described: str) -> tuple[str, ...]:
-    """ONNX nodes in a fused layer's name ("a + b", "PWN(a, b)", "{ForeignNode[a...b]}") or metadata ("[ONNX Layer: a]")."""
+    """ONNX nodes in a layer's name ("a + b", "PWN(a, b)", "{ForeignNode[a...b]}") or metadata ("[ONNX Layer: a]")."""
     tagged = re.findall(r"\[ONNX Layer: ([^\]]+)\]", described)
     return tuple(tagged or re.findall(r"[\w./:-]*[A-Za-z_][\w./:]*", described.replace("...", " ")))
 

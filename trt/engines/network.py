@@ -1,4 +1,4 @@
-"""From an ONNX graph to a serialized engine: TensorRT's network, builder configuration and build, through Polygraphy."""
+"""From an ONNX graph to a serialized engine: TensorRT's network, builder configuration and build, with Polygraphy."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -101,14 +101,14 @@ def _config(
         and (precision == "int8" or (precision == "best" and (calibrator is not None or _has_scales(network)))),
         calibrator=calibrator,
         precision_constraints="prefer" if weak and options.override else None,
-        # Without cuBLAS and cuDNN, off by default since TensorRT 10: an engine that uses neither needs neither installed.
+        # Without cuBLAS and cuDNN, off by default since TensorRT 10: an engine without them needs neither installed.
         tactic_sources=[trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS],
         **common,
     )
 
 
 def with_tf32(loader: Callable[[Any, Any], Any], tf32: bool) -> Callable[[Any, Any], Any]:
-    """A loader that also switches TF32 on or off: TensorRT-RTX has it on by default, and Polygraphy leaves it so there."""
+    """A loader that also switches TF32 on or off: TensorRT-RTX has it on by default, and Polygraphy leaves it so."""
 
     def create(builder: Any, network: Any) -> Any:
         config, flag = loader(builder, network), tensorrt_module().BuilderFlag.TF32

@@ -10,8 +10,8 @@ import onnx
 from qswin.trt.engines.version import tensorrt_module
 
 LAYER_PRECISIONS = ("fp32", "fp16", "int8")
-# What FP16 breaks: the squares in variances (the first system put POW and REDUCE back to FP32, which opset 17 has as one
-# node) and in cosine attention's norms. Of a preset's patterns, one at least must match.
+# What FP16 breaks: the squares in variances (the first system put POW and REDUCE back to FP32, which opset 17 has as
+# one node) and in cosine attention's norms. Of a preset's patterns, one at least must match.
 NORMALIZATION = ("LayerNormalization", "Pow", "ReduceMean")
 COSINE_ATTENTION = ("ReduceL2", "Abs", "ReduceMax", "ReduceSum", "ReduceSumSquare", "Sqrt", "Clip", "Expand", "Div")
 PRESETS = {
@@ -74,8 +74,8 @@ def _near(model: onnx.ModelProto, pattern: str) -> str:
 def set_layer_precisions(network: Any, overrides: dict[str, str]) -> None:
     """Sets the precision and output types of the layers that the overrides name, in a weakly typed TensorRT network.
 
-    The parser names a layer as its ONNX node. Output types are set too: a layer that computes in FP32 only to write an FP16
-    overflow would help nobody.
+    The parser names a layer as its ONNX node. Output types are set too: a layer that computes in FP32 only to write an
+    FP16 overflow would help nobody.
     """
     trt = tensorrt_module()
     types = {"fp32": trt.float32, "fp16": trt.float16, "int8": trt.int8}

@@ -16,8 +16,8 @@ INSTALL = {
 class Capabilities:
     """What a version of TensorRT can do.
 
-    `weak_typing`: precision is chosen by builder flags and layer precisions; without it, the types written in the ONNX graph
-    decide. `implicit_int8`: INT8 from a calibration cache, with no Q/DQ in the graph. `needs_gpu`: to build.
+    `weak_typing`: precision is chosen by builder flags and layer precisions; without it, the types written in the ONNX
+    graph decide. `implicit_int8`: INT8 from a calibration cache, with no Q/DQ in the graph. `needs_gpu`: to build.
     `newest_opset`: of the ONNX graphs it parses.
     """
 
@@ -28,7 +28,7 @@ class Capabilities:
 
 
 def capabilities(target: str, version: str) -> Capabilities:
-    """What `version` ("8.6.0") of `target` can do, from NVIDIA's release notes: weak typing and calibrators went with 11."""
+    """What `version` ("8.6.0") of `target` can do, by NVIDIA's release notes: 11 has no weak typing or calibrators."""
     if target == "tensorrt-rtx":
         return Capabilities(weak_typing=False, implicit_int8=False, needs_gpu=False, newest_opset=22)
     major = int(version.split(".")[0])
@@ -56,7 +56,7 @@ def find_tensorrt(target: str) -> TensorRT:
     """Finds the installed TensorRT, and has Polygraphy use it. A process can use one of the two.
 
     Raises:
-        ValueError: `target` is not known or not installed (the command that installs it is named), or the process already
+        ValueError: `target` is unknown or not installed (the command that installs it is named), or the process already
             uses the other one.
     """
     if target not in TARGETS:

@@ -1,4 +1,4 @@
-"""Where and how much two models differ: their logits, and the activations of two graphs or of an engine and its graph."""
+"""Where and how much two models differ: their logits, and activations of two graphs or of an engine and its graph."""
 
 import itertools
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def output_errors(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
         ours, reference: (N, classes).
 
     Returns:
-        {"max_abs", "mean_abs", "median_abs"}; the same of |ours - reference| / |reference| as "_rel"; "top1_agreement" in
-        per cent; "nan", how many values of ours are NaN or infinite.
+        {"max_abs", "mean_abs", "median_abs"}; the same of |ours - reference| / |reference| as "_rel"; "top1_agreement"
+        in per cent; "nan", how many values of ours are NaN or infinite.
     """
     difference = np.abs(ours.astype(np.float64) - reference)
     relative = difference / np.maximum(np.abs(reference), np.finfo(np.float32).tiny)
@@ -132,8 +132,8 @@ def residual_stream(graph: onnx.ModelProto) -> list[str]:
 def engine_activations(path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
     """{tensor of the reference: its values in an engine} of the residual stream.
 
-    The engine is built again from the reference with what its normalizations read as outputs: with every activation given
-    out, TensorRT 8.6 finds no implementation.
+    The engine is built again from the reference with what its normalizations read as outputs: with every activation
+    given out, TensorRT 8.6 finds no implementation.
 
     Raises:
         ValueError: the engine was built from another ONNX file.

@@ -71,7 +71,7 @@ def main_metric(task: str, classes: Sequence[str]) -> CountingMetric:
 def count_correct(logits: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
     """How many labels are the highest logit, and how many are among the five highest.
 
-    Of equal logits the class of the lowest index is the higher one, as in argmax: they are common where logits are INT8 or
+    Of equal logits the class of lowest index is the higher one, as in argmax: they are common where logits are INT8 or
     FP16, and were they all right, a model would score the more, the coarser its output is. NaN is never right.
 
     Args:

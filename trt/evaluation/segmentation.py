@@ -23,7 +23,7 @@ def pixel_classes(logits: np.ndarray) -> np.ndarray:
 
 
 def overlaps(predicted: np.ndarray, masks: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels a class has in both, in the prediction and in the mask: (3, classes). Raises ValueError for a foreign index."""
+    """Pixels a class has in both, in prediction and in mask: (3, classes). Raises ValueError for a foreign index."""
     known = masks != IGNORED
     predicted, masks = predicted[known], masks[known]
     if masks.max(initial=0) >= classes:
@@ -64,8 +64,8 @@ class Dice:
 class Volumes:
     """Dice and HD95 of each volume. Slices of one are named alike up to `slice` and a number; others stand alone.
 
-    HD95 is the 95th percentile of the distances between the two surfaces, in voxels (medpy). It is left out where a volume
-    or its prediction lacks a class: such a volume's Dice is 0.
+    HD95 is the 95th percentile of the distances between the two surfaces, in voxels (medpy). It is left out where a
+    volume or its prediction lacks a class: such a volume's Dice is 0.
     """
 
     headline = {"volume_hd95": "HD95"}

@@ -75,7 +75,7 @@ class Subject(ABC):
 
 
 def time_batches(subject: Subject, batch_sizes: Sequence[int], options: TimingOptions) -> Iterator[Row]:
-    """A row for each batch that the subject takes, and for each way that it runs one; others are skipped with a warning."""
+    """A row for each batch that the subject takes, and each way that it runs one; others are skipped with a warning."""
     for batch in batch_sizes:
         if batch < subject.smallest or (subject.largest is not None and batch > subject.largest):
             taken = (subject.row["model"], batch, subject.smallest, subject.largest)
@@ -122,7 +122,8 @@ def wall_clock(work: Callable[[], object]) -> Timer:
 def table(rows: list[Row]) -> str:
     """One line a model and batch, with the speed-up over ONNX Runtime and over eager PyTorch of the same batch."""
     lines = [
-        f"{'model':<24} {'backend':<28} {'precision':<9} {'batch':>5} {'ms':>9} {'images/s':>9} {'x ORT':>7} {'x torch':>7}"
+        f"{'model':<24} {'backend':<28} {'precision':<9} {'batch':>5} {'ms':>9}"
+        f" {'images/s':>9} {'x ORT':>7} {'x torch':>7}"
     ]
     for row in rows:
         peers = [
@@ -130,8 +131,8 @@ def table(rows: list[Row]) -> str:
             for name in ("onnxruntime", "torch")
         ]
         lines.append(
-            f"{row['model'][-24:]:<24} {row['backend'][:28]:<28} {row['precision']:<9} {row['batch']:5d} {row['ms']:9.3f}"
-            f" {row['images_per_second']:9.1f} {peers[0]:>7} {peers[1]:>7}"
+            f"{row['model'][-24:]:<24} {row['backend'][:28]:<28} {row['precision']:<9} {row['batch']:5d}"
+            f" {row['ms']:9.3f} {row['images_per_second']:9.1f} {peers[0]:>7} {peers[1]:>7}"
         )
     return "\n".join(lines)
 
@@ -142,7 +143,7 @@ def speed_up(row: Row, peer: Row | None) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Images/s over the batch size, a line for each model and backend. Raises ValueError where matplotlib is missing."""
+    """Images/s over the batch size, a line for each model and backend. Raises ValueError without matplotlib."""
     plots.save(lambda axes: plots.throughput(axes, rows), path, height=5)
 
 

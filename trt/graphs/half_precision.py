@@ -1,4 +1,4 @@
-"""Whether a graph is quantized or in FP16, and graphs rewritten to FP16 for builders that take precision from the graph."""
+"""Whether a graph is quantized or in FP16, and rewriting to FP16 for builders that take precision from the graph."""
 
 import onnx
 

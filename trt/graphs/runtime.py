@@ -20,8 +20,8 @@ LOAD_ERRORS = (
     UnicodeDecodeError,  # of a damaged name
 )
 
-# In graphs of a fixed batch this fusion makes a float Gemm of each quantized MatMul with its bias, which dequantizes its
-# weights in every run: four times slower than the integer kernels that such graphs get without it.
+# In graphs of a fixed batch this fusion makes a float Gemm of each quantized MatMul with its bias, which dequantizes
+# its weights in every run: four times slower than the integer kernels that such graphs get without it.
 FLOAT_GEMMS = ("MatMulAddFusion",)
 
 
@@ -59,7 +59,7 @@ def int8_sums_saturate() -> bool:
 
 
 def start_session(path: str | Path, threads: int, disabled: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-    """A session on the CPU without some of ONNX Runtime's optimizers. Raises ValueError when the file cannot be loaded."""
+    """A session on the CPU without some of ONNX Runtime's optimizers. Raises ValueError if the file does not load."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -1,7 +1,7 @@
 """Quantized twins of transformers' CvT modules (models/cvt.py).
 
-Batch norms are folded into the convolutions before them when a model is rewritten, so that a weight is quantized as it is
-used; their statistics are then fixed. In training, drop path drops a branch, as the original repository has it;
+Batch norms are folded into the convolutions before them when a model is rewritten, so that a weight is quantized as it
+is used; their statistics are then fixed. In training, drop path drops a branch, as the original repository has it;
 transformers drops the MLP's sum with its shortcut.
 """
 
@@ -35,7 +35,7 @@ class QuantConvProjection(nn.Module):
 
 
 class QuantCvtAttention(nn.Module):
-    """Self-attention over convolved tokens. x: (B, N, C), N = height * width, plus the class token where there is one."""
+    """Self-attention over convolved tokens. x: (B, N, C), N = height * width, plus the class token if there is one."""
 
     def __init__(self, attn: Any, site: str, quantizer: MakeQuantizer) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Quantized twins of timm's Swin V1 and V2 modules (models/swin.py).
 
-Each twin reads like the float forward with its quantizers visible in it. They take the float module's parameters, under the
-same state-dict names, and differ from it in three ways only: the matmuls and residual adds are modules with quantizers on
-their inputs; the position bias and the shift mask are one tensor, added once, and a constant after `fold()`; padding that
-adds nothing is left out of the graph.
+Each twin reads like the float forward with its quantizers visible in it. They take the float module's parameters, under
+the same state-dict names, and differ from it in three ways only: the matmuls and residual adds are modules with
+quantizers on their inputs; the position bias and the shift mask are one tensor, added once, and a constant after
+`fold()`; padding that adds nothing is left out of the graph.
 """
 
 import math
@@ -64,7 +64,7 @@ class QuantWindowAttention(nn.Module):
 
 
 class QuantWindowAttentionV2(nn.Module):
-    """Cosine window attention of Swin V2: the normalised q and k are quantized, their scale and the bias stay in float."""
+    """Cosine window attention of Swin V2: normalised q and k are quantized, their scale and the bias stay in float."""
 
     def __init__(self, attn: v2.WindowAttention, site: str, quantizer: MakeQuantizer) -> None:
         super().__init__()
@@ -118,8 +118,8 @@ class QuantWindowAttentionV2(nn.Module):
 def _normalize(x: Tensor) -> Tensor:
     """x / ||x|| over the last dimension, as F.normalize, in a way that FP16 can compute.
 
-    The squares of a trained model's q and k overflow FP16 (they do above 255, and their sum sooner), and those of small ones
-    vanish in it. Divided by its largest value first, a vector's sum of squares is from 1 to its length.
+    The squares of a trained model's q and k overflow FP16 (they do above 255, and their sum sooner), and those of small
+    ones vanish in it. Divided by its largest value first, a vector's sum of squares is from 1 to its length.
     """
     x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=TINY)
     return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=TINY)

@@ -20,7 +20,8 @@ from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing
 from pathlib import Path
 if __name__ == "__main__":
-    for batch in image_batches(scan_folder("classification", Path(sys.argv[1])).samples, Preprocessing(size=(8, 8)), 2, 2):
+    samples = scan_folder("classification", Path(sys.argv[1])).samples
+    for batch in image_batches(samples, Preprocessing(size=(8, 8)), 2, 2):
         print("batch", flush=True)
         time.sleep(60)
 """

@@ -48,8 +48,8 @@ def test_a_swin_is_covered(messages, recipe, matmuls):
     assert not covered.in_float and not covered.attention
     (line,) = messages(logging.INFO)
     assert line == (
-        f"recipe {recipe}: 18 of 18 linears, 1 of 1 convolutions, {matmuls} of 8 matmuls, {adds} of 8 adds are quantized;"
-        " no layer with weights stays in float"
+        f"recipe {recipe}: 18 of 18 linears, 1 of 1 convolutions, {matmuls} of 8 matmuls, {adds} of 8 adds are"
+        " quantized; no layer with weights stays in float"
     )
     assert not messages(logging.WARNING)
 

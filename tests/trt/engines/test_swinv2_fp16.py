@@ -1,7 +1,7 @@
 """Swin V2 in FP16 and INT8, layer by layer in ONNX Runtime, with weights as large as trained ones.
 
-ONNX Runtime's CPU kernels compute FP16 graphs in float32, where nothing overflows. The half graphs run in ONNX's reference
-evaluator, whose arithmetic is NumPy's FP16; what they should give comes from ONNX Runtime, in float32.
+ONNX Runtime's CPU kernels compute FP16 graphs in float32, where nothing overflows. The half graphs run in ONNX's
+reference evaluator, whose arithmetic is NumPy's FP16; what they should give comes from ONNX Runtime, in float32.
 """
 
 from pathlib import Path
