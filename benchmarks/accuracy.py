@@ -34,7 +34,7 @@ from qswin.qat.config import load_config
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.mixed_precision.probe import Divergence
-from qswin.qat.ptq.job import prepare
+from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.schema import CalibrationConfig
@@ -183,7 +183,7 @@ class Bench:
 
             def make(recipe: Recipe = recipe, settings: dict[str, Any] = settings) -> TorchPredictor:
                 twin = quantize(self.model, recipe)
-                prepare(twin, self.tensors, CalibrationConfig(**settings), None)
+                calibrate(twin, self.tensors, CalibrationConfig(**settings), None)
                 return self.predictor(twin)
 
             self.measure("qswin", name, bits, make)

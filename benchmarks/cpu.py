@@ -17,7 +17,7 @@ from qswin.calib.files import write_json
 SWIN = """
 import json, resource, torch
 from qswin.models.registry import build_model
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 torch.manual_seed(0)
@@ -32,9 +32,9 @@ def step(model):
 """
 STEPS = {
     "float forward": "with torch.inference_mode(): [twin(batch) for batch in batches]",
-    "calibration": "calibrate(twin, batches)",
+    "calibration": "find_ranges(twin, batches)",
     "float training step": "step(model)",
-    "QAT step": "calibrate(twin, batches[:1]); step(twin)",
+    "QAT step": "find_ranges(twin, batches[:1]); step(twin)",
 }
 PEAK = "\nprint(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))"
 SESSION = """

@@ -32,7 +32,7 @@ def export(args: argparse.Namespace) -> None:
     from qswin.models.registry import build_model, family_of
     from qswin.qat.checkpoint import Description, save_checkpoint
     from qswin.qat.export.onnx_export import export_onnx, save_onnx
-    from qswin.qat.ptq.calibrate import calibrate
+    from qswin.qat.ptq.ranges import find_ranges
     from qswin.qat.quant.recipe import named_recipe
     from qswin.qat.quant.rewrite import quantize
 
@@ -48,7 +48,7 @@ def export(args: argparse.Namespace) -> None:
         )
         recipe = named_recipe("full")
         twin = quantize(model, recipe)
-        calibrate(twin, torch.randn(args.images, 3, *preprocessing.size).split(4))
+        find_ranges(twin, torch.randn(args.images, 3, *preprocessing.size).split(4))
         description = Description({"name": MODELS[short]}, "ptq", preprocessing, recipe=recipe)
         for precision in ("fp32", "int8"):
             path = args.out / f"{short}-{precision}.onnx"

@@ -31,7 +31,7 @@ from qswin.calib.data.images import Preprocessing
 from qswin.models.registry import build_model
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx
-from qswin.qat.ptq.calibrate import calibrate, set_ranges
+from qswin.qat.ptq.ranges import find_ranges, set_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 
@@ -52,7 +52,7 @@ def float_forward(model: nn.Module, batches: list[torch.Tensor]) -> None:
 
 def our_calibration(model: nn.Module, batches: list[torch.Tensor], recipe: str) -> nn.Module:
     twin = quantize(model, named_recipe(recipe))
-    calibrate(twin, batches)
+    find_ranges(twin, batches)
     set_ranges(twin, "percentile")
     return twin
 

@@ -20,7 +20,7 @@ from benchmarks.results import commit, device_name
 from benchmarks.speed import time_calls
 from qswin.calib.files import write_json
 from qswin.models.registry import build_model
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 
@@ -37,7 +37,7 @@ def models(name: str, images: Tensor) -> Iterator[tuple[str, Callable[[], nn.Mod
 
 def ours(model: nn.Module, recipe: str, images: Tensor) -> nn.Module:
     twin = quantize(model, named_recipe(recipe))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     return twin
 
 

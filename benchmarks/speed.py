@@ -26,7 +26,7 @@ from qswin.calib.files import write_json
 from qswin.models.registry import build_model
 from qswin.qat.backends.torch_timing import captured
 from qswin.qat.lowering.lower import lower
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 
@@ -41,7 +41,7 @@ def pair(name: str, device: str) -> tuple[nn.Module, nn.Module]:
     size = model.patch_embed.img_size
     images = torch.randn(16, 3, *size, device=device)
     twin = quantize(model, named_recipe("attention")).eval()
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     return copy.deepcopy(model).half(), lower(twin, images[:1], torch.float16)
 
 

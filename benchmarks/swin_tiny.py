@@ -19,7 +19,7 @@ from qswin.qat.checkpoint import Description, load_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.float_model import build_float_model, model_arguments
-from qswin.qat.ptq.calibrate import calibrate, set_ranges
+from qswin.qat.ptq.ranges import find_ranges, set_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.trt.evaluation.evaluate import Accuracy, evaluate
@@ -100,7 +100,7 @@ def main() -> None:
         twin = quantize(model, recipe).to(args.device)
         images = image_batches(samples, preprocessing, 64, workers=args.workers)
         start = time.perf_counter()
-        calibrate(twin, (torch.from_numpy(batch.images).to(args.device) for batch in images))
+        find_ranges(twin, (torch.from_numpy(batch.images).to(args.device) for batch in images))
         print(f"{name}: {args.images} images calibrated in {time.perf_counter() - start:.1f} s")
         for calibrator in args.calibrators:
             set_ranges(twin, calibrator)

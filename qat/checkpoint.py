@@ -22,7 +22,8 @@ from qswin.models.registry import build_model, family_of
 from qswin.models.state_dicts import check_state, mismatch, read_state
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model, model_arguments
-from qswin.qat.quant.quantizers import OFF_KEY, quantizers
+from qswin.qat.quant.layers import check_channel_scales
+from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
 from qswin.qat.quant.recipe import Recipe
 from qswin.qat.quant.rewrite import enable, rewrite
 
@@ -99,14 +100,19 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint holds of a model: its state dict without the flags of quantizers that are off."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(f".{OFF_KEY}")}
+    return without(model.state_dict(), OFF_KEY)
+
+
+def without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
+    """The tensors of a state dict apart from those of quantizers with these names."""
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in keys}
 
 
 def check_description(model: nn.Module, description: Description) -> None:
     """Raises ValueError, which says what differs, unless a checkpoint of this model and description can be loaded."""
     with torch.random.fork_rng(devices=()):  # the weights of the model that is built are drawn at random
         described = _build(description)
-    difference = mismatch(tensors_of(model), tensors_of(described))
+    difference = mismatch(without(model.state_dict(), OFF_KEY, SCALE_KEY), tensors_of(described))
     if difference is not None:
         raise ValueError(f"the model is not what description.model and its recipe say: {difference}")
     size = description.preprocessing.size
@@ -165,8 +171,9 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
     description = read_description(path)
     model = _build(description)
     state = read_state(path)
-    check_state(state, model.state_dict(), path)
+    check_state(without(state, SCALE_KEY), model.state_dict(), path)
     model.load_state_dict(state)
+    check_channel_scales(model)
     enable(model)
     return model.eval(), description
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 import qswin.models
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from tests.helpers import ASSETS, V1, V2, small_swin, write_images
@@ -55,7 +55,7 @@ def images() -> torch.Tensor:
 def quantized(images) -> torch.nn.Module:
     """A calibrated small Swin V1 of the full recipe."""
     twin = quantize(small_swin(), named_recipe("full"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     return twin
 
 

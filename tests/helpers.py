@@ -18,7 +18,7 @@ from qswin.calib.data.folders import ImageFolder
 from qswin.calib.data.images import Preprocessing
 from qswin.models.registry import build_model, family_of
 from qswin.qat.checkpoint import Description
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 
@@ -149,7 +149,7 @@ def lively_swin() -> torch.nn.Module:
 
 def twin_of(images, recipe="attention", **settings):
     twin = quantize(small_swin(**settings), named_recipe(recipe) if isinstance(recipe, str) else recipe).eval()
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     return twin
 
 

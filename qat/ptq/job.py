@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from absl import logging
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from qswin.calib.data.batches import image_batches
@@ -20,10 +20,8 @@ from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
 from qswin.qat.float_model import build_float_model, model_arguments
-from qswin.qat.ptq.bias_correction import correct_biases
-from qswin.qat.ptq.calibrate import calibrate, observations
-from qswin.qat.ptq.choose_calibrators import choose_calibrators
-from qswin.qat.ptq.reconstruction import reconstruct
+from qswin.qat.ptq.calibrate import calibrate, needs_images_again
+from qswin.qat.ptq.ranges import observations
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.recipe_file import read_recipe
@@ -34,33 +32,9 @@ from qswin.qat.schema import CalibrationConfig, Config, DataConfig
 
 def check(options: CalibrationConfig, ranks: Ranks) -> None:
     """Raises ValueError for settings that the schema's types let through."""
-    if ranks.world > 1 and _needs_images_again(options):
+    if ranks.world > 1 and needs_images_again(options):
         keys = "choose_calibrators, correct_biases and reconstruct_steps"
         raise ValueError(f"calibration's {keys} need one process; leave torchrun out")
-
-
-def _needs_images_again(options: CalibrationConfig) -> bool:
-    """Whether more is asked for than ranges, which one pass finds."""
-    return options.choose_calibrators or options.correct_biases or options.reconstruct_steps > 0
-
-
-def prepare(model: nn.Module, batches: Iterable[Tensor], options: CalibrationConfig, dead_range: float | None) -> int:
-    """Calibrates as a config says, with choice of calibrators, bias correction and reconstruction after.
-
-    Returns:
-        The number of images.
-    """
-    if not _needs_images_again(options):
-        return calibrate(model, batches, dead_range)
-    kept = list(batches)
-    images = calibrate(model, kept, dead_range)
-    if options.choose_calibrators:
-        choose_calibrators(model, kept[:2])  # hundreds of passes over each block: a few dozen images must do
-    if options.correct_biases:
-        correct_biases(model, kept[:4])  # a mean needs few images, and each layer is a pass
-    if options.reconstruct_steps:
-        reconstruct(model, kept, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
-    return images
 
 
 def run_calibration(config: Config, ranks: Ranks) -> Path:
@@ -122,7 +96,7 @@ def calibrate_on(
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
     start = time.perf_counter()
-    images = prepare(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range)
+    images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range)
     seconds = time.perf_counter() - start
     total, left_out = map(int, ranks.sum([images, len(skipped or ())]))
     if ranks.main:

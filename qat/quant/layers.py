@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qswin.qat.quant.quantizers import TensorQuantizer
+from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 
 # What a recipe gives a layer for a site: a TensorQuantizer, or nn.Identity where the site stays in float.
 MakeQuantizer = Callable[..., nn.Module]
@@ -79,3 +79,25 @@ def weight_quantizers(model: nn.Module) -> list[tuple[TensorQuantizer, Tensor]]:
     layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantConv2d)]
     pairs = [(layer._weight_quantizer, layer.weight) for layer in layers]
     return [(quantizer, weight) for quantizer, weight in pairs if isinstance(quantizer, TensorQuantizer)]
+
+
+def channel_shape(layer: QuantLinear | QuantConv2d) -> tuple[int, ...]:
+    """The shape of a factor for each input channel of a QuantLinear or QuantConv2d, to multiply its input by."""
+    if isinstance(layer, QuantConv2d):
+        return (layer.weight.shape[1] * layer.groups, 1, 1)
+    return (layer.weight.shape[1],)
+
+
+def check_channel_scales(model: nn.Module) -> None:
+    """Raises ValueError, naming the site, where a `_pre_quant_scale` does not fit its layer or is not above 0."""
+    layers = {m._input_quantizer: m for m in model.modules() if isinstance(m, QuantLinear | QuantConv2d)}
+    for quantizer in quantizers(model):
+        scale = quantizer._pre_quant_scale
+        if scale is None:
+            continue
+        if quantizer not in layers or tuple(scale.shape) != channel_shape(layers[quantizer]):
+            raise ValueError(
+                f"{quantizer.site}: its channel scales have shape {tuple(scale.shape)}, which does not fit"
+            )
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError(f"{quantizer.site}: a channel scale is not a positive number; calibrate again")

@@ -15,6 +15,7 @@ from qswin.qat.quant.fake_quantize import fake_quantize, quantize_dequantize, sc
 from qswin.qat.quant.weight_ranges import weight_ranges
 
 OFF_KEY = "_off"  # in the state dict of a quantizer that has a range and does not quantize
+SCALE_KEY = "_pre_quant_scale"  # in the state dict of a quantizer whose input's channels are scaled first
 CPU_CHUNK = 1 << 18  # values counted at a time on a CPU: the temporaries stay in its cache
 IN_FLOAT = (
     "this model is calibrated, but some of its quantizers are off or observing: it computes in float there. "
@@ -57,6 +58,9 @@ class TensorQuantizer(nn.Module):
     The state dict says whether it quantizes. One with a range does, one without is off; a quantizer that has a range
     and does not quantize is marked by one more key, `_off`. One that has a range and computes in float warns of it.
 
+    Channels may be scaled before all else, also where it is off: `_pre_quant_scale`, as ModelOpt calls it, is a buffer
+    that broadcasts over the input, or None. Who sets it divides the next weight by it (qat/ptq/equalization.py).
+
     Args:
         spec: how to quantize.
         site: the site's name in recipes, tables and errors.
@@ -74,6 +78,8 @@ class TensorQuantizer(nn.Module):
             shape = tuple(n if i == spec.axis else 1 for i, n in enumerate(weight_shape))
         self.register_buffer("_amax", torch.full(shape, float("nan")))
         self._amax: Tensor
+        self._pre_quant_scale: Tensor | None
+        self.register_buffer(SCALE_KEY, None)
         self._log_gain: nn.Parameter | None = None
 
     @property
@@ -87,6 +93,8 @@ class TensorQuantizer(nn.Module):
         return self.spec.grid.scale(self.amax)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._pre_quant_scale is not None:
+            x = x * self._pre_quant_scale
         if self.mode is not Mode.QUANTIZING:
             if self.warns and not torch.compiler.is_compiling():
                 self._warn()
@@ -217,6 +225,8 @@ class TensorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         off = state_dict.pop(f"{prefix}{OFF_KEY}", None) is not None
+        scale = state_dict.get(f"{prefix}{SCALE_KEY}")
+        self._pre_quant_scale = None if scale is None else torch.empty_like(scale, device=self._amax.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_amax" in state_dict:
             self._switch(Mode.OFF if off or self.range_problem() else Mode.QUANTIZING)

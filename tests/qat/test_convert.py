@@ -8,7 +8,7 @@ import torch
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.convert import convert
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import RECIPES, Rule
 from qswin.qat.quant.rewrite import quantize
 from tests.helpers import small_swin
@@ -34,7 +34,7 @@ def test_a_first_systems_checkpoint_computes_the_same(config_file, images, tmp_p
     """Names of the original repository, [1] for a range, GEMM output quantizers too; no range for add2's shortcut."""
     recipe = dataclasses.replace(RECIPES["full"], rules=(*RECIPES["full"].rules, Rule("add2.shortcut", quantize=False)))
     twin = quantize(small_swin(), recipe)
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     state = {}
     for key, value in original_layout(twin).items():
         for ours, theirs in THEIRS.items():
@@ -55,7 +55,7 @@ def test_a_first_systems_checkpoint_computes_the_same(config_file, images, tmp_p
 def test_a_modelopt_checkpoint_computes_the_same(config_file, images, tmp_path):
     """timm's names, and quantizers without an underscore; their other buffers are left."""
     twin = quantize(small_swin(), RECIPES["gemm"])
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     state = {
         key.replace("._input_q", ".input_q").replace("._weight_q", ".weight_q"): v
         for key, v in twin.state_dict().items()
@@ -73,7 +73,7 @@ def test_a_modelopt_checkpoint_computes_the_same(config_file, images, tmp_path):
 def test_smoothquants_scales_are_refused(config_file, images, tmp_path):
     """Without them the weights, which are divided by them, would give nonsense."""
     twin = quantize(small_swin(), RECIPES["gemm"])
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     scale = "layers.0.blocks.0.attn.qkv.input_quantizer._pre_quant_scale"
     torch.save({**twin.state_dict(), scale: torch.full((16,), 0.5)}, tmp_path / "theirs.pth")
     with pytest.raises(ValueError, match=f"{scale} scales what the layer reads .SmoothQuant."):
@@ -86,7 +86,7 @@ def test_smoothquants_scales_are_refused(config_file, images, tmp_path):
 )
 def test_another_recipe_is_an_error(config_file, images, tmp_path, calibrated, asked, words):
     twin = quantize(small_swin(), RECIPES[calibrated])
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     torch.save(twin.state_dict(), tmp_path / "theirs.pth")
     with pytest.raises(ValueError, match=words):
         convert(load_config(config_file, settings(config_file, tmp_path / "theirs.pth", asked)))

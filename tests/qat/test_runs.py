@@ -11,8 +11,8 @@ from qswin.calib.histogram_file import HISTOGRAMS
 from qswin.qat.config import load_config
 from qswin.qat.convert import convert
 from qswin.qat.distributed import process_group
-from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.ptq.job import run_calibration
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.runs import PTQ, Run
@@ -45,7 +45,7 @@ def steps(path) -> list[int]:
 def foreign(tmp_path, images):
     """A checkpoint that another toolkit might have calibrated."""
     twin = quantize(small_swin(), named_recipe("full"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     torch.save(twin.state_dict(), tmp_path / "theirs.pth")
     return f"model.checkpoint={tmp_path / 'theirs.pth'}"
 

@@ -44,14 +44,14 @@ class Graphs(dict[str, Path]):
         if self._twin is None:
             import torch
 
-            from qswin.qat.ptq.calibrate import calibrate
+            from qswin.qat.ptq.ranges import find_ranges
             from qswin.qat.quant.recipe import named_recipe
             from qswin.qat.quant.rewrite import quantize
             from tests.helpers import DESCRIPTION, small_swin
 
             recipe = named_recipe("full")
             twin = quantize(small_swin(depths=[2, 1]), recipe)
-            calibrate(twin, [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
+            find_ranges(twin, [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
             self._twin = twin, dataclasses.replace(DESCRIPTION, recipe=recipe)
         return self._twin
 

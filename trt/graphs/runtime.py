@@ -68,9 +68,8 @@ def start_session(path: str | Path, threads: int, disabled: Sequence[str] = ()) 
             str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
         )
     except LOAD_ERRORS as error:
-        raise ValueError(
-            f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); export it again"
-        ) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__  # some releases say nothing
+        raise ValueError(f"{path}: ONNX Runtime cannot load it ({reason}); export it again") from error
 
 
 def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> dict[str, str]:

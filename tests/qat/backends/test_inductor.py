@@ -15,7 +15,7 @@ import torch
 from qswin.calib.files import write_with_sidecar
 from qswin.qat.backends import inductor
 from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from tests.helpers import DESCRIPTION, SIDECAR, SMALL, V1, fails, invoke, small_swin
@@ -27,7 +27,7 @@ HEADS_OF_32 = {**SMALL, "embed_dim": 64}  # the kernels' products are 32 deep
 def checkpoint(tmp_path, images):
     """A small Swin that was calibrated with the recipe of the kernels."""
     twin = quantize(small_swin(**HEADS_OF_32), named_recipe("attention"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     description = Description(
         {"name": V1, "num_classes": 5, **HEADS_OF_32},
         "ptq",

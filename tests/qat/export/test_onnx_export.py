@@ -19,7 +19,7 @@ from qswin.calib import grid
 from qswin.calib.data.images import Preprocessing
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES, named_recipe
 from qswin.qat.quant.rewrite import disable, quantize
@@ -32,7 +32,7 @@ FLOAT = dataclasses.replace(DESCRIPTION, recipe=None, stage="float")
 
 def calibrated(model, images, recipe=RECIPE):
     twin = quantize(model, recipe)
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     return twin
 
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_exported_says_why(images):
     twin = quantize(small_swin(), RECIPE)
     with pytest.raises(ValueError, match="patch_embed: its range was never calibrated"):
         export_onnx(twin, DESCRIPTION)
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     dead = next(quantizers(twin.head))
     dead._amax.zero_()
     with pytest.raises(ValueError, match="head: its range is dead"):

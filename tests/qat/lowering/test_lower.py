@@ -14,7 +14,7 @@ from qswin.models.registry import build_model  # noqa: E402
 from qswin.qat.lowering.layers import Float32Interface, Int8Head, Int8PatchEmbed  # noqa: E402
 from qswin.qat.lowering.lower import lower  # noqa: E402
 from qswin.qat.lowering.swin import Int8Block, Int8PatchMerging, window_token_ids  # noqa: E402
-from qswin.qat.ptq.calibrate import calibrate  # noqa: E402
+from qswin.qat.ptq.ranges import find_ranges  # noqa: E402
 from qswin.qat.quant.recipe import named_recipe  # noqa: E402
 from qswin.qat.quant.rewrite import quantize  # noqa: E402
 from tests.helpers import V1, V2, twin_of  # noqa: E402
@@ -94,7 +94,7 @@ def test_sites_that_do_not_fit_are_named(images, recipe, message):
 
 def test_other_models_are_refused(images):
     twin = quantize(build_model("deit_tiny_patch16_224", img_size=32), named_recipe("attention"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     with pytest.raises(ValueError, match="no block that the INT8 kernels are for.*QuantSwinBlock"):
         lower(twin, images[:1])
 

@@ -6,7 +6,7 @@ import dataclasses
 import torch
 
 from qswin.qat.ptq.bias_correction import channel_means, correct_biases
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.blocks import block_output
 from qswin.qat.quant.layers import QuantConv2d, QuantLinear
 from qswin.qat.quant.recipe import RECIPES
@@ -16,7 +16,7 @@ from tests.helpers import small_swin
 
 def low_bit_twin(images):
     twin = quantize(small_swin(), dataclasses.replace(RECIPES["full"], weight_format="int3")).eval()
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     return twin
 
 

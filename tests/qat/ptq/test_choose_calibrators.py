@@ -5,8 +5,8 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.ptq.choose_calibrators import CANDIDATES, choose_calibrators
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.blocks import block_arguments, blocks
 from qswin.qat.quant.quantizers import Mode, quantizers
 from qswin.qat.quant.recipe import RECIPES
@@ -18,7 +18,7 @@ LOW = dataclasses.replace(RECIPES["full"], weight_format="int4", activation_form
 
 def test_each_site_gets_what_is_best_for_its_block(images):
     twin = quantize(lively_swin(), RECIPES["full"])
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     chosen = choose_calibrators(twin, [images])
     assert all(quantizer.mode is Mode.QUANTIZING for quantizer in quantizers(twin))
     assert len(set(chosen.values())) > 1 and "patch_embed" not in chosen
@@ -46,7 +46,7 @@ def test_chosen_ranges_are_better_than_the_worst(images):
     errors = {}
     for calibrator in ("max", "chosen"):
         twin = quantize(model, dataclasses.replace(LOW, calibrator="max"))
-        calibrate(twin, [images])
+        find_ranges(twin, [images])
         if calibrator == "chosen":
             choose_calibrators(twin, [images])
         with torch.no_grad():

@@ -14,8 +14,8 @@ from qswin.calib.histogram_file import HISTOGRAMS, load_histograms
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.distributed import Ranks, process_group
-from qswin.qat.ptq.calibrate import activation_quantizers
 from qswin.qat.ptq.job import run_calibration
+from qswin.qat.ptq.ranges import activation_quantizers
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 

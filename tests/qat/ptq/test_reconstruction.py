@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.ptq.reconstruction import reconstruct
 from qswin.qat.quant.blocks import block_arguments, block_output, blocks
 from qswin.qat.quant.quantizers import Mode, quantizers
@@ -30,7 +30,7 @@ def test_it_lowers_the_error_on_other_images():
     batches = list(torch.randn(32, 3, 32, 32, generator=generator).split(8))
     others = torch.randn(32, 3, 32, 32, generator=generator)
     twin = quantize(model, LOW)
-    calibrate(twin, batches)
+    find_ranges(twin, batches)
     kept = {name: value.clone() for name, value in twin.state_dict().items() if "layers" not in name}
     expected = model(others).detach()
     before = (twin(others) - expected).square().mean().item()
@@ -45,6 +45,6 @@ def test_it_lowers_the_error_on_other_images():
 
 def test_blocks_that_take_more_than_tokens_are_trained_too(images):
     twin = quantize(VARIANTS["cvt"].build(), LOW)
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     shares = reconstruct(twin, images.split(2), steps=20, lr=1e-3, range_lr=1e-2)
     assert len(shares) == 6 and max(shares) < 1

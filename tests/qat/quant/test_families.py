@@ -8,7 +8,7 @@ from qswin.calib.data.images import Preprocessing
 from qswin.calib.trt_cache.offline import activations
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import disable, enable, quantize
@@ -88,7 +88,7 @@ def test_keys_are_the_float_models_plus_the_ranges(small):
 def test_calibrated_it_loses_little(small):
     model, images = small.build(), small.images(8)
     twin = quantize(model, named_recipe("gemm"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     expected = model(images)
     error = (twin(images) - expected).abs().mean() / expected.std()
     assert 0 < error < 0.1
@@ -96,7 +96,7 @@ def test_calibrated_it_loses_little(small):
 
 def test_it_trains(small):
     images, twin = small.images(8), quantize(small.build(), named_recipe("full"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     optimizer = torch.optim.AdamW(twin.train().parameters(), 1e-3)
     losses = []
     for _ in range(4):
@@ -112,7 +112,7 @@ def test_it_trains(small):
 def test_torch_traces_it_without_a_break(variant):
     small = VARIANTS[variant]
     twin, images = quantize(small.build(), named_recipe("full")), small.images()
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     with torch.no_grad():
         compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), twin(images), rtol=1e-4, atol=1e-4)
@@ -127,7 +127,7 @@ def test_the_exported_graphs_are_right_and_build(variant, opset, tmp_path):
     small = VARIANTS[variant]
     recipe, images = named_recipe("full"), small.images()
     twin = quantize(small.build(), recipe)
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     preprocessing = Preprocessing(size=(small.side, small.side))
     description = Description({"name": small.name}, "ptq", preprocessing, recipe=recipe)
     for precision in ("fp32", "int8"):

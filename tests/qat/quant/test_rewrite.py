@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.layers import QuantAdd, QuantConv2d, QuantLinear, QuantMatMul
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule, named_recipe
@@ -112,7 +112,7 @@ def test_quantized_output_is_near_and_nearer_with_more_bits(images):
         twin = quantize(
             model, dataclasses.replace(RECIPES["full"], weight_format=f"int{bits}", activation_format=f"int{bits}")
         )
-        calibrate(twin, [images])
+        find_ranges(twin, [images])
         with torch.no_grad():
             errors.append((twin(images) - model(images)).abs().mean() / model(images).abs().mean())
     assert errors[0] < 0.05 and errors[0] < errors[1] < errors[2]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qswin.calib.files import sha256, sidecar_path
 from qswin.calib.trt_cache.offline import activations
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.trt.engines import options as engine_options
@@ -64,7 +64,7 @@ def test_tf32_is_what_was_asked_for(rtx, tf32):
 
 def test_swin_v2_builds(rtx, tmp_path, images):
     twin = quantize(small_swin(V2), named_recipe("full"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     save_onnx(tmp_path / "a.onnx", export_onnx(twin, DESCRIPTION, "int8", batch=2), DESCRIPTION.to_dict())
     engine, _ = build_engine(tmp_path / "a.onnx", BuildOptions(precision="int8", target="tensorrt-rtx"))
     assert len(engine) > 100_000

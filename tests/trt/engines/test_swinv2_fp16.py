@@ -17,7 +17,7 @@ from qswin.calib.data.images import Preprocessing
 from qswin.calib.trt_cache.offline import activations, value_sources
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.quant.twins import swin
@@ -54,7 +54,7 @@ def folder(tmp_path_factory, images) -> Path:
     """fp32.onnx and int8.onnx of our twin, and plain.onnx, whose cosine attention is torch's F.normalize."""
     folder, recipe = tmp_path_factory.mktemp("v2"), named_recipe("full")
     twin = quantize(trained_like(), recipe)
-    calibrate(twin, [torch.from_numpy(images)])
+    find_ranges(twin, [torch.from_numpy(images)])
     description = Description({"name": V2, "num_classes": 5}, "ptq", PREPROCESSING, recipe=recipe)
     for precision in ("fp32", "int8"):
         save_onnx(folder / f"{precision}.onnx", export_onnx(twin, description, precision), description.to_dict())

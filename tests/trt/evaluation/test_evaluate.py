@@ -17,7 +17,7 @@ from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
-from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.trt.evaluation.evaluate import Accuracy, count_correct, evaluate
@@ -120,7 +120,7 @@ def test_quantized_graphs_of_a_fixed_batch_run_on_integers(tmp_path, images, mon
         return sum(node.op_type == "Gemm" for node in read_onnx(tmp_path / "optimized.onnx").graph.node)
 
     twin = quantize(small_swin(depths=[1], num_heads=[2]), named_recipe("gemm"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     for name, batch in (("free", None), ("fixed", len(images))):
         save_onnx(tmp_path / f"{name}.onnx", export_onnx(twin, DESCRIPTION, batch=batch), DESCRIPTION.to_dict())
     free = OnnxRuntimePredictor(tmp_path / "free.onnx")(images.numpy())

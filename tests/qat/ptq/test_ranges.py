@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from qswin.qat.ptq.calibrate import calibrate, set_ranges
+from qswin.qat.ptq.ranges import find_ranges, set_ranges
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import disable, quantize
@@ -27,7 +27,7 @@ def test_ranges_do_not_depend_on_the_batches(images, calibrator):
     found = []
     for size in (1, 3, 4):
         twin = quantize(model, named_recipe("full"))
-        assert calibrate(twin, images.split(size)) == 4
+        assert find_ranges(twin, images.split(size)) == 4
         set_ranges(twin, calibrator)
         found.append(ranges(twin))
     assert_same(found[0], found[1])
@@ -38,7 +38,7 @@ def test_ranges_are_those_of_the_float_activations(images):
     """Nothing is quantized while ranges are taken, and max is the largest activation of a hooked float model."""
     model = small_swin()
     twin = quantize(model, named_recipe("full"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     set_ranges(twin, "max")
     largest = {}
     for name, module in model.named_modules():
@@ -61,29 +61,29 @@ def test_several_calibrators_share_one_pass(quantized):
 
 def test_no_images_is_an_error():
     with pytest.raises(ValueError, match="0 images"):
-        calibrate(quantize(small_swin(), named_recipe("full")), [])
+        find_ranges(quantize(small_swin(), named_recipe("full")), [])
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_batches_of_images_and_labels_are_taken(images, kind):
     labels = torch.zeros(2, dtype=torch.long)
     twins = [quantize(small_swin(), named_recipe("full")) for _ in range(2)]
-    assert calibrate(twins[0], [kind((part, labels)) for part in images.split(2)]) == 4
-    calibrate(twins[1], images.split(2))
+    assert find_ranges(twins[0], [kind((part, labels)) for part in images.split(2)]) == 4
+    find_ranges(twins[1], images.split(2))
     torch.testing.assert_close(ranges(twins[0]), ranges(twins[1]), rtol=0, atol=0)
 
 
 def test_calibrating_again_finds_the_same_ranges(images):
     """The second pass is one of the float model too, though its weights were quantized before, or switched off."""
     twin = quantize(small_swin(), dataclasses.replace(named_recipe("full"), weight_format="int3"))
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     first = ranges(twin)
-    calibrate(twin, [images])
+    find_ranges(twin, [images])
     torch.testing.assert_close(ranges(twin), first, rtol=0, atol=0)
     disable(twin)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibrate(twin, [images])
+        find_ranges(twin, [images])
     torch.testing.assert_close(ranges(twin), first, rtol=0, atol=0)
 
 
@@ -92,7 +92,7 @@ def test_calibrating_again_finds_the_same_ranges(images):
 )
 def test_other_batches_are_refused_in_one_line(batch, kind):
     with pytest.raises(ValueError, match=rf"a calibration batch is a {kind}; give tensors \(N, 3, H, W\)"):
-        calibrate(quantize(small_swin(), named_recipe("full")), [batch])
+        find_ranges(quantize(small_swin(), named_recipe("full")), [batch])
 
 
 def failing_loader(images):
@@ -117,12 +117,12 @@ def test_a_calibration_that_fails_changes_no_quantizer(images, earlier, loader, 
     twin = quantize(small_swin(depths=[1], num_heads=[2]), named_recipe("full"))
     torch.nn.init.zeros_(twin.patch_embed.proj.bias)
     if earlier != "uncalibrated":
-        calibrate(twin, [images])
+        find_ranges(twin, [images])
     if earlier == "off":
         disable(twin)
     known = [(q.mode, q.warns, q.histogram, q._amax.clone()) for q in quantizers(twin)]
     with pytest.raises(error):
-        calibrate(twin, loader(images))
+        find_ranges(twin, loader(images))
     for quantizer, (mode, warns, histogram, amax) in zip(quantizers(twin), known, strict=True):
         assert (quantizer.mode, quantizer.warns) == (mode, warns) and quantizer.histogram is histogram
         assert torch.equal(quantizer._amax.nan_to_num(-1), amax.nan_to_num(-1))
@@ -133,7 +133,7 @@ def test_dead_ranges_are_an_error_unless_the_recipe_mends_them(images):
     torch.nn.init.zeros_(model.layers[0].blocks[0].norm1.weight)
     torch.nn.init.zeros_(model.layers[0].blocks[0].norm1.bias)
     with pytest.raises(ValueError, match=r"layers\.0\.blocks\.0\.add1\.branch: its range is dead"):
-        calibrate(quantize(model, named_recipe("full")), [images])
+        find_ranges(quantize(model, named_recipe("full")), [images])
     twin = quantize(model, named_recipe("full"))
-    calibrate(twin, [images], dead_range=1.0)
+    find_ranges(twin, [images], dead_range=1.0)
     assert ranges(twin)["layers.0.blocks.0.add1.branch"] == 1
