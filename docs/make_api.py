@@ -31,6 +31,7 @@ MODULES = (
     "qswin.qat.quant.fake_quantize",
     "qswin.qat.ptq.calibrate",
     "qswin.qat.ptq.ranges",
+    "qswin.qat.ptq.equalization",
     "qswin.qat.ptq.choose_calibrators",
     "qswin.qat.ptq.bias_correction",
     "qswin.qat.ptq.reconstruction",

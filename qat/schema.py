@@ -80,6 +80,9 @@ class CalibrationConfig:
     images: int = option(512, "Number of images, drawn at random from `train`.", least=1)
     batch_size: int = option(32, "Images in a batch of one process.", least=1)
     calibrator: str | None = option(None, "Calibrator of activations, over the recipe's; null leaves the recipe's.")
+    equalize: bool = option(
+        True, "Scale channels between each layer and what it reads, so that one range suits all of them."
+    )
     choose_calibrators: bool = option(
         False, "Choose the calibrator of each site by the output of its block; needs one process."
     )

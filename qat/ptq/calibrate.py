@@ -1,15 +1,19 @@
 """Post-training quantization: all that can be done for a model with images alone, without training and labels."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qswin.qat.ptq.bias_correction import correct_biases
 from qswin.qat.ptq.choose_calibrators import choose_calibrators
+from qswin.qat.ptq.equalization import equalize
 from qswin.qat.ptq.ranges import find_ranges, image_tensors
 from qswin.qat.ptq.reconstruction import reconstruct
 from qswin.qat.schema import CalibrationConfig
+
+EQUALIZATION_BATCHES = 2
 
 
 def calibrate(
@@ -34,17 +38,25 @@ def calibrate(
             site is named.
     """
     options = options or CalibrationConfig()
+    images = image_tensors(model, batches)
+    first = list(itertools.islice(images, EQUALIZATION_BATCHES))
+    if options.equalize:
+        equalize(model, first)
     if not needs_images_again(options):
-        return find_ranges(model, batches, dead_range)
-    kept = list(image_tensors(model, batches))
-    images = find_ranges(model, kept, dead_range)
+        return find_ranges(model, itertools.chain(first, images), dead_range)
+    kept = [*first, *images]
+    total = find_ranges(model, kept, dead_range)
+    _refine(model, kept, options)
+    return total
+
+
+def _refine(model: nn.Module, batches: Sequence[Tensor], options: CalibrationConfig) -> None:
     if options.choose_calibrators:
-        choose_calibrators(model, kept[:2])  # hundreds of passes over each block: a few dozen images must do
+        choose_calibrators(model, batches[:2])  # hundreds of passes over each block: a few dozen images must do
     if options.correct_biases:
-        correct_biases(model, kept[:4])  # a mean needs few images, and each layer is a pass
+        correct_biases(model, batches[:4])  # a mean needs few images, and each layer is a pass
     if options.reconstruct_steps:
-        reconstruct(model, kept, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
-    return images
+        reconstruct(model, batches, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
 
 
 def needs_images_again(options: CalibrationConfig) -> bool:

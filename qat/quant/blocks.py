@@ -1,5 +1,6 @@
 """A model's blocks, and what flows through them: what block-wise methods work on."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -8,6 +9,33 @@ from torch import Tensor, nn
 from qswin.qat.quant.layers import QuantAdd
 
 Arguments = tuple[Any, ...]  # of a block's forward: the tokens first
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A layer and the parameters that make the channels of its input, so that they can be scaled there.
+
+    A twin that has some gives them out by a method `folds() -> list[Fold]`.
+
+    Args:
+        producers: detached parameters, or parts of them, whose first dimension is the channels that the layer reads.
+    """
+
+    layer: nn.Module
+    producers: tuple[Tensor, ...]
+
+
+def behind_norm(norm: Any, layer: Any) -> list[Fold]:
+    """The fold of a layer that alone reads what a normalization gives; none where that is not a LayerNorm's."""
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        return []
+    return [Fold(layer, (norm.weight.detach(), norm.bias.detach()))]
+
+
+def behind_values(qkv: Any, v_bias: Tensor | None, proj: nn.Module) -> list[Fold]:
+    """The fold of an attention's projection: v's channels come from the last third of the rows of qkv."""
+    rows = qkv.weight.detach().chunk(3)[2]
+    return [Fold(proj, (rows,) if v_bias is None else (rows, v_bias.detach()))]
 
 
 class FoldingBlock(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qswin.qat.quant.blocks import Fold, behind_norm
 from qswin.qat.quant.layers import MakeQuantizer, QuantAdd, QuantConv2d, QuantMatMul
 
 
@@ -85,6 +86,10 @@ class QuantCvtLayer(nn.Module):
         x = self.add1(x, self.drop_path(self.attention(self.layernorm_before(x), height, width)))
         x = self.add2(x, self.drop_path(self._mlp(self.layernorm_after(x))))
         return x
+
+    def folds(self) -> list[Fold]:
+        """What takes factors of the MLP's input over."""
+        return behind_norm(self.layernorm_after, self.intermediate.dense)
 
     def _mlp(self, x: Tensor) -> Tensor:
         """The output module without its own residual add."""

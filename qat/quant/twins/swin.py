@@ -15,7 +15,7 @@ from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
-from qswin.qat.quant.blocks import FoldingBlock
+from qswin.qat.quant.blocks import Fold, FoldingBlock, behind_norm, behind_values
 from qswin.qat.quant.layers import MakeQuantizer, QuantAdd, QuantMatMul
 
 TINY = 1e-6  # FP16 can express it
@@ -48,6 +48,10 @@ class QuantWindowAttention(nn.Module):
         attn = self.attn_drop(attn.softmax(dim=-1))
         x = self.av(attn, v).transpose(1, 2).reshape(windows, tokens, -1)
         return self.proj_drop(self.proj(x))
+
+    def folds(self) -> list[Fold]:
+        """What takes factors of the projection's input over."""
+        return behind_values(self.qkv, None if self.qkv.bias is None else self.qkv.bias.chunk(3)[2], self.proj)
 
     @torch.no_grad()
     def fold(self, mask: Tensor | None) -> None:
@@ -99,6 +103,10 @@ class QuantWindowAttentionV2(nn.Module):
         attn = self.attn_drop(attn.softmax(dim=-1))
         x = self.av(attn, v).transpose(1, 2).reshape(windows, tokens, -1)
         return self.proj_drop(self.proj(x))
+
+    def folds(self) -> list[Fold]:
+        """What takes factors of the projection's input over."""
+        return behind_values(self.qkv, self.v_bias, self.proj)
 
     @torch.no_grad()
     def fold(self, mask: Tensor | None) -> None:
@@ -158,6 +166,10 @@ class QuantSwinBlock(FoldingBlock):
         x = self.add2(x, self.drop_path2(self.mlp(self.norm2(x))))
         return x.reshape(size)
 
+    def folds(self) -> list[Fold]:
+        """What takes factors of qkv's and fc1's inputs over."""
+        return behind_norm(self.norm1, self.attn.qkv) + behind_norm(self.norm2, self.mlp.fc1)
+
     def fold(self) -> None:
         """Folds what does not depend on the input; see QuantWindowAttention.fold."""
         self.attn.fold(self.attn_mask)
@@ -189,6 +201,10 @@ class QuantSwinBlock(FoldingBlock):
 class QuantSwinV2Block(QuantSwinBlock):
     """Swin V2 block: like V1's, but the norms come after attention and MLP ("res-post-norm")."""
 
+    def folds(self) -> list[Fold]:
+        """None: qkv and fc1 read the residual stream."""
+        return []
+
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape
         x = self.add1(x, self.drop_path1(self.norm1(self._window_attention(x))))
@@ -208,12 +224,20 @@ class QuantPatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.reduction(self.norm(_merge_2x2(x)))
 
+    def folds(self) -> list[Fold]:
+        """What takes factors of the reduction's input over."""
+        return behind_norm(self.norm, self.reduction)
+
 
 class QuantPatchMergingV2(QuantPatchMerging):
     """Patch merging of Swin V2: the norm comes after the reduction."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(_merge_2x2(x)))
+
+    def folds(self) -> list[Fold]:
+        """None: the reduction reads the residual stream."""
+        return []
 
 
 def _merge_2x2(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from qswin.qat.quant.blocks import Fold, behind_norm, behind_values
 from qswin.qat.quant.layers import MakeQuantizer, QuantAdd, QuantMatMul
 
 
@@ -39,6 +40,12 @@ class QuantAttention(nn.Module):
         x = self.av(attn, v).transpose(1, 2).reshape(batch, tokens, -1)
         return self.proj_drop(self.proj(self.norm(x)))
 
+    def folds(self) -> list[Fold]:
+        """What takes factors of the projection's input over."""
+        if not isinstance(self.norm, nn.Identity):
+            return behind_norm(self.norm, self.proj)
+        return behind_values(self.qkv, None if self.qkv.bias is None else self.qkv.bias.chunk(3)[2], self.proj)
+
 
 class QuantViTBlock(nn.Module):
     """ViT block: norm, attention, residual; norm, MLP, residual; each branch with its layer scale. x: (B, N, C)."""
@@ -60,6 +67,10 @@ class QuantViTBlock(nn.Module):
         x = self.add1(x, self.drop_path1(self.ls1(self.attn(self.norm1(x)))))
         x = self.add2(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
         return x
+
+    def folds(self) -> list[Fold]:
+        """What takes factors of qkv's and fc1's inputs over."""
+        return behind_norm(self.norm1, self.attn.qkv) + behind_norm(self.norm2, self.mlp.fc1)
 
 
 TWINS = {vit.Attention: QuantAttention, vit.Block: QuantViTBlock}

@@ -1,0 +1,193 @@
+"""Channel equalization: factors between an activation's channels and the next weight, so that one range suits them all.
+
+A layer computes (x * s) @ (W / s).T in place of x @ W.T, as in Xiao et al., "SmoothQuant", ICML 2023, section 4. The
+factors and their search are those of Lin et al., "AWQ", MLSys 2024, section 3.2: s is the channel's largest magnitude
+to the power of -strength. Each layer has the strength whose quantization changes the output of its block the least.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qswin.qat.quant.blocks import Arguments, Fold, block_arguments, blocks
+from qswin.qat.quant.layers import QuantConv2d, QuantLinear, channel_shape
+from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
+from qswin.qat.quant.rewrite import disable
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FEWEST_CHANNELS = 8  # an image's three need no factors
+TRIAL_IMAGES = 16  # of each batch: five passes over a block for each of its layers
+SPREAD = 1e4  # of a layer's factors, at most: a channel that is never used would get an infinite one
+Layer = Any  # QuantLinear or QuantConv2d
+
+
+@torch.no_grad()
+def equalize(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
+    """Scales the channels that layers read, in place. In float, the model computes what it did.
+
+    A twin says what can take a layer's factors over (`Fold`). Where nothing can, they stay before the layer's
+    quantizer, as `_pre_quant_scale`. The quantizers are off afterwards, and the ranges of layers must be found anew.
+
+    Args:
+        model: made by `quantize`.
+        batches: (N, 3, H, W) each, on the model's device. Under torch.distributed each rank passes its own.
+
+    Returns:
+        {site: strength} of the layers whose inputs and weights are quantized; 0 where scaling does not help.
+    """
+    disable(model, quiet=True)
+    strengths: dict[str, float] = {}
+    if not _over_ranks(torch.tensor(len(batches)), dist.ReduceOp.MIN):
+        return strengths
+    layers = equalizable(model)
+    for layer in layers:
+        _undo(layer)
+    amax = channel_amax(model, layers, batches)
+    reached = [layer for layer in layers if amax[layer].any()]
+    for block, layers in tqdm(_by_block(model, reached), "equalize", disable=not sys.stderr.isatty()):
+        arguments = [block_arguments(model, block, batch[:TRIAL_IMAGES]) for batch in batches]
+        for layer in layers:
+            trial = Trial(block, layer, arguments)
+            site, largest = layer._input_quantizer.site, amax[layer]
+            errors = torch.stack([trial.error(channel_factors(largest, strength)) for strength in STRENGTHS])
+            strengths[site] = STRENGTHS[int(_over_ranks(errors, dist.ReduceOp.SUM).argmin())]
+            trial.settle(channel_factors(largest, strengths[site]))
+    _fold(model)
+    return strengths
+
+
+def equalizable(model: nn.Module) -> list[Layer]:
+    """The layers with quantized inputs and weights, apart from those that read an image or share their weight."""
+    layers = [module for module in model.modules() if type(module) in (QuantLinear, QuantConv2d)]
+    owners = [layer.weight for layer in layers]
+    return [layer for layer in layers if _is_equalizable(layer) and sum(layer.weight is w for w in owners) == 1]
+
+
+def _is_equalizable(layer: Layer) -> bool:
+    pair = (layer._input_quantizer, layer._weight_quantizer)
+    return all(isinstance(each, TensorQuantizer) for each in pair) and channel_shape(layer)[0] >= FEWEST_CHANNELS
+
+
+def channel_amax(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Tensor]) -> dict[Layer, Tensor]:
+    """The largest magnitude of each channel that a layer reads, of `channel_shape`; over all ranks."""
+    found = {layer: layer.weight.new_zeros(channel_shape(layer)[0]) for layer in layers}
+
+    def record(layer: Layer, arguments: Arguments) -> None:
+        x = arguments[0].abs()
+        amax = x.amax((0, 2, 3)) if isinstance(layer, QuantConv2d) else x.flatten(0, -2).amax(0)
+        found[layer] = torch.maximum(found[layer], amax)
+
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: _over_ranks(found[layer], dist.ReduceOp.MAX).view(channel_shape(layer)) for layer in layers}
+
+
+def channel_factors(amax: Tensor, strength: float) -> Tensor | None:
+    """amax ** -strength, with a geometric mean of 1, so that weights keep their magnitude; None where all are 1."""
+    if strength == 0:
+        return None
+    logs = -strength * amax.clamp(min=float(amax.max()) / SPREAD).log()
+    return (logs - logs.mean()).exp()
+
+
+def _over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values, operation)
+    return values
+
+
+def _by_block(model: nn.Module, layers: list[Layer]) -> list[tuple[nn.Module, list[Layer]]]:
+    """Each block with its layers; a layer outside of blocks stands for a block of its own."""
+    groups = [(block, [module for module in block.modules() if module in layers]) for block in blocks(model)]
+    inside = {layer for _, members in groups for layer in members}
+    return [group for group in groups if group[1]] + [(layer, [layer]) for layer in layers if layer not in inside]
+
+
+class Trial:
+    """A layer of a block, quantized with one set of factors after another, all else in float.
+
+    Args:
+        arguments: of the block, one a batch.
+    """
+
+    def __init__(self, block: nn.Module, layer: Layer, arguments: list[Arguments]) -> None:
+        self.block, self.layer, self.arguments = block, layer, arguments
+        self.weight = layer.weight.detach().clone()
+        self.inputs: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
+        self.targets = [block(*each) for each in arguments]
+        handle.remove()
+
+    def error(self, factors: Tensor | None) -> Tensor:
+        """(), float64: the squared error of the block's output, with ranges from the recipe's calibrators."""
+        self._set(factors)
+        taken, weighed = self.layer._input_quantizer, self.layer._weight_quantizer
+        taken.observe(quiet=True)
+        for x in self.inputs:
+            taken(x)
+        taken.set_range_from_histogram()
+        weighed.set_range_from_weight(self.layer.weight)
+        for quantizer in (taken, weighed):
+            quantizer._amax[quantizer._amax == 0] = 1.0  # of zeros alone; find_ranges will see to them
+            quantizer.enable()
+        pairs = zip(self.arguments, self.targets, strict=True)
+        error = torch.stack([F.mse_loss(self.block(*each), target) for each, target in pairs]).double().sum()
+        for quantizer in (taken, weighed):
+            quantizer.disable(quiet=True)
+        return error
+
+    def settle(self, factors: Tensor | None) -> None:
+        """Leaves the layer with these factors and without ranges."""
+        self._set(factors)
+        for quantizer in quantizers(self.layer):
+            quantizer._amax.fill_(float("nan"))
+            quantizer.disable(quiet=True)
+
+    def _set(self, factors: Tensor | None) -> None:
+        self.layer._input_quantizer._pre_quant_scale = factors
+        weight = self.weight if factors is None else _divided(self.weight, factors, self.layer)
+        self.layer.weight.data.copy_(weight)
+
+
+def _divided(weight: Tensor, factors: Tensor, layer: Layer) -> Tensor:
+    """A layer's weight with each input channel divided by its factor."""
+    if isinstance(layer, QuantLinear):
+        return weight / factors
+    by_group = weight.unflatten(0, (layer.groups, -1))
+    return (by_group / factors.view(layer.groups, 1, -1, 1, 1)).flatten(0, 1)
+
+
+def _undo(layer: Layer) -> None:
+    """Takes factors that the layer already has back into its weight."""
+    factors = layer._input_quantizer._pre_quant_scale
+    if factors is not None:
+        layer.weight.data.copy_(_divided(layer.weight.data, 1 / factors, layer))
+        layer._input_quantizer._pre_quant_scale = None
+
+
+def _fold(model: nn.Module) -> None:
+    """Moves factors into what comes before the layers, where twins say how."""
+    for module in model.modules():
+        folds = getattr(module, "folds", None)
+        for fold in () if folds is None else folds():
+            _take_over(fold)
+
+
+def _take_over(fold: Fold) -> None:
+    quantizer = getattr(fold.layer, "_input_quantizer", None)
+    if not isinstance(quantizer, TensorQuantizer) or quantizer._pre_quant_scale is None:
+        return
+    for producer in fold.producers:
+        producer.mul_(quantizer._pre_quant_scale.view(-1, *[1] * (producer.ndim - 1)))
+    quantizer._pre_quant_scale = None
