@@ -83,7 +83,7 @@ def _channel_scales(key: str, value: Tensor, expected: Mapping[str, Tensor], pat
         return {}
     quantizer = key.removesuffix(f".{SCALE_KEY}")
     if not quantizer.endswith("._input_quantizer") or f"{quantizer}._amax" not in expected:
-        what = "scales an input that the recipe leaves in float, and the weight is divided by it"
+        what = "has no quantized input of a layer to scale here, and the weight is divided by it"
         raise ValueError(f"{path}: {key} {what}; give the recipe that it was calibrated for")
     return {key: value.flatten()}
 

@@ -152,9 +152,9 @@ def test_a_smoothquant_checkpoint_computes_the_same(config_file, images, tmp_pat
 @pytest.mark.parametrize(
     ("quantizer", "channels", "words"),
     [
-        ("head.fc._input_quantizer", 32, "scales an input that the recipe leaves in float"),
-        ("layers.0.blocks.0.norm1.input_quantizer", 16, "scales an input that the recipe leaves in float"),
-        ("layers.0.blocks.0.attn.qkv.weight_quantizer", 16, "scales an input that the recipe leaves in float"),
+        ("head.fc._input_quantizer", 32, "has no quantized input of a layer to scale here"),
+        ("layers.0.blocks.0.norm1.input_quantizer", 16, "has no quantized input of a layer to scale here"),
+        ("layers.0.blocks.0.attn.qkv.weight_quantizer", 16, "has no quantized input of a layer to scale here"),
         ("layers.0.blocks.0.attn.qkv.input_quantizer", 5, r"its channel scales have shape \(5,\), which does not fit"),
     ],
 )
