@@ -45,6 +45,19 @@ def modelopt(model: nn.Module, batches: list[Tensor]) -> tuple[str, nn.Module]:
     return library.__version__, calibrated
 
 
+def modelopt_smoothquant(model: nn.Module, batches: list[Tensor]) -> tuple[str, nn.Module]:
+    """Its SmoothQuant as published: alpha 1, max ranges."""
+    import modelopt as library
+    import modelopt.torch.quantization as mtq
+
+    def forward(twin: nn.Module) -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                twin(batch)
+
+    return library.__version__, mtq.quantize(copy.deepcopy(model), mtq.INT8_SMOOTHQUANT_CFG, forward)
+
+
 def pytorch_quantization(model: nn.Module, batches: list[Tensor]) -> tuple[str, nn.Module]:
     """Histogram and percentile 99.99 of activations, the largest of each channel of weights."""
     sys.modules.setdefault("pytorch_quantization.cuda_ext", type(sys)("pytorch_quantization.cuda_ext"))
@@ -93,6 +106,7 @@ def with_their_layers(model: nn.Module) -> nn.Module:
 
 TOOLKITS: dict[str, Callable[[nn.Module, list[Tensor]], tuple[str, nn.Module]]] = {
     "modelopt": modelopt,
+    "modelopt-smoothquant": modelopt_smoothquant,
     "pytorch-quantization": pytorch_quantization,
 }
 

@@ -86,7 +86,8 @@ def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
     try:
         OmegaConf.update(config, key, value, force_add=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{where}: {key}: {reason}") from error
     if key in KEYS:
         try:
             KEYS[key].check(OmegaConf.select(config, key))

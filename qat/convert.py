@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import logging
@@ -11,9 +12,10 @@ from qswin.calib.files import sha256
 from qswin.models.family import Family
 from qswin.models.registry import family_of
 from qswin.models.state_dicts import check_state, read_state, rename
-from qswin.qat.checkpoint import Description, save_checkpoint
+from qswin.qat.checkpoint import Description, save_checkpoint, without
 from qswin.qat.float_model import build_float_model, model_arguments
-from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.layers import check_channel_scales
+from qswin.qat.quant.quantizers import SCALE_KEY, quantizers
 from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.runs import PTQ, Run
@@ -39,19 +41,21 @@ def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> di
     """A foreign state under the names, and with the shapes, of a rewritten model.
 
     Args:
-        state: weights, and ranges under `<quantizer>._amax`, with the names of the float model.
+        state: weights, ranges under `<quantizer>._amax`, and SmoothQuant's scales of a layer's input channels, by which
+            its weight is divided already, under `<quantizer>._pre_quant_scale`; all with the names of the float model.
         model: made by `quantize` with the recipe that the ranges were calibrated for.
 
     Raises:
-        ValueError: a site of the recipe has no range in the file, or the file has a range for no site of it; or inputs
-            are scaled before they are quantized.
+        ValueError: a site of the recipe has no range in the file, or the file has a range or scales for no site of it.
     """
-    check_unscaled(state, path)
     expected = model.state_dict()
     converted: dict[str, Tensor] = {}
     left = 0
     for key, value in state.items():
         key = rename(key, RENAMES)
+        if key.endswith(f"_quantizer.{SCALE_KEY}"):
+            converted |= _channel_scales(key, value, expected, path)
+            continue
         if re.search(UNUSED, key) or ("_quantizer." in key and not key.endswith("._amax")):
             left += key.endswith("._amax")
             continue
@@ -66,12 +70,22 @@ def convert_ranges(state: dict[str, Tensor], model: nn.Module, path: Path) -> di
     return converted
 
 
-def check_unscaled(state: dict[str, Tensor], path: Path) -> None:
-    """Raises ValueError for SmoothQuant's scales: weights were divided by them, and no input is multiplied here."""
-    for key, value in state.items():
-        if key.endswith("._pre_quant_scale") and bool((value != 1).any()):
-            what = "scales what the layer reads (SmoothQuant), which has no place here"
-            raise ValueError(f"{path}: {key} {what}; calibrate without it, or the float model by qswin calibrate")
+def _channel_scales(key: str, value: Tensor, expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """ModelOpt's scales of a linear's input, (C,) or (1, C), as (C,); nothing where all are 1.
+
+    ModelOpt multiplies a quantizer's input by them before all else, also where the quantizer is disabled; the range is
+    of the product (`apply_pre_quant_scale_and_smooth` in its model_calib.py).
+
+    Raises:
+        ValueError: nothing reads them here, though the layer's weight is divided by them.
+    """
+    if bool((value == 1).all()):
+        return {}
+    quantizer = key.removesuffix(f".{SCALE_KEY}")
+    if not quantizer.endswith("._input_quantizer") or f"{quantizer}._amax" not in expected:
+        what = "has no quantized input of a layer to scale here, and the weight is divided by it"
+        raise ValueError(f"{path}: {key} {what}; give the recipe that it was calibrated for")
+    return {key: value.flatten()}
 
 
 def convert(config: Config) -> Path:
@@ -102,5 +116,6 @@ def load_foreign(twin: nn.Module, model: nn.Module, family: Family, path: Path) 
     # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
     aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
     state = convert_ranges({**family.convert_state(state, model), **aside}, twin, path)
-    check_state(state, twin.state_dict(), path)
+    check_state(without(state, SCALE_KEY), twin.state_dict(), path)
     twin.load_state_dict(state)
+    check_channel_scales(twin)

@@ -44,7 +44,8 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
         target = torch.device(chosen)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device}: {str(error).splitlines()[0]}; choose device=cpu") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"device={device}: {reason}; choose device=cpu") from error
     if target.type == "cuda":
         torch.cuda.set_device(target)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions too

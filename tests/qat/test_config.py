@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qswin.models import download
 from qswin.models.registry import build_model
@@ -189,3 +191,12 @@ def test_published_weights_without_a_network_are_refused_at_once(monkeypatch):
     ):
         build_model("swin_tiny_patch4_window7_224", pretrained=True, cache_dir="/nonexistent")
     assert sum(slept) < 1 and not download.constants.HF_HUB_OFFLINE
+
+
+def test_an_error_that_says_nothing_is_named_by_its_type(config_file, monkeypatch):
+    def update(*args, **kwargs):
+        raise OmegaConfBaseException("")
+
+    monkeypatch.setattr(OmegaConf, "update", update)
+    with pytest.raises(ValueError, match="model.name: OmegaConfBaseException$"):
+        load_config(config_file, ["recipe=gemm"])
