@@ -1,6 +1,7 @@
 """Quantized layers: the float layer with quantizers on its inputs. They share the float layer's parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,13 +98,14 @@ def undo_channel_scales(model: nn.Module) -> None:
     for layer in model.modules():
         if not isinstance(layer, QuantLinear | QuantConv2d):
             continue
-        scale = getattr(layer._input_quantizer, SCALE_KEY, None)
+        quantizer: Any = layer._input_quantizer
+        scale = getattr(quantizer, SCALE_KEY, None)
         if scale is not None:
             groups = layer.groups if isinstance(layer, QuantConv2d) else 1
             by_group = layer.weight.unflatten(0, (groups, -1))
             by_group = by_group * scale.view(groups, 1, -1, *[1] * (layer.weight.ndim - 2))
             layer.weight.data = by_group.flatten(0, 1)
-            layer._input_quantizer._pre_quant_scale = None
+            quantizer._pre_quant_scale = None
 
 
 def check_channel_scales(model: nn.Module) -> None:
