@@ -35,7 +35,7 @@ def channel_scale_of(layer: Any) -> Tensor:
     """What a QuantLinear multiplies its input's channels by before it quantizes them, (K,) float32; 1 where nothing."""
     scale = layer._input_quantizer._pre_quant_scale
     ones = torch.ones(layer.in_features, device=layer.weight.device)
-    return ones if scale is None else ones * scale.detach()
+    return ones if scale is None else ones * scale.detach().to(ones)
 
 
 class Int8Weight(nn.Module):
