@@ -19,6 +19,7 @@ from qswin.calib.data.images import Preprocessing
 from qswin.models.registry import build_model, family_of
 from qswin.qat.checkpoint import Description
 from qswin.qat.ptq.ranges import find_ranges
+from qswin.qat.quant.layers import QuantLinear
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 
@@ -151,6 +152,24 @@ def twin_of(images, recipe="attention", **settings):
     twin = quantize(small_swin(**settings), named_recipe(recipe) if isinstance(recipe, str) else recipe).eval()
     find_ranges(twin, [images])
     return twin
+
+
+def scale_channels(twin: nn.Module, images: torch.Tensor, *names: str) -> list[str]:
+    """Gives layers random channel scales, their weights being divided by them, and finds the ranges again.
+
+    Args:
+        names: what the layers' paths end with.
+
+    Returns:
+        The layers' paths.
+    """
+    layers = {path: m for path, m in twin.named_modules() if isinstance(m, QuantLinear) and path.endswith(names)}
+    for layer in layers.values():
+        scale = torch.exp2(2 * torch.rand(layer.in_features) - 1)
+        layer._input_quantizer._pre_quant_scale = scale
+        layer.weight.data /= scale
+    find_ranges(twin, [images])
+    return list(layers)
 
 
 def filled(*chunks: np.ndarray) -> Histogram:

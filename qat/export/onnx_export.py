@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qswin.calib.files import write_atomic
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_passes import finish_weights, lower_to_opset_17
+from qswin.qat.quant.layers import undo_channel_scales
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.rewrite import clip_weights, disable, enable, fold_biases, quantize
@@ -46,12 +47,13 @@ def export_onnx(
     """Exports a float or quantized model to an ONNX graph with input `input` (N, 3, H, W) and output `logits`.
 
     Each quantized site is exactly one QuantizeLinear and DequantizeLinear pair; weights are INT8 initializers with a
-    DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. Position biases and
-    shift masks are one constant a block.
+    DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. A site with channel
+    scales has one Mul before its pair. Position biases and shift masks are one constant a block.
 
     Args:
         model: is left as it is.
-        precision: int8 keeps the quantizers; fp32 and fp16 export the same weights without them.
+        precision: int8 keeps the quantizers; fp32 and fp16 export the same weights without them, and take channel
+            scales back into the weights.
         opset: 17 or newer. The exporter writes 18 and newer; for 17 the reductions, which changed since, are rewritten.
         batch: a fixed batch size; None leaves it free.
 
@@ -91,6 +93,7 @@ def _prepare(model: nn.Module, description: Description, precision: str) -> nn.M
         clip_weights(twin)
     else:
         disable(twin, quiet=True)
+        undo_channel_scales(twin)
     fold_biases(twin)
     return twin
 

@@ -56,8 +56,8 @@ def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: 
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, inv_scale, M, N: tl.constexpr, K: tl.constexpr, GELU: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, inv_scale_ptr, out_ptr, M, N: tl.constexpr, K: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = _pid_m_n(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m = pid_m * BLOCK_M
@@ -65,7 +65,7 @@ def _linear_kernel(
     y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
     out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
     if GELU:
-        y = gelu(y) * tl.cast(inv_scale, tl.float32)
+        y = gelu(y) * tl.load(inv_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     if out_ptr.dtype.element_ty == tl.int8:
         y = to_int8(y)
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
@@ -117,14 +117,15 @@ def _launch(
     scale: Tensor,
     bias: Tensor,
     dtype: torch.dtype,
-    inv_scale: float = 1.0,
-    gelu: bool = False,
+    inv_scale: Tensor | None = None,
 ) -> Tensor:
+    """Runs the kernel: with GELU where there is an inv_scale."""
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     config = tile_config(m, n, k)
+    gelu = inv_scale is not None
     wrap_triton(_linear_kernel)[grid(m, n, config)](
-        x, weight, scale, bias, out, inv_scale=inv_scale, M=m, N=n, K=k, GELU=gelu, **config
+        x, weight, scale, bias, inv_scale if gelu else scale, out, M=m, N=n, K=k, GELU=gelu, **config
     )
     return out
 
@@ -146,13 +147,14 @@ def linear_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> T
 
 
 @triton_op("qswin::linear_gelu_quantize", mutates_args={})
-def linear_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: float) -> Tensor:
+def linear_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor) -> Tensor:
     """int8(GELU(x @ weight.T * scale + bias) * inv_scale), (M, N).
 
-    The arguments are those of `linear_quantize`, but scale and bias are not over the scale of the result: inv_scale is
-    1 / that scale.
+    The arguments are those of `linear_quantize`, but scale and bias are not over the scale of the result. inv_scale,
+    (N,) float32, is what each channel is multiplied by: 1 / that scale, times the channel's own scale where the next
+    layer has one.
     """
-    return _launch(x, weight, scale, bias, torch.int8, inv_scale, gelu=True)
+    return _launch(x, weight, scale, bias, torch.int8, inv_scale)
 
 
 @triton_op("qswin::linear_float", mutates_args={})
@@ -195,7 +197,7 @@ def linear_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Te
 
 
 @linear_gelu_quantize.register_kernel("cpu")
-def linear_gelu_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: float) -> Tensor:
+def linear_gelu_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor) -> Tensor:
     """`linear_gelu_quantize` in plain torch, GELU being exact."""
     return to_int8_reference(F.gelu(_matmul_reference(x, weight, scale, bias)) * inv_scale)
 

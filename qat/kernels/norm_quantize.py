@@ -20,7 +20,10 @@ def _norm_quantize_kernel(
     CHANNELS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
-    """A tile is (rows, tokens of a row, channels), so that the compiler sees that channels are contiguous."""
+    """A tile is (rows, tokens of a row, channels), so that the compiler sees that channels are contiguous.
+
+    Without NORM there is neither bias nor inv_scale: x is multiplied by the weight.
+    """
     start_row = tl.program_id(0) * BLOCK_ROWS
     offs_r, offs_t, offs_c = tl.arange(0, BLOCK_ROWS), tl.arange(0, TOKENS), tl.arange(0, BLOCK_CHANNELS)
     rows = start_row + offs_r
@@ -33,16 +36,19 @@ def _norm_quantize_kernel(
     x_ptrs = x_ptr + x_offsets[:, :, None] + offs_c[None, None, :]
     x = tl.load(x_ptrs, mask=token_mask & channel_mask, other=0.0).to(tl.float32)
     cols = offs_t[None, :, None] * CHANNELS + offs_c[None, None, :]
+    weight = tl.load(weight_ptr + cols, mask=channel_mask, other=0.0)
     if NORM:
-        weight = tl.load(weight_ptr + cols, mask=channel_mask, other=0.0)
         bias = tl.load(bias_ptr + cols, mask=channel_mask, other=0.0)
         x = layer_norm(x, channel_mask, weight, bias, eps, TOKENS * CHANNELS)
         if TOKENS == 1:  # windows are padded with zeros behind the norm
             x = tl.where(token_mask, x, 0.0)
+        x *= tl.cast(inv_scale, tl.float32)
+    else:
+        x *= weight
     out_ptrs = (
         out_ptr + start_row.to(tl.int64) * (TOKENS * CHANNELS) + offs_r[:, None, None] * (TOKENS * CHANNELS) + cols
     )
-    tl.store(out_ptrs, to_int8(x * tl.cast(inv_scale, tl.float32)), mask=row_mask[:, None, None] & channel_mask)
+    tl.store(out_ptrs, to_int8(x), mask=row_mask[:, None, None] & channel_mask)
 
 
 @triton_op("qswin::norm_quantize", mutates_args={})
@@ -64,9 +70,13 @@ def norm_quantize(x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, ep
 
 
 @triton_op("qswin::gather_quantize", mutates_args={})
-def gather_quantize(x: Tensor, token_ids: Tensor, inv_scale: float) -> Tensor:
-    """int8(x[token_ids] * inv_scale); arguments and result are those of `norm_quantize`."""
-    return _launch(x, token_ids, x, x, 0.0, inv_scale, norm=False)
+def gather_quantize(x: Tensor, token_ids: Tensor, inv_scale: Tensor) -> Tensor:
+    """int8(x[token_ids] * inv_scale).
+
+    Arguments and result are those of `norm_quantize`, but inv_scale is (T * C,) float32, what each channel is
+    multiplied by: 1 / the scale of the result, times the channel's own scale where the next layer has one.
+    """
+    return _launch(x, token_ids, inv_scale, inv_scale, 0.0, 1.0, norm=False)
 
 
 def _launch(
@@ -100,7 +110,7 @@ def norm_quantize_reference(
 
 
 @gather_quantize.register_kernel("cpu")
-def gather_quantize_reference(x: Tensor, token_ids: Tensor, inv_scale: float) -> Tensor:
+def gather_quantize_reference(x: Tensor, token_ids: Tensor, inv_scale: Tensor) -> Tensor:
     """`gather_quantize` in plain torch."""
     return to_int8_reference(_gather(x, token_ids) * inv_scale).flatten(0, 1)
 

@@ -22,8 +22,24 @@ def scale_of(quantizer: Any, site: str) -> Tensor:
     return quantizer.scale.detach()
 
 
+def refuse_channel_scales(quantizer: TensorQuantizer, site: str) -> None:
+    """Raises ValueError, naming the site, where a quantizer scales its input's channels, for kernels that do not."""
+    if quantizer._pre_quant_scale is not None:
+        raise ValueError(
+            f"{site} scales its input's channels, which its INT8 kernel cannot do: "
+            "calibrate without channel scales there, or fold them into the layer before"
+        )
+
+
+def channel_scale_of(layer: Any) -> Tensor:
+    """What a QuantLinear multiplies its input's channels by before it quantizes them, (K,) float32; 1 where nothing."""
+    scale = layer._input_quantizer._pre_quant_scale
+    ones = torch.ones(layer.in_features, device=layer.weight.device)
+    return ones if scale is None else ones * scale.detach().to(ones)
+
+
 class Int8Weight(nn.Module):
-    """The int8 weight, scale and bias of a QuantLinear or QuantConv2d.
+    """The int8 weight, scale and bias of a QuantLinear or QuantConv2d, apart from channel scales of its input.
 
     `scale` (N,) is the input's scale times each output channel's weight scale: what the integer sums are multiplied by.
     """
@@ -33,6 +49,7 @@ class Int8Weight(nn.Module):
         weight = layer.weight.detach().float()
         self.input_scale = float(scale_of(layer._input_quantizer, site))
         scale = scale_of(layer._weight_quantizer, site).to(weight.device).reshape(-1, *[1] * (weight.ndim - 1))
+        refuse_channel_scales(layer._weight_quantizer, f"{site}.weight")
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().clone()
         self.register_buffer("weight", INT8.of_weights.nearest(weight / scale).to(torch.int8))
         self.register_buffer("scale", (scale.flatten() * self.input_scale).expand(len(weight)).contiguous())
@@ -43,7 +60,15 @@ class Int8Weight(nn.Module):
 
 
 class Int8Linear(Int8Weight):
-    """A linear layer. x: (M, K) int8 in units of `input_scale`; a method for each of the kernels' epilogues."""
+    """A linear layer. x: (M, K) int8 in units of `input_scale`; a method for each of the kernels' epilogues.
+
+    `inv_scale` (K,) is what each channel of a float input is multiplied by before it is rounded to such an x.
+    """
+
+    def __init__(self, layer: Any, site: str) -> None:
+        super().__init__(layer, site)
+        self.register_buffer("inv_scale", channel_scale_of(layer) / self.input_scale)
+        self.inv_scale: Tensor
 
     def fold_output_scale(self, output_scale: Tensor) -> None:
         """Divides scale and bias by each output channel's scale, (N,), so `requantize` gives int8 in units of it."""
@@ -54,9 +79,9 @@ class Int8Linear(Int8Weight):
         """(M, N) int8, in units of the scale given to `fold_output_scale`."""
         return linear_quantize(x, self.weight, self.scale, self.bias)
 
-    def gelu_requantize(self, x: Tensor, output_scale: float) -> Tensor:
-        """(M, N) int8 in units of output_scale: the result of GELU."""
-        return linear_gelu_quantize(x, self.weight, self.scale, self.bias, 1 / output_scale)
+    def gelu_requantize(self, x: Tensor, inv_scale: Tensor) -> Tensor:
+        """(M, N) int8: the result of GELU times inv_scale, (N,), the next layer's."""
+        return linear_gelu_quantize(x, self.weight, self.scale, self.bias, inv_scale)
 
     def dequantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(M, N) of a float dtype."""
@@ -80,13 +105,21 @@ class Int8Norm(nn.Module):
         self.bias: Tensor
         self.token_ids: Tensor
 
+    def fold_channel_scale(self, channel_scale: Tensor) -> None:
+        """Multiplies the result by what the next layer's input channels are to be multiplied by, (T * C,)."""
+        self.weight = self.weight * channel_scale
+        self.bias = self.bias * channel_scale
+
     def norm_quantize(self, x: Tensor, scale: float) -> Tensor:
         """(B, L, C) float -> (B * R, T * C) int8 in units of scale."""
         return norm_quantize(x, self.token_ids, self.weight, self.bias, self.eps, 1 / scale)
 
-    def gather_quantize(self, x: Tensor, scale: float) -> Tensor:
-        """The same without the norm: Swin V2 normalizes behind attention and MLP."""
-        return gather_quantize(x, self.token_ids, 1 / scale)
+    def gather_quantize(self, x: Tensor, inv_scale: Tensor) -> Tensor:
+        """(B, L, C) float -> (B * R, T * C) int8: x times inv_scale, (T * C,), the next layer's.
+
+        There is no norm: Swin V2 normalizes behind attention and MLP.
+        """
+        return gather_quantize(x, self.token_ids, inv_scale)
 
     def add(self, y: Tensor, shortcut: Tensor) -> Tensor:
         """shortcut (B, L, C) plus the norm of y (B * R, C), each row being added to its token."""
@@ -98,6 +131,7 @@ class Int8PatchEmbed(Int8Weight):
 
     def __init__(self, embed: Any, site: str) -> None:
         super().__init__(embed.proj, f"{site}.proj")
+        refuse_channel_scales(embed.proj._input_quantizer, f"{site}.proj")
         self.grid_size, self.eps = embed.grid_size, embed.norm.eps
         self.register_buffer("norm_weight", embed.norm.weight.detach().float())
         self.register_buffer("norm_bias", embed.norm.bias.detach().float())
@@ -112,8 +146,13 @@ class Int8PatchEmbed(Int8Weight):
 class Int8Head(Int8Linear):
     """The classifier. (B, C) float -> (B, classes)."""
 
+    def __init__(self, layer: Any, site: str) -> None:
+        super().__init__(layer, site)
+        self.register_buffer("channel_scale", channel_scale_of(layer))
+        self.channel_scale: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
-        q_x = INT8.nearest(x.float() / self.input_scale).to(torch.int8)
+        q_x = INT8.nearest(x.float() * self.channel_scale / self.input_scale).to(torch.int8)
         return self.dequantize(q_x, x.dtype)
 
 

@@ -40,8 +40,8 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
         dtype: of the images that it will get, of the residual stream and of what is not lowered (last norm, pooling).
 
     Raises:
-        ValueError: a site that the kernels need is in float, of other bits or not calibrated, or a site that they lack
-            is quantized (it is named); or no block of the model is among `parts`.
+        ValueError: a site that the kernels need is in float, of other bits or not calibrated, a site that they lack is
+            quantized, or one scales channels that they do not (it is named); or no block of the model is among `parts`.
     """
     lowered = copy.deepcopy(twin).eval()
     sizes = _input_sizes(lowered, image)

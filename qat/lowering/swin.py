@@ -8,7 +8,7 @@ from timm.layers.activations import GELU
 from torch import Tensor, nn
 
 from qswin.qat.kernels.attention import cosine_window_attention, padded_bias, window_attention
-from qswin.qat.lowering.layers import Int8Linear, Int8Norm, scale_of
+from qswin.qat.lowering.layers import Int8Linear, Int8Norm, channel_scale_of, refuse_channel_scales, scale_of
 from qswin.qat.quant.quantizers import TensorQuantizer
 from qswin.qat.quant.twins.swin import (
     QuantPatchMerging,
@@ -33,6 +33,9 @@ class Int8Block(nn.Module):
         quantizers = {"q": attn.qk._input_quantizer, "k": attn.qk._other_quantizer}
         quantizers |= {"probs": attn.av._input_quantizer, "v": attn.av._other_quantizer}
         self.scales = {name: float(scale_of(q, f"{site}.attn.{name}")) for name, q in quantizers.items()}
+        for name, quantizer in (*quantizers.items(), ("proj", attn.proj._input_quantizer)):
+            refuse_channel_scales(quantizer, f"{site}.attn.{name}")
+        self._fold_channel_scales(block)
         self.register_buffer("qk_scale", self._fold_scales(attn))
         self.register_buffer("position_bias", padded_bias(attn._bias(block.attn_mask).detach()))
         self.tokens = attn.relative_position_index.shape[0]
@@ -45,8 +48,13 @@ class Int8Block(nn.Module):
         x = self.proj.add(
             self._attention(self.norm1.norm_quantize(x, self.qkv.input_scale), x.dtype), x, self.norm1.token_ids
         )
-        h = self.fc1.gelu_requantize(self.norm2.norm_quantize(x, self.fc1.input_scale), self.fc2.input_scale)
+        h = self.fc1.gelu_requantize(self.norm2.norm_quantize(x, self.fc1.input_scale), self.fc2.inv_scale)
         return self.fc2.add(h, x, self.norm2.token_ids).view(size)
+
+    def _fold_channel_scales(self, block: QuantSwinBlock) -> None:
+        """Folds the channel scales of qkv and fc1 into the norms before them."""
+        self.norm1.fold_channel_scale(channel_scale_of(block.attn.qkv))
+        self.norm2.fold_channel_scale(channel_scale_of(block.mlp.fc1))
 
     def _fold_scales(self, attn: Any) -> Tensor:
         """Folds the scales of q, k and v into the qkv layer; returns each head's scale of integer scores, (heads,)."""
@@ -71,10 +79,13 @@ class Int8BlockV2(Int8Block):
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape
         x = x.flatten(1, 2)
-        h = self._attention(self.norm1.gather_quantize(x, self.qkv.input_scale), x.dtype)
+        h = self._attention(self.norm1.gather_quantize(x, self.qkv.inv_scale), x.dtype)
         x = self.norm1.add(self.proj.dequantize(h, x.dtype), x)
-        h = self.fc1.gelu_requantize(self.norm2.gather_quantize(x, self.fc1.input_scale), self.fc2.input_scale)
+        h = self.fc1.gelu_requantize(self.norm2.gather_quantize(x, self.fc1.inv_scale), self.fc2.inv_scale)
         return self.norm2.add(self.fc2.dequantize(h, x.dtype), x).view(size)
+
+    def _fold_channel_scales(self, block: QuantSwinBlock) -> None:
+        """Folds nothing: no norm comes before qkv and fc1, and `gather_quantize` takes their channel scales."""
 
     def _fold_scales(self, attn: Any) -> Tensor:
         """Adds the biases of q, k and v to the qkv layer, which gives floats here; returns as in V1, (heads,)."""
@@ -100,6 +111,10 @@ class Int8PatchMerging(nn.Module):
         numbers = _merge_2x2(_token_numbers(height, width))
         self.size = numbers.shape[1:3]
         self.norm = Int8Norm(merging.norm, numbers.flatten(0, 2).long() - 1)
+        self._fold_channel_scale(merging)
+
+    def _fold_channel_scale(self, merging: QuantPatchMerging) -> None:
+        self.norm.fold_channel_scale(channel_scale_of(merging.reduction))
 
     def forward(self, x: Tensor) -> Tensor:
         q_x = self.norm.norm_quantize(x.flatten(1, 2), self.reduction.input_scale)
@@ -117,8 +132,11 @@ class Int8PatchMergingV2(Int8PatchMerging):
         super().__init__(merging, site, height, width)
         self.norm_after = merging.norm
 
+    def _fold_channel_scale(self, merging: QuantPatchMerging) -> None:
+        """Folds nothing: `gather_quantize` takes the channel scales."""
+
     def forward(self, x: Tensor) -> Tensor:
-        q_x = self.norm.gather_quantize(x.flatten(1, 2), self.reduction.input_scale)
+        q_x = self.norm.gather_quantize(x.flatten(1, 2), self.reduction.inv_scale)
         return self.norm_after(self._to_image(self.reduction.dequantize(q_x, x.dtype), x.shape[0]))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from qswin.qat.backends.registry import OpenOptions, build, time_model
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import DEFAULT_OPSET, OLDEST_OPSET, export_onnx, save_onnx
+from qswin.qat.quant.layers import undo_channel_scales
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.trt.evaluation.timing import TimingOptions
 
@@ -53,6 +54,7 @@ def without_quantizers(model: nn.Module, sites: Collection[str]) -> nn.Module:
     for module in list(mixed.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, TensorQuantizer) and child.site.removesuffix(".weight") in sites:
+                undo_channel_scales(module)
                 setattr(module, name, nn.Identity())
     return mixed
 

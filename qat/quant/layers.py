@@ -1,12 +1,13 @@
 """Quantized layers: the float layer with quantizers on its inputs. They share the float layer's parameters."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
+from qswin.qat.quant.quantizers import SCALE_KEY, TensorQuantizer, quantizers
 
 # What a recipe gives a layer for a site: a TensorQuantizer, or nn.Identity where the site stays in float.
 MakeQuantizer = Callable[..., nn.Module]
@@ -86,6 +87,25 @@ def channel_shape(layer: QuantLinear | QuantConv2d) -> tuple[int, ...]:
     if isinstance(layer, QuantConv2d):
         return (layer.weight.shape[1] * layer.groups, 1, 1)
     return (layer.weight.shape[1],)
+
+
+@torch.no_grad()
+def undo_channel_scales(model: nn.Module) -> None:
+    """Multiplies each weight by its input's `_pre_quant_scale`, and drops that: the same function, in float.
+
+    The ranges of the layers no longer fit; it is for a model whose quantizers are off.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, QuantLinear | QuantConv2d):
+            continue
+        quantizer: Any = layer._input_quantizer
+        scale = getattr(quantizer, SCALE_KEY, None)
+        if scale is not None:
+            groups = layer.groups if isinstance(layer, QuantConv2d) else 1
+            by_group = layer.weight.unflatten(0, (groups, -1))
+            by_group = by_group * scale.view(groups, 1, -1, *[1] * (layer.weight.ndim - 2))
+            layer.weight.data = by_group.flatten(0, 1)
+            quantizer._pre_quant_scale = None
 
 
 def check_channel_scales(model: nn.Module) -> None:

@@ -20,6 +20,9 @@ KINDS = {
     "fp32-17": ("fp32", 17, None),
     "int8-17": ("int8", 17, None),
     "int8-batch2": ("int8", 20, 2),
+    "fp32-scaled": ("fp32", 20, None),  # of a model with channel scales
+    "int8-scaled": ("int8", 20, None),
+    "int8-scaled-17": ("int8", 17, None),
 }
 
 
@@ -28,32 +31,35 @@ class Graphs(dict[str, Path]):
 
     def __init__(self, folder: Path) -> None:
         super().__init__({path.stem: path for path in folder.glob("*.onnx")})
-        self.folder, self._twin = folder, None
+        self.folder, self._twins = folder, {}
 
     def __missing__(self, kind: str) -> Path:
         from qswin.qat.export.onnx_export import export_onnx, save_onnx
 
         precision, opset, batch = KINDS[kind]
-        twin, description = self._calibrated()
+        twin, description = self._calibrated("scaled" in kind)
         path = self[kind] = self.folder / f"{kind}.onnx"
         metadata = {**description.to_dict(), "precision": precision}
         save_onnx(path, export_onnx(twin, description, precision, opset, batch), metadata)
         return path
 
-    def _calibrated(self):
-        if self._twin is None:
+    def _calibrated(self, scaled):
+        if scaled not in self._twins:
             import torch
 
             from qswin.qat.ptq.ranges import find_ranges
             from qswin.qat.quant.recipe import named_recipe
             from qswin.qat.quant.rewrite import quantize
-            from tests.helpers import DESCRIPTION, small_swin
+            from tests.helpers import DESCRIPTION, scale_channels, small_swin
 
             recipe = named_recipe("full")
             twin = quantize(small_swin(depths=[2, 1]), recipe)
-            find_ranges(twin, [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
-            self._twin = twin, dataclasses.replace(DESCRIPTION, recipe=recipe)
-        return self._twin
+            images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+            find_ranges(twin, [images])
+            if scaled:
+                scale_channels(twin, images, "fc2", "head.fc")
+            self._twins[scaled] = twin, dataclasses.replace(DESCRIPTION, recipe=recipe)
+        return self._twins[scaled]
 
 
 @pytest.fixture(scope="session")

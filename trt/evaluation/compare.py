@@ -22,6 +22,8 @@ from qswin.trt.engines.version import find_tensorrt
 from qswin.trt.graphs.files import read_onnx
 from qswin.trt.graphs.half_precision import QDQ
 
+CHANNEL_SCALE = "._pre_quant_scale"  # ends the name of what a Mul before Q multiplies by; float graphs have none
+
 
 def logits_of(predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, size: int) -> np.ndarray:
     """(N, classes) of images (N, 3, H, W), in batches of at most `size`."""
@@ -98,12 +100,14 @@ def same_tensors(other: onnx.ModelProto, graph: onnx.ModelProto) -> dict[str, st
 
 
 def arithmetic(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes apart from Q/DQ, with the Clip of fewer than 8 bits before it, and Casts, each after its operands.
+    """The nodes apart from Q/DQ, with the Clip of fewer than 8 bits and the channel scales before it, and Casts.
 
-    Graphs of one network give one order, whatever order the exporter wrote their nodes in.
+    Each comes after its operands. Graphs of one network give one order, whatever order the exporter wrote their nodes
+    in.
     """
     clipped = {node.input[0] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
     nodes = [node for node in _from_the_outputs(graph) if node.op_type not in (*QDQ, "Cast")]
+    nodes = [node for node in nodes if not any(name.endswith(CHANNEL_SCALE) for name in node.input)]
     return [node for node in nodes if node.op_type != "Clip" or node.output[0] not in clipped]
 
 

@@ -23,7 +23,7 @@ from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES, named_recipe
 from qswin.qat.quant.rewrite import disable, quantize
-from tests.helpers import SMALL, V1, V2, small_swin
+from tests.helpers import SMALL, V1, V2, scale_channels, small_swin
 
 RECIPE = named_recipe("full")
 DESCRIPTION = Description({"name": V1, "num_classes": 5, **SMALL}, "ptq", Preprocessing(size=(32, 32)), recipe=RECIPE)
@@ -38,15 +38,20 @@ def calibrated(model, images, recipe=RECIPE):
 
 @functools.cache
 def model_and_graph(
-    name: str = V1, precision: str = "int8", opset: int = 20
+    name: str = V1, precision: str = "int8", opset: int = 20, scaled: tuple[str, ...] = ()
 ) -> tuple[torch.nn.Module, onnx.ModelProto]:
-    """The small Swin, calibrated for int8, and its graph. Exporting takes seconds, so each graph is made once."""
+    """The small Swin, calibrated for int8, and its graph. Exporting takes seconds, so each graph is made once.
+
+    Args:
+        scaled: what the paths of layers end with that get channel scales; the model is then a calibrated one.
+    """
     torch.manual_seed(0)
-    model = small_swin(name)
-    if precision == "int8":
-        model = calibrated(model, torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
-    description = DESCRIPTION if precision == "int8" else FLOAT
-    return model, saved(export_onnx(model, description, precision, opset))
+    model, images = small_swin(name), torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    quantized = precision == "int8" or bool(scaled)
+    if quantized:
+        model = calibrated(model, images)
+        scale_channels(model, images, *scaled)
+    return model, saved(export_onnx(model, DESCRIPTION if quantized else FLOAT, precision, opset))
 
 
 def saved(graph) -> onnx.ModelProto:
@@ -86,6 +91,46 @@ def test_int8_graphs_agree_with_torch(images, name, opset):
     quantization_error = np.abs(expected - float_twin(images).numpy()).mean()
     assert np.abs(run(graph, images) - expected).mean() < 0.1 * quantization_error
     assert graph.opset_import[0].version == opset
+
+
+SCALED = {V1: ("fc2", "head.fc"), V2: ("qkv", "fc1", "fc2", "reduction", "head.fc")}
+
+
+@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), (V2, 17), (V2, 20)])
+@torch.no_grad()
+def test_channel_scales_are_one_mul_before_the_pair(images, name, opset):
+    twin, graph = model_and_graph(name, "int8", opset, SCALED[name])
+    expected = twin(images).numpy()
+    disable(float_twin := copy.deepcopy(twin), quiet=True)
+    quantization_error = np.abs(expected - float_twin(images).numpy()).mean()
+    assert np.abs(run(graph, images) - expected).mean() < 0.1 * quantization_error
+
+    kinds, plain = (Counter(n.op_type for n in g.graph.node) for g in (graph, model_and_graph(name, "int8", opset)[1]))
+    scales = {i.name for i in graph.graph.initializer if i.name.endswith("_pre_quant_scale")}
+    assert len(scales) == {V1: 4 + 1, V2: 4 * 3 + 2}[name]
+    assert kinds["Mul"] - plain["Mul"] == len(scales)
+    shared = 4 if name == V2 else 0  # a scaled fc1 no longer reads what add2.shortcut does
+    assert kinds - plain == Counter(Mul=len(scales), QuantizeLinear=shared, DequantizeLinear=shared)
+    readers = {input: node.op_type for node in graph.graph.node for input in node.input}
+    products = [node.output[0] for node in graph.graph.node if scales & set(node.input)]
+    assert [readers[product] for product in products] == ["QuantizeLinear"] * len(scales)
+
+
+@pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), ("fp16", 0.02)])
+@torch.no_grad()
+def test_float_graphs_have_channel_scales_in_their_weights(images, precision, atol):
+    twin, graph = model_and_graph(V1, precision, 20, SCALED[V1])
+    np.testing.assert_allclose(run(graph, images), small_swin_logits(images), atol=atol)
+    assert Counter(n.op_type for n in graph.graph.node) == Counter(
+        n.op_type for n in model_and_graph(V1, precision)[1].graph.node
+    )
+    assert sum(key.endswith("_pre_quant_scale") for key in twin.state_dict()) == 5  # the twin keeps its own
+
+
+def small_swin_logits(images):
+    """The logits of the model that `model_and_graph` begins with."""
+    torch.manual_seed(0)
+    return small_swin()(images).numpy()
 
 
 @torch.no_grad()

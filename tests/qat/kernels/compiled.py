@@ -33,6 +33,7 @@ IMAGE = {
 }
 WINDOWS = {"CHANNELS": 96, "HEAD_DIM": 32, "BLOCK_TOKENS": 64, "WINDOWS_PER_PROGRAM": 1}
 FLOATS = {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "token_ids_ptr": "*i32", "qk_scale_ptr": "*fp32"}
+FLOATS |= {"inv_scale_ptr": "*fp32"}
 WEIGHTS = FLOATS | {"weight_ptr": "*i8"}
 NORMS = FLOATS | {"weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32"}
 # name: (kernel, its pointers' types, its constants)
@@ -43,6 +44,11 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         norm_quantize._norm_quantize_kernel,
         NORMS | {"x_ptr": "*fp16", "out_ptr": "*i8"},
         NORM | {"TOKENS": 1, "NORM": True},
+    ),
+    "gather: no norm": (
+        norm_quantize._norm_quantize_kernel,
+        NORMS | {"x_ptr": "*fp16", "out_ptr": "*i8"},
+        NORM | {"TOKENS": 4, "NORM": False},
     ),
     "norm_add": (
         norm_add._norm_add_kernel,

@@ -55,10 +55,12 @@ def test_norm_quantize(rows, channels, parts, padded):
 def test_gather_quantize(parts):
     x, token_ids = torch.randn(2, 7 * parts, 20), torch.randperm(7 * parts).int().view(7, parts)
     token_ids[2, 0] = -1
-    ours, expected = compare(norm_quantize.gather_quantize, norm_quantize.gather_quantize_reference, x, token_ids, 40.0)
+    inv_scale = torch.rand(parts * 20) * 80
+    arguments = (x, token_ids, inv_scale)
+    ours, expected = compare(norm_quantize.gather_quantize, norm_quantize.gather_quantize_reference, *arguments)
     assert torch.equal(ours, expected)
     row = torch.cat([x[1, token] if token >= 0 else torch.zeros(20) for token in token_ids[2]])
-    assert torch.equal(expected.view(2, 7, -1)[1, 2], (row * 40).clamp(-128, 127).round().to(torch.int8))
+    assert torch.equal(expected.view(2, 7, -1)[1, 2], (row * inv_scale).clamp(-128, 127).round().to(torch.int8))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -108,9 +110,12 @@ def test_linear_quantize(m, n, k):
 @SIZES
 def test_linear_gelu_quantize(m, n, k):
     x, weight, scale, bias = random_int8(m, k), random_int8(n, k), torch.rand(n) * 1e-4, torch.randn(n)
-    arguments = (x, weight, scale, bias, 30.0)
+    inv_scale = torch.rand(n) * 60  # each channel's own
+    arguments = (x, weight, scale, bias, inv_scale)
     ours, expected = compare(linear.linear_gelu_quantize, linear.linear_gelu_quantize_reference, *arguments)
     assert_int8_close(ours, expected, share=0.005)  # GELU's error is a thousandth of a level here
+    column = torch.nn.functional.gelu((x.double() @ weight[-1].double()) * scale[-1] + bias[-1]) * inv_scale[-1]
+    assert (expected[:, -1].double() - column.clamp(-128, 127)).abs().max() <= 0.5001
 
 
 @triton.jit

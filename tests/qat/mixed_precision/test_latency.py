@@ -2,12 +2,15 @@
 
 import onnx
 import pytest
+import torch
 
 from qswin.qat.backends.registry import time_model
 from qswin.qat.checkpoint import read_description
 from qswin.qat.mixed_precision import latency
 from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.rewrite import disable
 from qswin.trt.engines.cuda import find_gpu
+from tests.helpers import scale_channels, twin_of
 
 
 def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch, tmp_path):
@@ -29,6 +32,16 @@ def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch, 
     )
     assert all(measured(count) > 0 for count in (1, 2, 1))
     assert seen == [len(activations) - 1, 0]
+
+
+def test_a_site_in_float_keeps_what_its_layer_computes(images):
+    """Its weight was divided by channel scales that go with the quantizer."""
+    twin = twin_of(images)
+    scale_channels(twin, images, "fc2")
+    disable(twin, quiet=True)
+    mixed = latency.without_quantizers(twin, {quantizer.site for quantizer in quantizers(twin)})
+    with torch.inference_mode():
+        torch.testing.assert_close(mixed(images), twin(images))
 
 
 @pytest.mark.gpu

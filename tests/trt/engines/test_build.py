@@ -21,7 +21,7 @@ from qswin.trt.engines.options import BuildOptions, check_possible, parse_bytes,
 from qswin.trt.engines.version import TensorRT, capabilities, find_tensorrt
 from qswin.trt.graphs.files import read_onnx, with_batch
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
-from tests.helpers import DESCRIPTION, V2, invoke, small_swin
+from tests.helpers import DESCRIPTION, V2, invoke, scale_channels, small_swin
 
 TENSORRT86 = TensorRT("tensorrt", "8.6.0", capabilities("tensorrt", "8.6.0"))
 TENSORRT11 = TensorRT("tensorrt", "11.0.0", capabilities("tensorrt", "11.0.0"))
@@ -42,6 +42,9 @@ def rtx() -> None:
         ("int8", "int8", ("Softmax=fp32",)),
         ("int8-17", "best", ()),
         ("int8-batch2", "int8", ()),
+        ("int8-scaled", "int8", ()),
+        ("int8-scaled", "best", ()),
+        ("int8-scaled-17", "best", ()),
     ],
 )
 def test_every_graph_builds(rtx, graphs, graph, precision, overrides):
@@ -62,21 +65,24 @@ def test_tf32_is_what_was_asked_for(rtx, tf32):
     assert config.get_flag(tensorrt.BuilderFlag.TF32) is tf32
 
 
-def test_swin_v2_builds(rtx, tmp_path, images):
+@pytest.mark.parametrize("scaled", [(), ("qkv", "fc1", "fc2", "reduction", "head.fc")], ids=["", "channel scales"])
+def test_swin_v2_builds(rtx, tmp_path, images, scaled):
     twin = quantize(small_swin(V2), named_recipe("full"))
     find_ranges(twin, [images])
+    scale_channels(twin, images, *scaled)
     save_onnx(tmp_path / "a.onnx", export_onnx(twin, DESCRIPTION, "int8", batch=2), DESCRIPTION.to_dict())
     engine, _ = build_engine(tmp_path / "a.onnx", BuildOptions(precision="int8", target="tensorrt-rtx"))
     assert len(engine) > 100_000
 
 
-def test_folding_changes_no_result(graphs):
+@pytest.mark.parametrize("kind", ["int8", "int8-scaled"])
+def test_folding_changes_no_result(graphs, kind):
     pytest.importorskip("onnx_graphsurgeon", reason="ONNX-GraphSurgeon is not installed")
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
-    folded = graphs["int8"].with_name("folded.onnx")
-    onnx.save(fold_constants(onnx.load(graphs["int8"])), folded)
+    folded = graphs[kind].with_name("folded.onnx")
+    onnx.save(fold_constants(onnx.load(graphs[kind])), folded)
     np.testing.assert_allclose(
-        OnnxRuntimePredictor(folded)(images), OnnxRuntimePredictor(graphs["int8"])(images), rtol=0, atol=1e-5
+        OnnxRuntimePredictor(folded)(images), OnnxRuntimePredictor(graphs[kind])(images), rtol=0, atol=1e-5
     )
 
 

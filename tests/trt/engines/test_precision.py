@@ -69,14 +69,15 @@ def test_half_precision_computes_the_same_to_fp16(graphs, images):
     assert is_half(half) and 0 < error < 0.01 * np.abs(expected).max()
 
 
-def test_overrides_and_qdq_stay_in_float(graphs, images):
-    overrides = resolve_overrides(onnx.load(graphs["int8"]), ["LayerNormalization=fp32"])
-    half = write_half_precision(onnx.load(graphs["int8"]), overrides)
+@pytest.mark.parametrize("kind", ["int8", "int8-scaled"])
+def test_overrides_and_qdq_stay_in_float(graphs, images, kind):
+    overrides = resolve_overrides(onnx.load(graphs[kind]), ["LayerNormalization=fp32"])
+    half = write_half_precision(onnx.load(graphs[kind]), overrides)
     by_name = {layer.name: layer for layer in graph_layers(half)}
     assert all(by_name[name].outputs == ("fp32",) for name in overrides)
     assert all(by_name[name].inputs[0] == "fp32" for name in names(half, "QuantizeLinear"))
     assert any(by_name[name].outputs == ("fp16",) for name in names(half, "MatMul"))
-    expected = run(onnx.load(graphs["int8"]), images)
+    expected = run(onnx.load(graphs[kind]), images)
     assert np.abs(run(half, images) - expected).max() < 0.1 * np.abs(expected).max()
 
 

@@ -51,10 +51,11 @@ def test_a_planted_fault_is_found_where_it_is(graphs, tmp_path):
     assert first_parting(errors_of(graphs["fp32"], graphs["fp32"], images), 1e-6).startswith("no tensor")
 
 
-def test_graphs_of_one_network_are_paired_whatever_their_names(graphs):
-    """Q/DQ and Casts do not count; INT8's error is small at every layer, so the pairs are right."""
+@pytest.mark.parametrize(("ours", "reference"), [("int8", "fp32"), ("int8-scaled", "fp32-scaled")])
+def test_graphs_of_one_network_are_paired_whatever_their_names(graphs, ours, reference):
+    """Q/DQ, Casts and channel scales do not count; INT8's error is small at every layer, so the pairs are right."""
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
-    errors = errors_of(graphs["int8"], graphs["fp32"], images)
+    errors = errors_of(graphs[ours], graphs[reference], images)
     assert len(errors) > 60 and max(error for _, error in errors) < 0.3
     assert max(error for _, error in errors_of(graphs["fp16"], graphs["fp32"], images)) < 0.02
 
