@@ -32,6 +32,7 @@ MODULES = (
     "qswin.qat.ptq.calibrate",
     "qswin.qat.ptq.ranges",
     "qswin.qat.ptq.equalization",
+    "qswin.qat.ptq.verdict",
     "qswin.qat.ptq.choose_calibrators",
     "qswin.qat.ptq.bias_correction",
     "qswin.qat.ptq.reconstruction",

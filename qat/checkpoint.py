@@ -171,7 +171,11 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
     description = read_description(path)
     model = _build(description)
     state = read_state(path)
-    check_state(without(state, SCALE_KEY), model.state_dict(), path)
+    expected = model.state_dict()
+    check_state(without(state, SCALE_KEY), expected, path)
+    for key in state:
+        if key.endswith(f".{SCALE_KEY}") and f"{key.removesuffix(SCALE_KEY)}_amax" not in expected:
+            raise ValueError(f"{path}: {key} scales what the recipe leaves in float; save the checkpoint again")
     model.load_state_dict(state)
     check_channel_scales(model)
     enable(model)

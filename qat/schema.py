@@ -83,6 +83,10 @@ class CalibrationConfig:
     equalize: bool = option(
         True, "Scale channels between each layer and what it reads, so that one range suits all of them."
     )
+    budget: float = option(
+        0.01, "Mean KL from the float model that `recipe=auto` allows: sites that cost more stay in float.", least=0
+    )
+    strict: bool = option(False, "Make it an error when the quantized model is far from the float one.")
     choose_calibrators: bool = option(
         False, "Choose the calibrator of each site by the output of its block; needs one process."
     )
@@ -162,7 +166,7 @@ class Config:
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     recipe: Any = option(
-        "full", "What is quantized: a recipe's name, a YAML file, or the recipe written out as a mapping."
+        "auto", "What is quantized: a recipe's name, a YAML file, or the recipe written out as a mapping."
     )
     calibration: CalibrationConfig = section(CalibrationConfig)
     train: TrainConfig = section(TrainConfig)

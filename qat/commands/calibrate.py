@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " data.root=DIR model.checkpoint=FILE run=runs/x"
     )
     add_config_arguments(parser)
+    parser.add_argument("--strict", action="store_true", help="a bad verdict is an error, as calibration.strict=true")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -20,7 +21,8 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.distributed import process_group
     from qswin.qat.ptq.job import run_calibration
 
-    config = load_config(args.config, args.overrides)
+    strict = ["calibration.strict=true"] if args.strict else []
+    config = load_config(args.config, [*args.overrides, *strict])
     with process_group(config.device) as ranks:
         path = run_calibration(config, ranks)
         if ranks.main:

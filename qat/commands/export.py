@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="over --config's"
     )
+    parser.add_argument("--strict", action="store_true", help="refuse a model whose verdict is bad")
     parser.add_argument("--json", type=Path, help="write what was exported: its size, nodes and metadata")
 
 
@@ -30,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.export.job import export_checkpoint, parse_batch_size
 
     options = (args.precision, args.opset, parse_batch_size(args.batch_size))
-    exported = export_checkpoint(args.checkpoint, args.onnx, *options, args.config, args.overrides)
+    exported = export_checkpoint(args.checkpoint, args.onnx, *options, args.config, args.overrides, args.strict)
     if args.json:
         write_result(args.json, "export", exported.to_dict())
     logging.info("%s", exported)

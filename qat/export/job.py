@@ -8,6 +8,7 @@ from typing import Any
 from qswin.calib.files import check_suffix, sha256
 from qswin.qat.checkpoint import load_model
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
+from qswin.qat.ptq.verdict import Verdict, tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +46,20 @@ def export_checkpoint(
     batch_size: int | None,
     config_file: str | None = None,
     overrides: Sequence[str] = (),
+    strict: bool = False,
 ) -> Exported:
     """Exports a checkpoint, or the bare weights that a config describes; see `export_onnx`.
 
+    The verdict in the sidecar of a quantized one is said again; where `strict`, a bad one is an error.
+
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the name does not end in .onnx, or `load_model` or `export_onnx` refuses.
+        ValueError: the name does not end in .onnx, `load_model` or `export_onnx` refuses, or the verdict is bad.
     """
     check_suffix("--onnx", path, (".onnx",))
     model, description = load_model(checkpoint, config_file, list(overrides))
+    if precision == "int8" and "verdict" in description.metrics:
+        tell(Verdict.from_dict(description.metrics["verdict"]), "calibrate again, with recipe=auto", strict)
     graph = export_onnx(model, description, precision, opset, batch_size)
     metadata = dataclasses.replace(description, parent=sha256(checkpoint)).to_dict()
     metadata |= {"precision": precision, "opset": opset}

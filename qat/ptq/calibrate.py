@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from qswin.qat.ptq.bias_correction import correct_biases
 from qswin.qat.ptq.choose_calibrators import choose_calibrators
 from qswin.qat.ptq.equalization import equalize
+from qswin.qat.ptq.massive import leave_massive_adds
 from qswin.qat.ptq.ranges import find_ranges, image_tensors
 from qswin.qat.ptq.reconstruction import reconstruct
 from qswin.qat.schema import CalibrationConfig
@@ -16,12 +17,17 @@ from qswin.qat.schema import CalibrationConfig
 EQUALIZATION_BATCHES = 2
 
 
+class Calibration(NamedTuple):
+    images: int  # of this rank
+    in_float: tuple[str, ...]  # sites of the recipe that stay in float
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     options: CalibrationConfig | None = None,
     dead_range: float | None = None,
-) -> int:
+) -> Calibration:
     """Calibrates a model that `quantize` made and switches its quantizers on.
 
     Args:
@@ -31,7 +37,8 @@ def calibrate(
         dead_range: stands in for ranges that come out as 0.
 
     Returns:
-        The number of images seen by this rank.
+        The number of images seen by this rank, and the residual adds that were left in float for their massive
+        activations: what describes the model is `recipe.leaving(calibration.in_float)`.
 
     Raises:
         ValueError: a batch is something else; there were no images; or a range is dead and `dead_range` is None, whose
@@ -42,12 +49,13 @@ def calibrate(
     first = list(itertools.islice(images, EQUALIZATION_BATCHES))
     if options.equalize:
         equalize(model, first)
-    if not needs_images_again(options):
-        return find_ranges(model, itertools.chain(first, images), dead_range)
-    kept = [*first, *images]
+    again = needs_images_again(options)
+    kept = [*first, *images] if again else itertools.chain(first, images)
     total = find_ranges(model, kept, dead_range)
-    _refine(model, kept, options)
-    return total
+    in_float = leave_massive_adds(model)
+    if again:
+        _refine(model, list(kept), options)
+    return Calibration(total, in_float)
 
 
 def _refine(model: nn.Module, batches: Sequence[Tensor], options: CalibrationConfig) -> None:

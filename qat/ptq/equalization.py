@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qswin.qat.quant.blocks import Arguments, Fold, block_arguments, blocks
-from qswin.qat.quant.layers import QuantConv2d, QuantLinear, channel_shape
+from qswin.qat.quant.layers import QuantConv2d, QuantLinear, channel_shape, scale_channels, undo_channel_scales
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.qat.quant.rewrite import disable
 
@@ -45,9 +45,8 @@ def equalize(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
     strengths: dict[str, float] = {}
     if not _over_ranks(torch.tensor(len(batches)), dist.ReduceOp.MIN):
         return strengths
+    undo_channel_scales(model)
     layers = equalizable(model)
-    for layer in layers:
-        _undo(layer)
     amax = channel_amax(model, layers, batches)
     reached = [layer for layer in layers if amax[layer].any()]
     for block, layers in tqdm(_by_block(model, reached), "equalize", disable=not sys.stderr.isatty()):
@@ -156,24 +155,8 @@ class Trial:
 
     def _set(self, factors: Tensor | None) -> None:
         self.layer._input_quantizer._pre_quant_scale = factors
-        weight = self.weight if factors is None else _divided(self.weight, factors, self.layer)
+        weight = self.weight if factors is None else scale_channels(self.layer, self.weight, 1 / factors)
         self.layer.weight.data.copy_(weight)
-
-
-def _divided(weight: Tensor, factors: Tensor, layer: Layer) -> Tensor:
-    """A layer's weight with each input channel divided by its factor."""
-    if isinstance(layer, QuantLinear):
-        return weight / factors
-    by_group = weight.unflatten(0, (layer.groups, -1))
-    return (by_group / factors.view(layer.groups, 1, -1, 1, 1)).flatten(0, 1)
-
-
-def _undo(layer: Layer) -> None:
-    """Takes factors that the layer already has back into its weight."""
-    factors = layer._input_quantizer._pre_quant_scale
-    if factors is not None:
-        layer.weight.data.copy_(_divided(layer.weight.data, 1 / factors, layer))
-        layer._input_quantizer._pre_quant_scale = None
 
 
 def _fold(model: nn.Module) -> None:

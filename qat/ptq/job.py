@@ -4,10 +4,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from absl import logging
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qswin.calib.data.batches import image_batches
@@ -20,14 +21,18 @@ from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
 from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.ptq.automatic import AUTO, leave_costly
 from qswin.qat.ptq.calibrate import calibrate, needs_images_again
 from qswin.qat.ptq.ranges import observations
+from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, tell
 from qswin.qat.quant.quantizers import quantizers
-from qswin.qat.quant.recipe import RECIPES
+from qswin.qat.quant.recipe import RECIPES, Recipe
 from qswin.qat.quant.recipe_file import read_recipe
-from qswin.qat.quant.rewrite import quantize
+from qswin.qat.quant.rewrite import leave_in_float, quantize
 from qswin.qat.runs import PTQ, Run
 from qswin.qat.schema import CalibrationConfig, Config, DataConfig
+
+VERDICT_SHARE = 8  # at most this part of a folder that has too few for both
 
 
 def check(options: CalibrationConfig, ranks: Ranks) -> None:
@@ -61,14 +66,26 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     check_class_count(folder.root, len(folder.classes), model.num_classes)
     twin = quantize(model, recipe).to(ranks.device)
     run.claim()
-    samples = draw_samples(folder, config.calibration.images, config.seed)
-    metrics = calibrate_on(twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, ranks)
+    drawn = draw_samples(folder, config.calibration.images + VERDICT_IMAGES, config.seed)
+    held = min(VERDICT_IMAGES, len(drawn) // VERDICT_SHARE)
+    samples, others = drawn[: len(drawn) - held], drawn[len(drawn) - held :]
+    in_float, metrics = calibrate_on(
+        twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, ranks
+    )
+    if recipe.name == AUTO:
+        seen = _load(samples[:VERDICT_IMAGES], preprocessing, config, ranks)
+        in_float += (costly := leave_costly(Comparison(twin, seen), config.calibration.budget))
+        leave_in_float(twin, costly)
+    if others:
+        verdict = Comparison(twin, _load(others, preprocessing, config, ranks)).verdict()
+        tell(verdict, _remedy(config, recipe), config.calibration.strict)
+        metrics["verdict"] = verdict.to_dict()
     description = Description(
         model_arguments(config.model),
         "ptq",
         preprocessing,
         folder.classes,
-        recipe,
+        recipe.leaving(in_float),
         parent=None if config.model.checkpoint is None else sha256(config.model.checkpoint),
         metrics=metrics,
     )
@@ -79,6 +96,22 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     return path
 
 
+def _load(samples: Sequence[Sample], preprocessing: Preprocessing, config: Config, ranks: Ranks) -> list[Tensor]:
+    """The images of samples, in batches on this rank's device; the same on every rank."""
+    skipped: list[ImageFile] | None = [] if config.data.skip_unreadable else None
+    batches = image_batches(samples, preprocessing, config.calibration.batch_size, config.data.workers, skipped)
+    return [torch.from_numpy(batch.images).to(ranks.device) for batch in batches]
+
+
+def _remedy(config: Config, recipe: Recipe) -> str:
+    """What mends a bad verdict: the setting that is not yet made and helps the most."""
+    if not config.calibration.equalize:
+        return "set calibration.equalize=true"
+    if recipe.name != AUTO and recipe.weight_format == recipe.activation_format == "int8":
+        return "set recipe=auto, which leaves in float what costs the most"
+    return "set calibration.reconstruct_steps=500, or fine-tune with qswin train"
+
+
 def calibrate_on(
     twin: nn.Module,
     samples: Sequence[Sample],
@@ -87,8 +120,12 @@ def calibrate_on(
     data: DataConfig,
     dead_range: float | None,
     ranks: Ranks,
-) -> dict[str, int]:
-    """Calibrates on this rank's share of the samples; returns how many images all ranks have seen and left out."""
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Calibrates on this rank's share of the samples.
+
+    Returns:
+        The sites that are left in float, and how many images all ranks have seen and left out.
+    """
     skipped: list[ImageFile] | None = [] if data.skip_unreadable else None
     mine = samples[ranks.rank :: ranks.world]
     batches = image_batches(mine, preprocessing, options.batch_size, data.workers, skipped)
@@ -96,9 +133,9 @@ def calibrate_on(
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
     start = time.perf_counter()
-    images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range)
+    images, in_float = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range)
     seconds = time.perf_counter() - start
     total, left_out = map(int, ranks.sum([images, len(skipped or ())]))
     if ranks.main:
         logging.info("calibrated on %d images in %.1f s", total, seconds)
-    return {"calibration_images": total, "unreadable_images": left_out}
+    return in_float, {"calibration_images": total, "unreadable_images": left_out}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qswin.qat.quant.quantizers import SCALE_KEY, TensorQuantizer, quantizers
+from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 
 # What a recipe gives a layer for a site: a TensorQuantizer, or nn.Identity where the site stays in float.
 MakeQuantizer = Callable[..., nn.Module]
@@ -89,6 +89,13 @@ def channel_shape(layer: QuantLinear | QuantConv2d) -> tuple[int, ...]:
     return (layer.weight.shape[1],)
 
 
+def scale_channels(layer: Any, weight: Tensor, factors: Tensor) -> Tensor:
+    """A weight of a QuantLinear or QuantConv2d, each input channel multiplied by its factor (of `channel_shape`)."""
+    groups = layer.groups if isinstance(layer, QuantConv2d) else 1
+    by_group = weight.unflatten(0, (groups, -1)) * factors.view(groups, 1, -1, *[1] * (weight.ndim - 2))
+    return by_group.flatten(0, 1)
+
+
 @torch.no_grad()
 def undo_channel_scales(model: nn.Module) -> None:
     """Multiplies each weight by its input's `_pre_quant_scale`, and drops that: the same function, in float.
@@ -98,13 +105,9 @@ def undo_channel_scales(model: nn.Module) -> None:
     for layer in model.modules():
         if not isinstance(layer, QuantLinear | QuantConv2d):
             continue
-        quantizer: Any = layer._input_quantizer
-        scale = getattr(quantizer, SCALE_KEY, None)
-        if scale is not None:
-            groups = layer.groups if isinstance(layer, QuantConv2d) else 1
-            by_group = layer.weight.unflatten(0, (groups, -1))
-            by_group = by_group * scale.view(groups, 1, -1, *[1] * (layer.weight.ndim - 2))
-            layer.weight.data = by_group.flatten(0, 1)
+        quantizer = layer._input_quantizer
+        if isinstance(quantizer, TensorQuantizer) and quantizer._pre_quant_scale is not None:
+            layer.weight.data = scale_channels(layer, layer.weight.data, quantizer._pre_quant_scale)
             quantizer._pre_quant_scale = None
 
 
@@ -116,8 +119,6 @@ def check_channel_scales(model: nn.Module) -> None:
         if scale is None:
             continue
         if quantizer not in layers or tuple(scale.shape) != channel_shape(layers[quantizer]):
-            raise ValueError(
-                f"{quantizer.site}: its channel scales have shape {tuple(scale.shape)}, which does not fit"
-            )
+            raise ValueError(f"{quantizer.site}: channel scales of shape {tuple(scale.shape)} do not fit its input")
         if not bool(((scale > 0) & scale.isfinite()).all()):
             raise ValueError(f"{quantizer.site}: a channel scale is not a positive number; calibrate again")

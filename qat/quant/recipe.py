@@ -6,6 +6,7 @@ the name (`qkv`, `attn.probs`, `layers.3`), or a wildcard that matches all of it
 
 import dataclasses
 import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class Recipe:
     Formats are names that `grid_of` knows. Weights have a range for each output channel, unless `per_channel` is false,
     from `weight_calibrator`: "max" is the largest magnitude, "mse" pays below 8 bits. Activations have one range a
     site, from `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
+    `in_float` names sites, as rules do, that calibration found better left in float, whatever the rules say.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Recipe:
     weight_calibrator: str = "max"
     calibrator: str = "mse"
     dead_range: float | None = None
+    in_float: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -61,7 +64,12 @@ class Recipe:
         for rule in self.rules:
             if rule.matches(site):
                 merged |= {key: value for key, value in dataclasses.asdict(rule).items() if value is not None}
-        return merged if merged["quantize"] else None
+        left = any(Rule(name).matches(site) for name in self.in_float)
+        return merged if merged["quantize"] and not left else None
+
+    def leaving(self, sites: Iterable[str]) -> "Recipe":
+        """The same recipe with these sites in float too."""
+        return dataclasses.replace(self, in_float=(*self.in_float, *sites))
 
     def quantizer(self, site: str, weight: Tensor | None = None) -> nn.Module:
         """The quantizer of an activation, or of `weight`, at a site; nn.Identity where the site stays in float."""
@@ -80,7 +88,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a sidecar, such that from_dict(to_dict()) is the recipe."""
         rules = [{k: v for k, v in dataclasses.asdict(rule).items() if v is not None} for rule in self.rules]
-        return {**dataclasses.asdict(self), "rules": rules}
+        return {**dataclasses.asdict(self), "rules": rules, "in_float": list(self.in_float)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -90,7 +98,8 @@ class Recipe:
             ValueError: a key is not a setting of a recipe or of a rule, or a format or calibrator is not known.
         """
         rules = tuple(_construct(Rule, rule, "recipe rule") for rule in values.get("rules", ()))
-        return _construct(cls, {**values, "rules": rules}, "recipe")
+        in_float = tuple(map(str, values.get("in_float", ())))
+        return _construct(cls, {**values, "rules": rules, "in_float": in_float}, "recipe")
 
 
 def _check(settings: Rule | Recipe) -> None:
@@ -121,14 +130,18 @@ def _construct(kind: type, values: dict[str, Any], what: str) -> Any:
 _WEIGHTED = ("patch_embed", "attn.conv", "qkv", "proj", "fc1", "fc2", "reduction", "expand", "concat_back_dim", "head")
 _GEMM = tuple(Rule(site, quantize=True) for site in _WEIGHTED)
 _ATTENTION = (Rule("attn.q", quantize=True), Rule("attn.k", quantize=True), Rule("attn.v", quantize=True))
-_PROBS = Rule("attn.probs", quantize=True, amax=1.0)  # softmax's range is known: a scale of 1/127
+# A row of softmax is about 1 / tokens: with a fixed range of 1, little of rows of 144 tokens and more would be left.
+_PROBS = Rule("attn.probs", quantize=True, calibrator="percentile:99.99")
 _RESIDUALS = (Rule("add1", quantize=True), Rule("add2", quantize=True))
+
+_MATMULS = (*_GEMM, *_ATTENTION, _PROBS)
 
 RECIPES = {
     "none": Recipe("none"),
     "gemm": Recipe("gemm", _GEMM),
-    "attention": Recipe("attention", (*_GEMM, *_ATTENTION, _PROBS)),
-    "full": Recipe("full", (*_GEMM, *_ATTENTION, _PROBS, *_RESIDUALS)),
+    "attention": Recipe("attention", _MATMULS),
+    "auto": Recipe("auto", _MATMULS),  # calibration leaves in float what costs too much
+    "full": Recipe("full", (*_MATMULS, *_RESIDUALS)),
 }
 
 

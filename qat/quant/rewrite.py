@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from absl import logging
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from qswin.models.registry import site_name
 from qswin.qat.quant import twins
 from qswin.qat.quant.blocks import FoldingBlock
 from qswin.qat.quant.coverage import coverage
-from qswin.qat.quant.layers import MakeQuantizer, QuantConv2d, QuantLinear, weight_quantizers
-from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.layers import MakeQuantizer, QuantConv2d, QuantLinear, undo_channel_scales, weight_quantizers
+from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.qat.quant.recipe import RECIPES, Recipe
 
 # What makes a twin of a float module whose children are twins by now: twin(module, site, quantizer).
@@ -92,6 +92,20 @@ def _rewrite(module: nn.Module, path: str, quantizer: MakeQuantizer) -> nn.Modul
     kind = type(module)
     twin = _twins().get(kind) or _twins().get(f"{kind.__module__}.{kind.__qualname__}")
     return module if twin is None else twin(module, site_name(path), quantizer).train(module.training)
+
+
+def leave_in_float(model: nn.Module, sites: Iterable[str]) -> None:
+    """Takes the quantizers of some sites out of a rewritten model, in place; `Recipe.leaving` does so in its recipe.
+
+    Args:
+        sites: whole names: an activation's, which is also its weight's, or a residual add's, which is of both branches.
+    """
+    names = {f"{site}{end}" for site in sites for end in ("", ".weight", ".shortcut", ".branch")}
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, TensorQuantizer) and child.site in names:
+                undo_channel_scales(module)
+                setattr(module, name, nn.Identity())
 
 
 def enable(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from qswin.qat.quant.recipe import RECIPES, Recipe
 from qswin.qat.runs import first_difference, flatten
 from qswin.qat.schema import ModelConfig
 
-CALIBRATION = ("calibrator", "weight_calibrator", "dead_range")  # of a recipe: how ranges are found, before training
+CALIBRATION = ("calibrator", "weight_calibrator", "dead_range", "in_float")  # of a recipe: what calibration finds
 
 
 def float_start(

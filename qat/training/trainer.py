@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from absl import logging
 from torch import nn
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
 from qswin.qat.float_model import build_float_model
+from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, Verdict, tell
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.recipe_file import read_recipe
@@ -172,12 +174,33 @@ class Trainer:
             logging.info("%s: going on at step %d of %d", folder / LAST, self.step.done, self.step.total)
 
     def _finish(self, metrics: dict[str, float]) -> Path:
-        """Saves the trained checkpoint, on rank 0."""
+        """Saves the trained checkpoint, on rank 0, with the verdict on it.
+
+        Raises:
+            ValueError: the verdict is bad, and calibration.strict is set. The checkpoint has been saved.
+        """
         if self.ranks.main:
-            described = dataclasses.replace(self.description, metrics={**metrics, "steps": self.step.total})
+            verdict = self._verdict()
+            kept = {} if verdict is None else {"verdict": verdict.to_dict()}
+            described = dataclasses.replace(self.description, metrics={**metrics, "steps": self.step.total, **kept})
             save_checkpoint(self.path, self.step.trained(), described)
             logging.info("%s: %s", self.path, ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+            if verdict is not None:
+                tell(verdict, "train longer, or with a recipe that quantizes less", self.config.calibration.strict)
         return self.path
+
+    def _verdict(self) -> Verdict | None:
+        """Of a quantized model against the float one that the config names, on images of val/; None without one."""
+        if self.description.recipe is None or self.config.model.checkpoint is None:
+            return None
+        reference = build_float_model(self.config.model, self.config.data.preprocessing)[0].to(self.ranks.device)
+        batches, images = [], 0
+        for batch in self.data.validation_batches(self.description.preprocessing):
+            batches.append(torch.from_numpy(batch.images).to(self.ranks.device))
+            images += len(batch.images)
+            if images >= VERDICT_IMAGES:
+                break
+        return Comparison(self.step.trained(), batches, reference).verdict()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qswin.calib.files import write_atomic
+from qswin.calib.files import read_json, write_atomic
 from qswin.trt.report import plots
 from qswin.trt.report.ranges import histograms, range_table, stage_ranges
 from qswin.trt.report.results import read_results, result_sections, skipped
@@ -13,7 +13,7 @@ from qswin.trt.report.webpage import Part, Picture, table
 
 Sections = dict[str, list[Part]]  # {heading: its parts}
 # What comes first, in this order.
-FIRST = ("Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images")
+FIRST = ("Accuracy", "Verdicts", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images")
 
 
 def report(run: Path) -> Sections:
@@ -28,6 +28,7 @@ def report(run: Path) -> Sections:
     results, stages = read_results(run), stage_ranges(run)
     sections = {
         **result_sections(results),
+        "Verdicts": verdicts(run),
         "Training": training(run),
         "Ranges": range_table(stages),
         "Histograms": histograms(run, stages),
@@ -38,6 +39,21 @@ def report(run: Path) -> Sections:
         old = f" ({skipped(results.old)})" if results.old else ""
         raise ValueError(f"{run}: nothing to report{old}; calibrate, train, evaluate or bench with --json files there")
     return found
+
+
+def verdicts(run: Path) -> list[Part]:
+    """How far each checkpoint is from the float model, from the sidecars."""
+    rows = []
+    for path in sorted(run.rglob("*.safetensors.json")):
+        found = read_json(path)
+        metrics = found.get("metrics") if found.get("kind") == "checkpoint" else None
+        verdict = metrics.get("verdict") if isinstance(metrics, dict) else None
+        if isinstance(verdict, dict):
+            blame = ", ".join(verdict.get("blame", ()))
+            shown = [verdict.get(key) for key in ("agreement", "kl", "images")]
+            rows.append([path.stem, *shown, "yes" if verdict.get("good") else "no", blame])
+    headings = ["checkpoint", "agreement, %", "mean KL", "images", "good", "to blame"]
+    return [table(headings, rows)] if rows else []
 
 
 def training(run: Path) -> list[Part]:

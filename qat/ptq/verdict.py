@@ -1,0 +1,149 @@
+"""A verdict on a quantized model: how far it is from the float one, on images that it was not calibrated on."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from absl import logging
+from torch import Tensor, nn
+
+from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
+from qswin.qat.quant.rewrite import disable, enable
+
+VERDICT_IMAGES = 64  # drawn beside those that are calibrated on
+KL_LIMIT = 0.05  # a mean KL above it, or
+AGREEMENT_LIMIT = 90.0  # an agreement in per cent below it, is a bad verdict
+BLAMED = 3  # kinds of sites that a bad verdict names
+HELPS = 0.9  # at most this share of the KL is left without a kind that is to blame
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How far a quantized model is from the float one.
+
+    Args:
+        images: how many it was measured on.
+        agreement: of a classifier, how often both give the same class; of masks, the mean Dice of both; in per cent.
+        kl: mean KL(float || quantized) of the class distributions, over images or pixels.
+        blame: {kind of site: the KL without it}, the worst first; of a bad verdict only.
+    """
+
+    images: int
+    agreement: float
+    kl: float
+    blame: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def good(self) -> bool:
+        """Whether the model is near enough to the float one to be used; NaN is not."""
+        return self.kl <= KL_LIMIT and self.agreement >= AGREEMENT_LIMIT
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "good": self.good}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Verdict":
+        """The verdict in a sidecar. Raises KeyError or TypeError for anything else."""
+        numbers = (int(values["images"]), float(values["agreement"]), float(values["kl"]))
+        return cls(*numbers, {str(kind): float(kl) for kind, kl in dict(values["blame"]).items()})
+
+    def __str__(self) -> str:
+        """One line; of a bad verdict with the sites to blame."""
+        line = f"{self.agreement:.1f} % agreement with float, mean KL {self.kl:.4g}, on {self.images} other images"
+        if self.good:
+            return line
+        blame = ", ".join(f"{kind} (without it {kl:.3g})" for kind, kl in self.blame.items())
+        limits = f"a KL of {KL_LIMIT} and {AGREEMENT_LIMIT:.0f} % are wanted"
+        return f"{line}; {limits}" + (f"; to blame: {blame}" if blame else "")
+
+
+def tell(verdict: Verdict, remedy: str, strict: bool) -> None:
+    """Logs a verdict; a bad one is a warning, or, where `strict`, a ValueError, with what mends it."""
+    if verdict.good:
+        logging.info("%s", verdict)
+    elif strict:
+        raise ValueError(f"the quantized model is far from the float one: {verdict}; {remedy}")
+    else:
+        logging.warning("the quantized model is far from the float one: %s; %s", verdict, remedy)
+
+
+class Comparison:
+    """A calibrated model against itself without quantization, or against another float model.
+
+    Args:
+        batches: (N, 3, H, W) each, on the model's device; at least one.
+        reference: a float model; None stands for the model with its quantizers off.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], reference: nn.Module | None = None) -> None:
+        self.model, self.batches = model, batches
+        disable(model, quiet=True)
+        self.reference = [_logits(reference or model, batch) for batch in batches]
+        enable(model)
+
+    def verdict(self) -> Verdict:
+        """Measured with all quantizers on, with the kinds of sites to blame where it is bad."""
+        found = self.measure()
+        return found if found.good else dataclasses.replace(found, blame=self.blame())
+
+    def measure(self) -> Verdict:
+        """Measured with the quantizers as they are."""
+        logits = [_logits(self.model, batch) for batch in self.batches]
+        pairs = list(zip(logits, self.reference, strict=True))
+        kl = torch.cat([_divergence(*pair).flatten() for pair in pairs]).mean()
+        classes = (torch.cat([each.argmax(1) for each in side]) for side in (logits, self.reference))
+        return Verdict(sum(map(len, self.batches)), _agreement(*classes), float(kl))
+
+    def without(self, group: Sequence[TensorQuantizer]) -> Verdict:
+        """Measured without some of the quantizers."""
+        for quantizer in group:
+            quantizer.disable(quiet=True)
+        found = self.measure()
+        for quantizer in group:
+            quantizer.enable()
+        return found
+
+    def blame(self) -> dict[str, float]:
+        """{kind of site: the KL without it} of the few that cost the most."""
+        everything = self.measure().kl
+        found = {kind: self.without(group).kl for kind, group in kinds(self.model).items()}
+        worst = sorted(found.items(), key=lambda item: item[1])[:BLAMED]
+        return {kind: kl for kind, kl in worst if not kl > HELPS * everything}
+
+
+def kinds(model: nn.Module) -> dict[str, list[TensorQuantizer]]:
+    """The quantizers by what recipes call their sites in all blocks: qkv, fc2, attn.probs, add1, ..."""
+    groups: dict[str, list[TensorQuantizer]] = defaultdict(list)
+    for quantizer in quantizers(model):
+        parts = quantizer.site.removesuffix(".weight").split(".")
+        if parts[-1] in ("shortcut", "branch"):
+            parts.pop()
+        kind = ".".join(parts[-2:]) if parts[-1] in ("q", "k", "v", "probs") else parts[-1]
+        groups[kind].append(quantizer)
+    return dict(groups)
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    training = model.training
+    logits = model.eval()(batch).double()
+    model.train(training)
+    return logits
+
+
+def _divergence(ours: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || ours) of each image, or pixel."""
+    logs = F.log_softmax(reference, 1)
+    return (logs.exp() * (logs - F.log_softmax(ours, 1))).sum(1)
+
+
+def _agreement(ours: Tensor, reference: Tensor) -> float:
+    """Of classes (N,), or masks (N, H, W), in per cent; see `Verdict`."""
+    if ours.ndim == 1:
+        return float(100 * (ours == reference).double().mean())
+    classes = torch.cat((ours, reference)).unique()
+    sizes = [((ours == c).sum() + (reference == c).sum(), ((ours == c) & (reference == c)).sum()) for c in classes]
+    return float(100 * torch.stack([2 * both / size for size, both in sizes]).double().mean())
