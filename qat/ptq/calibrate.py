@@ -21,6 +21,7 @@ def calibrate(
     batches: Iterable[Any],
     options: CalibrationConfig | None = None,
     dead_range: float | None = None,
+    seed: int = 0,
 ) -> int:
     """Calibrates a model that `quantize` made and switches its quantizers on.
 
@@ -29,6 +30,7 @@ def calibrate(
             (images, labels) gives. They are moved to the model's device.
         options: the section `calibration` of a config; its number of images and its batch size are the caller's matter.
         dead_range: stands in for ranges that come out as 0.
+        seed: of the reconstruction's random numbers; all else draws none.
 
     Returns:
         The number of images seen by this rank.
@@ -46,17 +48,18 @@ def calibrate(
         return find_ranges(model, itertools.chain(first, images), dead_range)
     kept = [*first, *images]
     total = find_ranges(model, kept, dead_range)
-    _refine(model, kept, options)
+    _refine(model, kept, options, seed)
     return total
 
 
-def _refine(model: nn.Module, batches: Sequence[Tensor], options: CalibrationConfig) -> None:
+def _refine(model: nn.Module, batches: Sequence[Tensor], options: CalibrationConfig, seed: int) -> None:
     if options.choose_calibrators:
         choose_calibrators(model, batches[:2])  # hundreds of passes over each block: a few dozen images must do
     if options.correct_biases:
         correct_biases(model, batches[:4])  # a mean needs few images, and each layer is a pass
     if options.reconstruct_steps:
-        reconstruct(model, batches, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
+        rates = options.reconstruct_lr, options.reconstruct_range_lr
+        reconstruct(model, batches, options.reconstruct_steps, *rates, seed)
 
 
 def needs_images_again(options: CalibrationConfig) -> bool:

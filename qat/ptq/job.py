@@ -62,7 +62,9 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     twin = quantize(model, recipe).to(ranks.device)
     run.claim()
     samples = draw_samples(folder, config.calibration.images, config.seed)
-    metrics = calibrate_on(twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, ranks)
+    metrics = calibrate_on(
+        twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, config.seed, ranks
+    )
     description = Description(
         model_arguments(config.model),
         "ptq",
@@ -86,6 +88,7 @@ def calibrate_on(
     options: CalibrationConfig,
     data: DataConfig,
     dead_range: float | None,
+    seed: int,
     ranks: Ranks,
 ) -> dict[str, int]:
     """Calibrates on this rank's share of the samples; returns how many images all ranks have seen and left out."""
@@ -96,7 +99,7 @@ def calibrate_on(
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
     start = time.perf_counter()
-    images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range)
+    images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range, seed)
     seconds = time.perf_counter() - start
     total, left_out = map(int, ranks.sum([images, len(skipped or ())]))
     if ranks.main:
