@@ -27,6 +27,7 @@ def calibrate(
     batches: Iterable[Any],
     options: CalibrationConfig | None = None,
     dead_range: float | None = None,
+    seed: int = 0,
 ) -> Calibration:
     """Calibrates a model that `quantize` made and switches its quantizers on.
 
@@ -35,6 +36,7 @@ def calibrate(
             (images, labels) gives. They are moved to the model's device.
         options: the section `calibration` of a config; its number of images and its batch size are the caller's matter.
         dead_range: stands in for ranges that come out as 0.
+        seed: of the reconstruction's random numbers; all else draws none.
 
     Returns:
         The number of images seen by this rank, and the residual adds that were left in float for their massive
@@ -54,17 +56,18 @@ def calibrate(
     total = find_ranges(model, kept, dead_range)
     in_float = leave_massive_adds(model)
     if again:
-        _refine(model, list(kept), options)
+        _refine(model, list(kept), options, seed)
     return Calibration(total, in_float)
 
 
-def _refine(model: nn.Module, batches: Sequence[Tensor], options: CalibrationConfig) -> None:
+def _refine(model: nn.Module, batches: Sequence[Tensor], options: CalibrationConfig, seed: int) -> None:
     if options.choose_calibrators:
         choose_calibrators(model, batches[:2])  # hundreds of passes over each block: a few dozen images must do
     if options.correct_biases:
         correct_biases(model, batches[:4])  # a mean needs few images, and each layer is a pass
     if options.reconstruct_steps:
-        reconstruct(model, batches, options.reconstruct_steps, options.reconstruct_lr, options.reconstruct_range_lr)
+        rates = options.reconstruct_lr, options.reconstruct_range_lr
+        reconstruct(model, batches, options.reconstruct_steps, *rates, seed)
 
 
 def needs_images_again(options: CalibrationConfig) -> bool:

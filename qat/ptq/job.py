@@ -70,7 +70,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     held = min(VERDICT_IMAGES, len(drawn) // VERDICT_SHARE)
     samples, others = drawn[: len(drawn) - held], drawn[len(drawn) - held :]
     in_float, metrics = calibrate_on(
-        twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, ranks
+        twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, config.seed, ranks
     )
     if recipe.name == AUTO:
         seen = _load(samples[:VERDICT_IMAGES], preprocessing, config, ranks)
@@ -119,6 +119,7 @@ def calibrate_on(
     options: CalibrationConfig,
     data: DataConfig,
     dead_range: float | None,
+    seed: int,
     ranks: Ranks,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Calibrates on this rank's share of the samples.

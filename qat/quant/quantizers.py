@@ -61,6 +61,9 @@ class TensorQuantizer(nn.Module):
     Channels may be scaled before all else, also where it is off: `_pre_quant_scale`, as ModelOpt calls it, is a buffer
     that broadcasts over the input, or None. Who sets it divides the next weight by it (qat/ptq/equalization.py).
 
+    In training, each element of an activation keeps its float value with probability `keep_float`, which is 0 unless
+    someone sets it: Wei et al., "QDrop", ICLR 2022, section 3.3.
+
     Args:
         spec: how to quantize.
         site: the site's name in recipes, tables and errors.
@@ -72,6 +75,7 @@ class TensorQuantizer(nn.Module):
         self.spec, self.site, self.weight_shape = spec, site, weight_shape
         self.mode = Mode.OFF
         self.warns = False  # of computing in float
+        self.keep_float = 0.0
         self.histogram: Histogram | None = None
         shape: tuple[int, ...] = ()
         if spec.axis is not None and weight_shape is not None:
@@ -106,7 +110,10 @@ class TensorQuantizer(nn.Module):
             return self._export(x, scale)
         if self._log_gain is not None and self.training:
             scale = scale_gradient(scale, self._gradient_scale(x))
-        return fake_quantize(x, scale, self.spec.grid)
+        quantized = fake_quantize(x, scale, self.spec.grid)
+        if self.training and self.keep_float and self.weight_shape is None:
+            return torch.where(torch.rand_like(x) < self.keep_float, x, quantized)
+        return quantized
 
     def _warn(self) -> None:
         self.warns = False

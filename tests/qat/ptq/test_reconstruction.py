@@ -2,14 +2,19 @@
 
 import dataclasses
 
+import pytest
 import torch
+from torch import nn
 
+from qswin.qat.ptq import reconstruction
+from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.ptq.ranges import find_ranges
-from qswin.qat.ptq.reconstruction import reconstruct
+from qswin.qat.ptq.reconstruction import fisher_weights, reconstruct
 from qswin.qat.quant.blocks import block_arguments, block_output, blocks
 from qswin.qat.quant.quantizers import Mode, quantizers
 from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.rewrite import quantize
+from qswin.qat.schema import CalibrationConfig
 from tests.helpers import VARIANTS, lively_swin
 
 LOW = dataclasses.replace(RECIPES["full"], weight_format="int4", activation_format="int4", weight_calibrator="mse")
@@ -38,13 +43,78 @@ def test_it_lowers_the_error_on_other_images():
     after = (twin(others) - expected).square().mean().item()
     assert len(shares) == len(blocks(twin)) and max(shares) < 1 and after < 0.8 * before
     assert not twin.training
-    assert all(quantizer.mode is Mode.QUANTIZING and quantizer._log_gain is None for quantizer in quantizers(twin))
+    for quantizer in quantizers(twin):
+        assert quantizer.mode is Mode.QUANTIZING and quantizer._log_gain is None and quantizer.keep_float == 0
     for name, value in kept.items():
         assert torch.equal(value, twin.state_dict()[name]), name
 
 
-def test_blocks_that_take_more_than_tokens_are_trained_too(images):
-    twin = quantize(VARIANTS["cvt"].build(), LOW)
+@pytest.mark.parametrize("variant", ["cvt", "swin-unet"])
+def test_blocks_that_take_more_than_tokens_and_models_of_pixels_are_trained_too(variant, images):
+    twin = quantize(VARIANTS[variant].build(), LOW)
     find_ranges(twin, [images])
     shares = reconstruct(twin, images.split(2), steps=20, lr=1e-3, range_lr=1e-2)
-    assert len(shares) == 6 and max(shares) < 1
+    assert len(shares) == len(blocks(twin)) and max(shares) < 1
+
+
+def test_half_of_the_activations_may_stay_in_float_in_training_alone(images):
+    twin = quantize(lively_swin(), LOW)
+    find_ranges(twin, [images])
+    seen = set()
+    for quantizer in quantizers(twin):
+        quantizer.register_forward_pre_hook(lambda module, _: seen.add((module.training, module.keep_float)))
+    reconstruct(twin, [images], steps=1, lr=1e-3, range_lr=1e-2)
+    assert seen == {(False, 0.0), (True, 0.5)}
+
+
+@pytest.mark.parametrize("shape", [(), (4, 4)], ids=["classes", "pixels"])
+def test_weights_are_the_squared_gradients_of_drawn_classes(shape):
+    """By hand: logits W y + b have the gradient W^T (p - one hot) in y; which class was drawn is found by trial."""
+    layer = (lambda i, o: nn.Conv2d(i, o, 1)) if shape else nn.Linear
+    model = nn.Sequential(layer(3, 8), layer(8, 4)).requires_grad_(False)
+    batches = [torch.randn(count, 3, *shape) for count in (400, 1000)]
+    weights = fisher_weights(model, model[0], batches)
+    outputs = [model[0](batch) for batch in batches]
+    assert [weight.shape for weight in weights] == [output.shape for output in outputs]
+    flat, y = (torch.cat([part.movedim(1, -1).reshape(-1, 8) for part in parts]) for parts in (weights, outputs))
+    matrix = model[1].weight.reshape(4, 8)
+    probabilities = torch.softmax(y @ matrix.T + model[1].bias, -1)
+    of_each_class = ((probabilities[:, None] - torch.eye(4)) @ matrix).square()  # (N, class, 8)
+    directions = nn.functional.normalize(of_each_class, dim=-1)
+    drawn = (directions * nn.functional.normalize(flat, dim=-1)[:, None]).sum(-1).argmax(-1)
+    expected = of_each_class[torch.arange(len(drawn)), drawn]
+    torch.testing.assert_close(flat, expected / expected.mean(), rtol=1e-4, atol=1e-5)
+    assert flat.mean().item() == pytest.approx(1, rel=1e-4)
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, probabilities.mean(0), rtol=0, atol=0.06)
+
+
+def test_a_model_of_one_class_has_no_weights():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 1)).requires_grad_(False)
+    with pytest.raises(ValueError, match="two classes or more"):
+        fisher_weights(model, model[0], [torch.randn(4, 3)])
+
+
+def test_what_has_no_weight_is_not_trained(images, monkeypatch):
+    twin = quantize(lively_swin(), LOW)
+    find_ranges(twin, [images])
+    before = {name: value.clone() for name, value in twin.state_dict().items()}
+    monkeypatch.setattr(reconstruction, "fisher_weights", lambda *_: [torch.zeros(())])
+    reconstruct(twin, [images], steps=2, lr=1e-3, range_lr=1e-2)
+    for name, value in twin.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_same_seed_gives_the_same_model(images):
+    """Whatever the state of torch's own random numbers, which go on as if nothing had been drawn."""
+    options = CalibrationConfig(reconstruct_steps=2, reconstruct_lr=1e-3)
+    states = []
+    for start, seed in ((1, 7), (2, 7), (2, 8)):
+        twin = quantize(lively_swin(), LOW)
+        torch.manual_seed(start)
+        expected = torch.get_rng_state()
+        calibrate(twin, [images], options, seed=seed)
+        assert torch.equal(torch.get_rng_state(), expected)
+        states.append(twin.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not all(torch.equal(value, states[2][name]) for name, value in states[0].items())

@@ -156,6 +156,24 @@ def test_freezing_keeps_the_learned_range():
     assert list(quantizer.state_dict()) == ["_amax"]
 
 
+def test_activations_keep_float_values_in_training_with_the_probability_given():
+    x = torch.randn(10_000)
+    quantizer = calibrated(QuantSpec(grid_of("int4")), x)
+    rounded = quantizer(x)
+    quantizer.train().keep_float = 0.25
+    x.requires_grad_()
+    output = quantizer(x)
+    kept = output == x
+    assert kept.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(output, torch.where(kept, x, rounded)) and not torch.equal(quantizer(x), output)
+    output.sum().backward()
+    assert (x.grad[kept] == 1).all()
+    assert torch.equal(quantizer.eval()(x), rounded)
+    weights = calibrated(QuantSpec(grid_of("int4")), x.detach()).train()
+    weights.weight_shape, weights.keep_float = x.shape, 0.25
+    assert torch.equal(weights(x), rounded)
+
+
 def test_the_table_lists_every_quantizer(quantized):
     lines = table(quantized).splitlines()
     assert len(lines) == 1 + len(list(quantizers(quantized)))
