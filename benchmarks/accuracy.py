@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tomllib
 import torch
 from torch import Tensor, nn
 
@@ -126,10 +127,10 @@ def planned(toolkits: list[str], columns: list[str], description: Description) -
 
 
 def version(toolkit: str) -> str:
-    try:
-        return importlib.metadata.version(DISTRIBUTIONS.get(toolkit, toolkit))
-    except importlib.metadata.PackageNotFoundError:  # of ours where the repository is on the path, not installed
-        return "unknown"
+    """Ours is the repository's, which need not be installed."""
+    if toolkit == "qswin":
+        return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    return importlib.metadata.version(DISTRIBUTIONS.get(toolkit, toolkit))
 
 
 class Bench:
