@@ -7,6 +7,7 @@ seeds side by side on the device, by the commands that users run; what is finish
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.accuracy import our_variants
+from benchmarks.accuracy import our_recipe
 from benchmarks.results import commit, device_name, write_rows
 
 CONFIG = "configs/swin_tiny_tinyimagenet.yaml"
@@ -36,7 +37,7 @@ def calibrate(bits: str, args: argparse.Namespace) -> Path:
     """The reconstructed checkpoint of a bit width."""
     folder, recipe = args.work / bits, args.work / f"{bits}.yaml"
     args.work.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(yaml.safe_dump(our_variants(bits)[RECIPE][0].to_dict()))
+    recipe.write_text(yaml.safe_dump(dataclasses.replace(our_recipe("full", bits), weight_calibrator="mse").to_dict()))
     if not (folder / "ptq.safetensors").is_file():
         settings = [f"recipe={recipe}", f"calibration.reconstruct_steps={args.reconstruct_steps}", f"run={folder}"]
         subprocess.run([sys.executable, "-m", "qswin", "calibrate", *common(args), *settings], check=True)
