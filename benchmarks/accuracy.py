@@ -32,13 +32,17 @@ from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.ptq.automatic import AUTO, leave_costly
 from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.ranges import find_ranges
+from qswin.qat.ptq.verdict import Comparison
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.schema import CalibrationConfig
 from qswin.trt.evaluation.evaluate import main_metric
 
 RECONSTRUCT_STEPS = 500
+AUTO_BATCHES = 2  # of 32 images, as qswin calibrate takes
 TOOLKITS = ("qswin", "modelopt", "nncf", "onnxruntime")
 DISTRIBUTIONS = {"modelopt": "nvidia-modelopt"}  # where they are not named as the toolkit is
 
@@ -84,26 +88,35 @@ def our_recipe(name: str, bits: str) -> Recipe:
 def our_rows(bits: str) -> dict[str, Make]:
     """The recipes as `qswin calibrate` does them, and with one piece less or more."""
     plain, reconstructed = CalibrationConfig(equalize=False), CalibrationConfig(reconstruct_steps=RECONSTRUCT_STEPS)
-    gemm, attention, full = (our_recipe(name, bits) for name in ("gemm", "attention", "full"))
+    gemm, attention, full, auto = (our_recipe(name, bits) for name in ("gemm", "attention", "full", "auto"))
     variants = {
+        "auto": (auto, CalibrationConfig()),
         "gemm": (gemm, CalibrationConfig()),
         "attention": (attention, CalibrationConfig()),
         "full": (full, CalibrationConfig()),
         "gemm, not equalized": (gemm, plain),
         "attention, not equalized": (attention, plain),
-        "first system": (first_system(bits), plain),
-        "FasterTransformer": (faster_transformer(bits), plain),
         "gemm, reconstructed": (gemm, reconstructed),
         "attention, reconstructed": (attention, reconstructed),
     }
-    return {
+    earlier = {"first system": first_system(bits), "FasterTransformer": faster_transformer(bits)}
+    ours = {
         name: functools.partial(_ours, recipe=recipe, options=options) for name, (recipe, options) in variants.items()
     }
+    return ours | {name: functools.partial(_ranges_alone, recipe=recipe) for name, recipe in earlier.items()}
 
 
 def _ours(model: nn.Module, images: list[Tensor], recipe: Recipe, options: CalibrationConfig) -> Predict:
     twin = quantize(model, recipe)
     calibrate(twin, images, options)
+    if recipe.name == AUTO:
+        leave_costly(Comparison(twin, images[:AUTO_BATCHES]), options.budget)
+    return twin
+
+
+def _ranges_alone(model: nn.Module, images: list[Tensor], recipe: Recipe) -> Predict:
+    twin = quantize(model, recipe)
+    find_ranges(twin, images)
     return twin
 
 
