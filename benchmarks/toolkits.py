@@ -39,18 +39,18 @@ def modelopt_rows(bits: str) -> dict[str, Make]:
     configured = {
         "max": ("INT8_DEFAULT_CFG", "max"),
         "mse": ("INT8_DEFAULT_CFG", "mse"),
-        "smoothquant": ("INT8_SMOOTHQUANT_CFG", "smoothquant"),
     }
     rows: dict[str, Make] = {
         name: functools.partial(_modelopt, bits=bits, published=published, algorithm=algorithm)
         for name, (published, algorithm) in configured.items()
     }
+    rows["smoothquant"] = functools.partial(_modelopt_smoothquant, bits=bits)
     for name, settings in histograms.items():
         rows[name] = functools.partial(_modelopt_histograms, bits=bits, method=name.split()[0], settings=settings)
     return rows
 
 
-def _modelopt(model: nn.Module, images: list[Tensor], bits: str, published: str, algorithm: str) -> Predict:
+def _modelopt(model: nn.Module, images: list[Tensor], bits: str, published: str, algorithm: str) -> nn.Module:
     import modelopt.torch.quantization as mtq
 
     config = {**modelopt_config(getattr(mtq, published), bits), "algorithm": algorithm}
@@ -61,6 +61,21 @@ def _modelopt(model: nn.Module, images: list[Tensor], bits: str, published: str,
                 twin(batch)
 
     return mtq.quantize(copy.deepcopy(model), config, forward)
+
+
+def _modelopt_smoothquant(model: nn.Module, images: list[Tensor], bits: str) -> Predict:
+    """Smoothed at 8 bits, which are all that it knows; neither its factors nor its ranges depend on the width.
+
+    Given other widths it smooths nothing and leaves activations with a range for each channel.
+    """
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    twin = _modelopt(model, images, "W8A8", "INT8_SMOOTHQUANT_CFG", "smoothquant")
+    weights, activations = widths(bits)
+    for name, module in twin.named_modules():
+        if isinstance(module, TensorQuantizer) and module.is_enabled:
+            module.num_bits = weights if name.endswith("weight_quantizer") else activations
+    return twin
 
 
 def _modelopt_histograms(
