@@ -86,6 +86,7 @@ train:
   lr: 1.0e-3
   augment:
     scale: [0.7, 1.0]
+recipe: full
 run: {tmp_path / "run"}
 device: cpu
 """

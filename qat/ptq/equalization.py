@@ -22,7 +22,7 @@ from qswin.qat.quant.rewrite import disable
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEWEST_CHANNELS = 8  # an image's three need no factors
-TRIAL_IMAGES = 16  # of each batch: five passes over a block for each of its layers
+TRIAL_IMAGES = 8  # of each batch: five passes over a block for each of its layers
 SPREAD = 1e4  # of a layer's factors, at most: a channel that is never used would get an infinite one
 Layer = Any  # QuantLinear or QuantConv2d
 

@@ -68,7 +68,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     run.claim()
     drawn = draw_samples(folder, config.calibration.images + VERDICT_IMAGES, config.seed)
     held = min(VERDICT_IMAGES, len(drawn) // VERDICT_SHARE)
-    samples, others = drawn[: len(drawn) - held], drawn[len(drawn) - held :]
+    samples, others = drawn[: len(drawn) - held][: config.calibration.images], drawn[len(drawn) - held :]
     in_float, metrics = calibrate_on(
         twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, config.seed, ranks
     )

@@ -155,7 +155,7 @@ def test_a_smoothquant_checkpoint_computes_the_same(config_file, images, tmp_pat
         ("head.fc._input_quantizer", 32, "has no quantized input of a layer to scale here"),
         ("layers.0.blocks.0.norm1.input_quantizer", 16, "has no quantized input of a layer to scale here"),
         ("layers.0.blocks.0.attn.qkv.weight_quantizer", 16, "has no quantized input of a layer to scale here"),
-        ("layers.0.blocks.0.attn.qkv.input_quantizer", 5, r"its channel scales have shape \(5,\), which does not fit"),
+        ("layers.0.blocks.0.attn.qkv.input_quantizer", 5, r"channel scales of shape \(5,\) do not fit"),
     ],
 )
 def test_scales_that_have_no_place_are_refused(config_file, images, tmp_path, quantizer, channels, words):

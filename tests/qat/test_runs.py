@@ -161,6 +161,7 @@ def test_a_second_calibration_says_that_it_is_finished(config_file, caplog):
     path = calibrated(config_file)
     made = path.stat().st_mtime_ns
     caplog.clear()
+    caplog.set_level("INFO", logger="absl")
     assert calibrated(config_file) == path and path.stat().st_mtime_ns == made
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: already calibrated; resume=never starts over"
@@ -195,6 +196,7 @@ def test_a_finished_training_goes_on_with_more_epochs_only(config_file, caplog):
     one = path.read_bytes()
     (path.parent / "last.pt").unlink()  # a finished training does not need it
     caplog.clear()
+    caplog.set_level("INFO", logger="absl")
     assert trained(config_file, init) == path and path.read_bytes() == one
     assert [record.getMessage() for record in caplog.records if "already trained" in record.getMessage()]
     trained(config_file, init, "resume=never")

@@ -10,8 +10,8 @@ from qswin.qat.checkpoint import Description
 from qswin.qat.config import load_config
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.probe import Probe
-from qswin.qat.ptq import calibrate as ptq
 from qswin.qat.ptq import job
+from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
@@ -31,7 +31,7 @@ def checkpoint(config_file):
 def probe(images, data) -> Probe:
     """A calibrated small Swin with one range that is far too small."""
     twin = quantize(lively_swin(), named_recipe("full"))
-    ptq.calibrate(twin, [images])
+    find_ranges(twin, [images])
     next(q for q in quantizers(twin) if q.site == BAD)._amax.mul_(0.01)
     preprocessing = Preprocessing(size=(32, 32))
     folder = scan_folder("classification", data / "val")

@@ -8,7 +8,7 @@ import torch
 
 from qswin.qat.ptq.ranges import find_ranges, set_ranges
 from qswin.qat.quant.quantizers import quantizers
-from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.recipe import Recipe, Rule, named_recipe
 from qswin.qat.quant.rewrite import disable, quantize
 from tests.helpers import V2, small_swin
 
@@ -56,7 +56,14 @@ def test_several_calibrators_share_one_pass(quantized):
     by_max, by_percentile = (set_ranges(quantized, name) or ranges(quantized) for name in ("max", "percentile:90"))
     site = "layers.0.blocks.0.mlp.fc1"
     assert by_percentile[site] < by_max[site]
-    assert by_percentile["layers.0.blocks.0.attn.probs"] == 1  # fixed by the recipe
+    assert by_percentile["layers.0.blocks.0.attn.probs"] < by_max["layers.0.blocks.0.attn.probs"] <= 1
+
+
+def test_a_range_that_the_recipe_fixes_is_not_observed(images):
+    twin = quantize(small_swin(), Recipe("fixed", (Rule("attn.probs", quantize=True, amax=1.0),)))
+    find_ranges(twin, [images])
+    set_ranges(twin, "percentile:90")
+    assert set(ranges(twin).values()) == {1.0}
 
 
 def test_no_images_is_an_error():

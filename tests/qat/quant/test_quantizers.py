@@ -177,7 +177,8 @@ def test_activations_keep_float_values_in_training_with_the_probability_given():
 def test_the_table_lists_every_quantizer(quantized):
     lines = table(quantized).splitlines()
     assert len(lines) == 1 + len(list(quantizers(quantized)))
-    assert any(line.split() == ["layers.0.blocks.0.attn.probs", "int8", "1", "quantizing"] for line in lines)
+    rows = [line.split() for line in lines]
+    assert any(row[:2] == ["layers.0.blocks.0.attn.probs", "int8"] and row[-1] == "quantizing" for row in rows)
 
 
 def modes(model) -> set[Mode]:

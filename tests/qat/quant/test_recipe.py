@@ -48,7 +48,7 @@ def test_gemm_leaves_attention_and_residuals_in_float():
     for site in ("attn.q", "attn.k", "attn.v", "attn.probs", "add1.branch", "add2.shortcut"):
         assert gemm.settings(f"layers.0.{site}") is None and full.settings(f"layers.0.{site}") is not None
     assert full.settings("layers.0.attn.cpb_mlp.0") is None
-    assert full.settings("layers.0.attn.probs")["amax"] == 1.0
+    assert full.settings("layers.0.attn.probs")["calibrator"] == "percentile:99.99"
 
 
 def test_quantizers_follow_the_recipe():
@@ -99,7 +99,7 @@ def test_a_malformed_recipe_says_what_is_wrong(values, words):
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match="none, gemm, attention, full"):
+    with pytest.raises(ValueError, match="none, gemm, attention, auto, full"):
         named_recipe("fast-ish")
 
 
