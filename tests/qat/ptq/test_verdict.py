@@ -129,6 +129,9 @@ def test_the_job_writes_it_and_strict_refuses(config_file, tmp_path, capsys, mon
     assert verdict["good"] and verdict["images"] == 2 and verdict["agreement"] == 100
     monkeypatch.setattr(verdict_module, "KL_LIMIT", 0.0)
     assert invoke(*command, f"run={tmp_path / 'bad'}", "recipe=full") == 0
+    export = ["export", "--checkpoint", tmp_path / "bad" / "ptq.safetensors", "--onnx", tmp_path / "x.onnx"]
+    assert "far from the float one" in fails(capsys, *export, "--strict")
+    assert not (tmp_path / "x.onnx").exists()
     line = fails(capsys, *command, f"run={tmp_path / 'strict'}", "recipe=full", "calibration.strict=true")
     assert "far from the float one" in line and "recipe=auto" in line
     assert not list((tmp_path / "strict").glob("*.safetensors"))
