@@ -76,8 +76,8 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         seen = _load(samples[:VERDICT_IMAGES], preprocessing, config, ranks)
         in_float += (costly := leave_costly(Comparison(twin, seen), config.calibration.budget))
         leave_in_float(twin, costly)
-    if others:
-        verdict = Comparison(twin, _load(others, preprocessing, config, ranks)).verdict()
+    if unseen := _load(others, preprocessing, config, ranks):
+        verdict = Comparison(twin, unseen).verdict()
         tell(verdict, _remedy(config, recipe), config.calibration.strict)
         metrics["verdict"] = verdict.to_dict()
     description = Description(
