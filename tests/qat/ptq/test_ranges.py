@@ -63,7 +63,7 @@ def test_a_range_that_the_recipe_fixes_is_not_observed(images):
     twin = quantize(small_swin(), Recipe("fixed", (Rule("attn.probs", quantize=True, amax=1.0),)))
     find_ranges(twin, [images])
     set_ranges(twin, "percentile:90")
-    assert set(ranges(twin).values()) == {1.0}
+    assert {float(amax) for site, amax in ranges(twin).items() if not site.endswith(".weight")} == {1.0}
 
 
 def test_no_images_is_an_error():
