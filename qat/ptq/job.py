@@ -134,7 +134,7 @@ def calibrate_on(
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
     start = time.perf_counter()
-    images, in_float = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range)
+    images, in_float = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range, seed)
     seconds = time.perf_counter() - start
     total, left_out = map(int, ranks.sum([images, len(skipped or ())]))
     if ranks.main:

@@ -70,6 +70,14 @@ def test_the_command_corrects_biases_and_reconstructs(config_file):
         assert not torch.equal(states[0][name], states[changed][name])
 
 
+def test_reconstruction_draws_from_the_jobs_seed(config_file, monkeypatch):
+    seeds = []
+    monkeypatch.setattr("qswin.qat.ptq.calibrate.reconstruct", lambda *arguments: seeds.append(arguments[-1]))
+    with process_group("cpu") as ranks:
+        run_calibration(load_config(config_file, ["calibration.reconstruct_steps=4", "seed=3"]), ranks)
+    assert seeds == [3]
+
+
 def test_reconstruction_needs_one_process(config_file):
     config = load_config(config_file, ["calibration.reconstruct_steps=4"])
     with pytest.raises(ValueError, match="one process"):
