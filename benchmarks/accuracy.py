@@ -35,7 +35,7 @@ from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.ptq.automatic import AUTO, leave_costly
 from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.ptq.ranges import find_ranges
-from qswin.qat.ptq.verdict import Comparison
+from qswin.qat.ptq.verdict import Comparison, divergence
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.schema import CalibrationConfig
@@ -62,14 +62,9 @@ def recipe_at(recipe: Recipe, bits: str, **changes: Any) -> Recipe:
     return dataclasses.replace(recipe, weight_format=f"int{weights}", activation_format=f"int{activations}", **changes)
 
 
-def searched_probabilities(recipe: Recipe) -> Recipe:
-    """Softmax's range from the calibrator, not fixed."""
-    return dataclasses.replace(recipe, rules=tuple(dataclasses.replace(rule, amax=None) for rule in recipe.rules))
-
-
 def first_system(bits: str) -> Recipe:
     """Histogram calibration, percentile 99.99, residual quantizers on."""
-    return searched_probabilities(recipe_at(RECIPES["full"], bits, calibrator="percentile:99.99"))
+    return recipe_at(RECIPES["full"], bits, calibrator="percentile:99.99")
 
 
 def faster_transformer(bits: str) -> Recipe:
@@ -82,7 +77,7 @@ def faster_transformer(bits: str) -> Recipe:
 def our_recipe(name: str, bits: str) -> Recipe:
     """A named recipe at other widths. Below 8 bits the ranges of weights are searched for."""
     weight_calibrator = "max" if bits == "W8A8" else "mse"
-    return searched_probabilities(recipe_at(RECIPES[name], bits, weight_calibrator=weight_calibrator))
+    return recipe_at(RECIPES[name], bits, weight_calibrator=weight_calibrator)
 
 
 def our_rows(bits: str) -> dict[str, Make]:
@@ -210,8 +205,7 @@ class Bench:
 @torch.no_grad()
 def kl_sum(expected: Tensor, found: Tensor) -> float:
     """KL(expected || found) of the classes' distributions, summed over images or pixels. Logits (N, classes, ...)."""
-    target, ours = (logits.double().log_softmax(1) for logits in (expected, found))
-    return float((target.exp() * (target - ours)).sum())
+    return float(divergence(found.double(), expected.double()).sum())
 
 
 def main() -> None:

@@ -170,7 +170,17 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
     path = Path(path)
     description = read_description(path)
     model = _build(description)
-    state = read_state(path)
+    load_state(model, read_state(path), path)
+    enable(model)
+    return model.eval(), description
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Loads a state into a rewritten model; channel scales come with it, wherever it has some.
+
+    Raises:
+        ValueError: the state does not fit the model; the first tensor at fault is named.
+    """
     expected = model.state_dict()
     check_state(without(state, SCALE_KEY), expected, path)
     for key in state:
@@ -178,8 +188,6 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
             raise ValueError(f"{path}: {key} scales what the recipe leaves in float; save the checkpoint again")
     model.load_state_dict(state)
     check_channel_scales(model)
-    enable(model)
-    return model.eval(), description
 
 
 def load_model(path: Path, config_file: str | None, overrides: list[str]) -> tuple[nn.Module, Description]:

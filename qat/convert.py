@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from qswin.calib.files import sha256
 from qswin.models.family import Family
 from qswin.models.registry import family_of
-from qswin.models.state_dicts import check_state, read_state, rename
-from qswin.qat.checkpoint import Description, save_checkpoint, without
+from qswin.models.state_dicts import read_state, rename
+from qswin.qat.checkpoint import Description, load_state, save_checkpoint
 from qswin.qat.float_model import build_float_model, model_arguments
-from qswin.qat.quant.layers import check_channel_scales
 from qswin.qat.quant.quantizers import SCALE_KEY, quantizers
 from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import quantize
@@ -116,6 +115,4 @@ def load_foreign(twin: nn.Module, model: nn.Module, family: Family, path: Path) 
     # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
     aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
     state = convert_ranges({**family.convert_state(state, model), **aside}, twin, path)
-    check_state(without(state, SCALE_KEY), twin.state_dict(), path)
-    twin.load_state_dict(state)
-    check_channel_scales(twin)
+    load_state(twin, state, path)

@@ -12,8 +12,8 @@ from torch import nn
 from qswin.qat.backends.registry import OpenOptions, build, time_model
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import DEFAULT_OPSET, OLDEST_OPSET, export_onnx, save_onnx
-from qswin.qat.quant.layers import undo_channel_scales
-from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.rewrite import leave_in_float
 from qswin.trt.evaluation.timing import TimingOptions
 
 RUNTIMES = ("onnxruntime", "tensorrt")
@@ -51,11 +51,7 @@ def measure_latency(
 def without_quantizers(model: nn.Module, sites: Collection[str]) -> nn.Module:
     """A copy whose sites of these names are in float."""
     mixed = copy.deepcopy(model).cpu()
-    for module in list(mixed.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, TensorQuantizer) and child.site.removesuffix(".weight") in sites:
-                undo_channel_scales(module)
-                setattr(module, name, nn.Identity())
+    leave_in_float(mixed, sites)
     return mixed
 
 

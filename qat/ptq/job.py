@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,10 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, config.seed, ranks
     )
     if recipe.name == AUTO:
-        seen = _load(samples[:VERDICT_IMAGES], preprocessing, config, ranks)
+        seen = list(_load(samples[:VERDICT_IMAGES], preprocessing, config.calibration, config.data, ranks, []))
         in_float += (costly := leave_costly(Comparison(twin, seen), config.calibration.budget))
         leave_in_float(twin, costly)
-    if unseen := _load(others, preprocessing, config, ranks):
+    if unseen := list(_load(others, preprocessing, config.calibration, config.data, ranks, [])):
         verdict = Comparison(twin, unseen).verdict()
         tell(verdict, _remedy(config, recipe), config.calibration.strict)
         metrics["verdict"] = verdict.to_dict()
@@ -96,11 +96,18 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     return path
 
 
-def _load(samples: Sequence[Sample], preprocessing: Preprocessing, config: Config, ranks: Ranks) -> list[Tensor]:
-    """The images of samples, in batches on this rank's device; the same on every rank."""
-    skipped: list[ImageFile] | None = [] if config.data.skip_unreadable else None
-    batches = image_batches(samples, preprocessing, config.calibration.batch_size, config.data.workers, skipped)
-    return [torch.from_numpy(batch.images).to(ranks.device) for batch in batches]
+def _load(
+    samples: Sequence[Sample],
+    preprocessing: Preprocessing,
+    options: CalibrationConfig,
+    data: DataConfig,
+    ranks: Ranks,
+    skipped: list[ImageFile],
+) -> Iterator[Tensor]:
+    """The images of samples, in batches on this rank's device; where it may, it adds unreadable files to `skipped`."""
+    may_skip = skipped if data.skip_unreadable else None
+    for batch in image_batches(samples, preprocessing, options.batch_size, data.workers, may_skip):
+        yield torch.from_numpy(batch.images).to(ranks.device)
 
 
 def _remedy(config: Config, recipe: Recipe) -> str:
@@ -127,16 +134,15 @@ def calibrate_on(
     Returns:
         The sites that are left in float, and how many images all ranks have seen and left out.
     """
-    skipped: list[ImageFile] | None = [] if data.skip_unreadable else None
+    skipped: list[ImageFile] = []
     mine = samples[ranks.rank :: ranks.world]
-    batches = image_batches(mine, preprocessing, options.batch_size, data.workers, skipped)
-    tensors = (torch.from_numpy(batch.images).to(ranks.device) for batch in batches)
+    tensors = _load(mine, preprocessing, options, data, ranks, skipped)
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
     start = time.perf_counter()
     images, in_float = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range, seed)
     seconds = time.perf_counter() - start
-    total, left_out = map(int, ranks.sum([images, len(skipped or ())]))
+    total, left_out = map(int, ranks.sum([images, len(skipped)]))
     if ranks.main:
         logging.info("calibrated on %d images in %.1f s", total, seconds)
     return in_float, {"calibration_images": total, "unreadable_images": left_out}

@@ -87,13 +87,13 @@ class Comparison:
     def verdict(self) -> Verdict:
         """Measured with all quantizers on, with the kinds of sites to blame where it is bad."""
         found = self.measure()
-        return found if found.good else dataclasses.replace(found, blame=self.blame())
+        return found if found.good else dataclasses.replace(found, blame=self.blame(found.kl))
 
     def measure(self) -> Verdict:
         """Measured with the quantizers as they are."""
         logits = [_logits(self.model, batch) for batch in self.batches]
         pairs = list(zip(logits, self.reference, strict=True))
-        kl = torch.cat([_divergence(*pair).flatten() for pair in pairs]).mean()
+        kl = torch.cat([divergence(*pair).flatten() for pair in pairs]).mean()
         classes = (torch.cat([each.argmax(1) for each in side]) for side in (logits, self.reference))
         return Verdict(sum(map(len, self.batches)), _agreement(*classes), float(kl))
 
@@ -106,9 +106,8 @@ class Comparison:
             quantizer.enable()
         return found
 
-    def blame(self) -> dict[str, float]:
-        """{kind of site: the KL without it} of the few that cost the most."""
-        everything = self.measure().kl
+    def blame(self, everything: float) -> dict[str, float]:
+        """{kind of site: the KL without it} of the few that cost the most; `everything` is the KL with all."""
         found = {kind: self.without(group).kl for kind, group in kinds(self.model).items()}
         worst = sorted(found.items(), key=lambda item: item[1])[:BLAMED]
         return {kind: kl for kind, kl in worst if not kl > HELPS * everything}
@@ -134,8 +133,8 @@ def _logits(model: nn.Module, batch: Tensor) -> Tensor:
     return logits
 
 
-def _divergence(ours: Tensor, reference: Tensor) -> Tensor:
-    """KL(reference || ours) of each image, or pixel."""
+def divergence(ours: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || ours) of the class distributions of each image, or pixel; logits (N, classes, ...)."""
     logs = F.log_softmax(reference, 1)
     return (logs.exp() * (logs - F.log_softmax(ours, 1))).sum(1)
 

@@ -88,8 +88,12 @@ class Trainer:
         by_blocks = self.options.distill_blocks_weight > 0
         if not (self.options.distill_weight or by_blocks):
             return None
-        model = build_float_model(self.config.model, self.config.data.preprocessing)[0].to(self.ranks.device)
+        model = self._float_model()
         return quantize(model, RECIPES["none"]) if by_blocks else model
+
+    def _float_model(self) -> nn.Module:
+        """The model that the config names, on this rank's device."""
+        return build_float_model(self.config.model, self.config.data.preprocessing)[0].to(self.ranks.device)
 
     def run(self) -> Path:
         """Trains to the end, from the beginning or from last.pt.
@@ -193,7 +197,7 @@ class Trainer:
         """Of a quantized model against the float one that the config names, on images of val/; None without one."""
         if self.description.recipe is None or self.config.model.checkpoint is None:
             return None
-        reference = build_float_model(self.config.model, self.config.data.preprocessing)[0].to(self.ranks.device)
+        reference = self._float_model()
         batches, images = [], 0
         for batch in self.data.validation_batches(self.description.preprocessing):
             batches.append(torch.from_numpy(batch.images).to(self.ranks.device))

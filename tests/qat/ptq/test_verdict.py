@@ -73,7 +73,7 @@ def test_the_site_with_a_bad_range_is_to_blame(images):
     find_ranges(twin, [images])
     twin.layers[1].blocks[0].mlp.fc2._input_quantizer._amax.fill_(1e6)
     comparison = Comparison(twin, [images])
-    assert next(iter(comparison.blame())) == "fc2"
+    assert next(iter(comparison.blame(comparison.measure().kl))) == "fc2"
     assert all(q.mode.value == "quantizing" for q in quantizers(twin))
 
 
