@@ -32,17 +32,15 @@ from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model, model_arguments
-from qswin.qat.ptq.automatic import AUTO, leave_costly
 from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.ptq.ranges import find_ranges
-from qswin.qat.ptq.verdict import Comparison, divergence
+from qswin.qat.ptq.verdict import divergence
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.schema import CalibrationConfig
 from qswin.trt.evaluation.evaluate import main_metric
 
 RECONSTRUCT_STEPS = 500
-AUTO_BATCHES = 2  # of 32 images, as qswin calibrate takes
 TOOLKITS = ("qswin", "modelopt", "nncf", "onnxruntime")
 DISTRIBUTIONS = {"modelopt": "nvidia-modelopt"}  # where they are not named as the toolkit is
 
@@ -104,8 +102,6 @@ def our_rows(bits: str) -> dict[str, Make]:
 def _ours(model: nn.Module, images: list[Tensor], recipe: Recipe, options: CalibrationConfig) -> Predict:
     twin = quantize(model, recipe)
     calibrate(twin, images, options)
-    if recipe.name == AUTO:
-        leave_costly(Comparison(twin, images[:AUTO_BATCHES]), options.budget)
     return twin
 
 

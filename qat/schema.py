@@ -83,8 +83,10 @@ class CalibrationConfig:
     equalize: bool = option(
         True, "Scale channels between each layer and what it reads, so that one range suits all of them."
     )
-    budget: float = option(
-        0.01, "Mean KL from the float model that `recipe=auto` allows: sites that cost more stay in float.", least=0
+    budget: float | None = option(
+        None,
+        "Mean KL from the float model that is allowed, over the recipe's: sites that cost more stay in float.",
+        least=0,
     )
     strict: bool = option(False, "Make it an error when the quantized model is far from the float one.")
     choose_calibrators: bool = option(

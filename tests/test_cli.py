@@ -182,6 +182,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         cli.run(lambda parser: None, broken, "qswin", [])
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_the_trained_swin_scores_what_it_should(assets, tmp_path, capsys):
     """The shared Swin-T, INT8 by calibration on 32 images, on 100 validation images: near the float model's answers."""

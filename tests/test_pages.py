@@ -89,6 +89,7 @@ def run_page(page: str, capsys) -> int:
     return len(lines)
 
 
+@pytest.mark.slow
 def test_the_tutorial(folder, capsys):
     assert run_page("docs/tutorial.md", capsys) > 15
     assert {"report.html", "qat.safetensors", "int8.onnx", "rtx.engine", "mixed.yaml", "pictures"} <= {

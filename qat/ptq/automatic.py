@@ -1,4 +1,4 @@
-"""recipe=auto: the few sites that cost more than a budget are left in float."""
+"""A recipe's budget: the few sites that cost more than it are left in float."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,11 @@ from absl import logging
 from qswin.qat.ptq.verdict import Comparison, kinds
 from qswin.qat.quant.quantizers import TensorQuantizer
 
-AUTO = "auto"  # the recipe's name
 NEARLY = 1.1  # times the KL without all sites of a kind: what is left without the few that matter
 
 
-def leave_costly(comparison: Comparison, budget: float) -> tuple[str, ...]:
-    """Switches sites off until the model is within a budget; the fewest that a greedy search finds.
+def costly_sites(comparison: Comparison, budget: float) -> tuple[str, ...]:
+    """The sites to leave in float so that a model is within a budget; the fewest that a greedy search finds.
 
     First the kind of site is found whose absence helps the most, then as few of its sites as will do, those first that
     help the most alone. Where all of them are not enough, those stay off that give nearly all that the kind can give,
@@ -23,7 +22,7 @@ def leave_costly(comparison: Comparison, budget: float) -> tuple[str, ...]:
         budget: the largest mean KL from the float model.
 
     Returns:
-        The sites, for `Recipe.in_float`; their quantizers are off.
+        The sites, for `leave_in_float`; their quantizers are off.
     """
     left: list[str] = []
     groups = kinds(comparison.model)

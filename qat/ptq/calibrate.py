@@ -1,25 +1,26 @@
 """Post-training quantization: all that can be done for a model with images alone, without training and labels."""
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from qswin.qat.ptq.automatic import costly_sites
 from qswin.qat.ptq.bias_correction import correct_biases
 from qswin.qat.ptq.choose_calibrators import choose_calibrators
 from qswin.qat.ptq.equalization import equalize
 from qswin.qat.ptq.massive import leave_massive_adds
-from qswin.qat.ptq.ranges import find_ranges, image_tensors
+from qswin.qat.ptq.ranges import check_count, find_ranges, image_tensors
+from qswin.qat.ptq.ranks import gathered, of_first_rank
 from qswin.qat.ptq.reconstruction import reconstruct
+from qswin.qat.ptq.verdict import Comparison
+from qswin.qat.quant.rewrite import leave_in_float, recipe_of
 from qswin.qat.schema import CalibrationConfig
 
-EQUALIZATION_BATCHES = 2
-
-
-class Calibration(NamedTuple):
-    images: int  # of this rank
-    in_float: tuple[str, ...]  # sites of the recipe that stay in float
+FEW_IMAGES = 64  # for what needs many passes: equalization, and the sites that cost too much
+BATCH = 32  # of these
 
 
 def calibrate(
@@ -28,36 +29,50 @@ def calibrate(
     options: CalibrationConfig | None = None,
     dead_range: float | None = None,
     seed: int = 0,
-) -> Calibration:
+) -> int:
     """Calibrates a model that `quantize` made and switches its quantizers on.
+
+    Sites may be left in float: residual adds with massive activations, and those that cost more than the recipe's
+    budget. `model.recipe`, which describes the model from then on, names them as `in_float`.
 
     Args:
         batches: (N, 3, H, W) images each, or tuples or lists that begin with such a tensor, as a DataLoader of
             (images, labels) gives. They are moved to the model's device.
-        options: the section `calibration` of a config; its number of images and its batch size are the caller's matter.
+        options: the section `calibration` of a config. Its number of images, its batch size and what goes over the
+            recipe's are the caller's matter.
         dead_range: stands in for ranges that come out as 0.
         seed: of the reconstruction's random numbers; all else draws none.
 
     Returns:
-        The number of images seen by this rank, and the residual adds that were left in float for their massive
-        activations: what describes the model is `recipe.leaving(calibration.in_float)`.
+        The number of images seen by this rank.
 
     Raises:
         ValueError: a batch is something else; there were no images; or a range is dead and `dead_range` is None, whose
             site is named.
     """
-    options = options or CalibrationConfig()
+    options, budget = options or CalibrationConfig(), recipe_of(model).budget
     images = image_tensors(model, batches)
-    first = list(itertools.islice(images, EQUALIZATION_BATCHES))
+    first = list(_first(images, FEW_IMAGES))
+    check_count(model, len(first))
+    few = gathered(torch.cat(first)[:FEW_IMAGES])[:FEW_IMAGES].split(BATCH)
     if options.equalize:
-        equalize(model, first)
+        equalize(model, few)
     again = needs_images_again(options)
     kept = [*first, *images] if again else itertools.chain(first, images)
     total = find_ranges(model, kept, dead_range)
-    in_float = leave_massive_adds(model)
+    leave_massive_adds(model)
     if again:
         _refine(model, list(kept), options, seed)
-    return Calibration(total, in_float)
+    if budget is not None:
+        leave_in_float(model, of_first_rank(lambda: costly_sites(Comparison(model, few), budget)))
+    return total
+
+
+def _first(batches: Iterator[Tensor], images: int) -> Iterator[Tensor]:
+    """The first batches that hold so many images together."""
+    while images > 0 and (batch := next(batches, None)) is not None:
+        yield batch
+        images -= len(batch)
 
 
 def _refine(model: nn.Module, batches: Sequence[Tensor], options: CalibrationConfig, seed: int) -> None:

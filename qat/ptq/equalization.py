@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qswin.qat.ptq.ranks import reduced
 from qswin.qat.quant.blocks import Arguments, Fold, block_arguments, blocks
 from qswin.qat.quant.layers import QuantConv2d, QuantLinear, channel_shape, scale_channels, undo_channel_scales
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
@@ -22,7 +23,7 @@ from qswin.qat.quant.rewrite import disable
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEWEST_CHANNELS = 8  # an image's three need no factors
-TRIAL_IMAGES = 8  # of each batch: five passes over a block for each of its layers
+TRIAL_IMAGES = 16  # of the first batch: five passes over a block for each of its layers
 SPREAD = 1e4  # of a layer's factors, at most: a channel that is never used would get an infinite one
 Layer = Any  # QuantLinear or QuantConv2d
 
@@ -36,26 +37,26 @@ def equalize(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
 
     Args:
         model: made by `quantize`.
-        batches: (N, 3, H, W) each, on the model's device. Under torch.distributed each rank passes its own.
+        batches: (N, 3, H, W) each, on the model's device. Strengths are tried on the first images of the
+            first. Under torch.distributed all ranks pass the same.
 
     Returns:
         {site: strength} of the layers whose inputs and weights are quantized; 0 where scaling does not help.
     """
     disable(model, quiet=True)
     strengths: dict[str, float] = {}
-    if not _over_ranks(torch.tensor(len(batches)), dist.ReduceOp.MIN):
-        return strengths
     undo_channel_scales(model)
     layers = equalizable(model)
     amax = channel_amax(model, layers, batches)
     reached = [layer for layer in layers if amax[layer].any()]
+    images = batches[0][:TRIAL_IMAGES]
     for block, layers in tqdm(_by_block(model, reached), "equalize", disable=not sys.stderr.isatty()):
-        arguments = [block_arguments(model, block, batch[:TRIAL_IMAGES]) for batch in batches]
+        arguments = block_arguments(model, block, images)
         for layer in layers:
             trial = Trial(block, layer, arguments)
             site, largest = layer._input_quantizer.site, amax[layer]
             errors = torch.stack([trial.error(channel_factors(largest, strength)) for strength in STRENGTHS])
-            strengths[site] = STRENGTHS[int(_over_ranks(errors, dist.ReduceOp.SUM).argmin())]
+            strengths[site] = STRENGTHS[int(reduced(errors, dist.ReduceOp.SUM).argmin())]
             trial.settle(channel_factors(largest, strengths[site]))
     _fold(model)
     return strengths
@@ -89,7 +90,7 @@ def channel_amax(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Te
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: _over_ranks(found[layer], dist.ReduceOp.MAX).view(channel_shape(layer)) for layer in layers}
+    return {layer: reduced(found[layer], dist.ReduceOp.MAX).view(channel_shape(layer)) for layer in layers}
 
 
 def channel_factors(amax: Tensor, strength: float) -> Tensor | None:
@@ -98,12 +99,6 @@ def channel_factors(amax: Tensor, strength: float) -> Tensor | None:
         return None
     logs = -strength * amax.clamp(min=float(amax.max()) / SPREAD).log()
     return (logs - logs.mean()).exp()
-
-
-def _over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(values, operation)
-    return values
 
 
 def _by_block(model: nn.Module, layers: list[Layer]) -> list[tuple[nn.Module, list[Layer]]]:
@@ -117,15 +112,15 @@ class Trial:
     """A layer of a block, quantized with one set of factors after another, all else in float.
 
     Args:
-        arguments: of the block, one a batch.
+        arguments: of the block.
     """
 
-    def __init__(self, block: nn.Module, layer: Layer, arguments: list[Arguments]) -> None:
+    def __init__(self, block: nn.Module, layer: Layer, arguments: Arguments) -> None:
         self.block, self.layer, self.arguments = block, layer, arguments
         self.weight = layer.weight.detach().clone()
         self.inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
-        self.targets = [block(*each) for each in arguments]
+        self.target = block(*arguments)
         handle.remove()
 
     def error(self, factors: Tensor | None) -> Tensor:
@@ -140,8 +135,7 @@ class Trial:
         for quantizer in (taken, weighed):
             quantizer._amax[quantizer._amax == 0] = 1.0  # of zeros alone; find_ranges will see to them
             quantizer.enable()
-        pairs = zip(self.arguments, self.targets, strict=True)
-        error = torch.stack([F.mse_loss(self.block(*each), target) for each, target in pairs]).double().sum()
+        error = F.mse_loss(self.block(*self.arguments), self.target, reduction="sum").double()
         for quantizer in (taken, weighed):
             quantizer.disable(quiet=True)
         return error

@@ -21,14 +21,13 @@ from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
 from qswin.qat.float_model import build_float_model, model_arguments
-from qswin.qat.ptq.automatic import AUTO, leave_costly
 from qswin.qat.ptq.calibrate import calibrate, needs_images_again
 from qswin.qat.ptq.ranges import observations
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, tell
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES, Recipe
 from qswin.qat.quant.recipe_file import read_recipe
-from qswin.qat.quant.rewrite import leave_in_float, quantize
+from qswin.qat.quant.rewrite import quantize, recipe_of
 from qswin.qat.runs import PTQ, Run
 from qswin.qat.schema import CalibrationConfig, Config, DataConfig
 
@@ -51,7 +50,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         ValueError: the recipe quantizes nothing, the run's folder is another job's, or calibration fails; says which.
         OSError: images or weights are missing, or nothing could be written.
     """
-    recipe = read_recipe(config.recipe, config.calibration.calibrator)
+    recipe = read_recipe(config.recipe, config.calibration.calibrator, config.calibration.budget)
     if not recipe.rules:
         names = ", ".join(name for name, known in RECIPES.items() if known.rules)
         raise ValueError(f"recipe {recipe.name!r} quantizes nothing; choose one of {names}")
@@ -69,13 +68,9 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     drawn = draw_samples(folder, config.calibration.images + VERDICT_IMAGES, config.seed)
     held = min(VERDICT_IMAGES, len(drawn) // VERDICT_SHARE)
     samples, others = drawn[: len(drawn) - held][: config.calibration.images], drawn[len(drawn) - held :]
-    in_float, metrics = calibrate_on(
+    metrics = calibrate_on(
         twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, config.seed, ranks
     )
-    if recipe.name == AUTO:
-        seen = list(_load(samples[:VERDICT_IMAGES], preprocessing, config.calibration, config.data, ranks, []))
-        in_float += (costly := leave_costly(Comparison(twin, seen), config.calibration.budget))
-        leave_in_float(twin, costly)
     if unseen := list(_load(others, preprocessing, config.calibration, config.data, ranks, [])):
         verdict = Comparison(twin, unseen).verdict()
         tell(verdict, _remedy(config, recipe), config.calibration.strict)
@@ -85,7 +80,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         "ptq",
         preprocessing,
         folder.classes,
-        recipe.leaving(in_float),
+        recipe_of(twin),
         parent=None if config.model.checkpoint is None else sha256(config.model.checkpoint),
         metrics=metrics,
     )
@@ -114,7 +109,7 @@ def _remedy(config: Config, recipe: Recipe) -> str:
     """What mends a bad verdict: the setting that is not yet made and helps the most."""
     if not config.calibration.equalize:
         return "set calibration.equalize=true"
-    if recipe.name != AUTO and recipe.weight_format == recipe.activation_format == "int8":
+    if recipe.budget is None and recipe.weight_format == recipe.activation_format == "int8":
         return "set recipe=auto, which leaves in float what costs the most"
     return "set calibration.reconstruct_steps=500, or fine-tune with qswin train"
 
@@ -128,21 +123,17 @@ def calibrate_on(
     dead_range: float | None,
     seed: int,
     ranks: Ranks,
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Calibrates on this rank's share of the samples.
-
-    Returns:
-        The sites that are left in float, and how many images all ranks have seen and left out.
-    """
+) -> dict[str, Any]:
+    """Calibrates on this rank's share of the samples; returns how many images all ranks have seen and left out."""
     skipped: list[ImageFile] = []
     mine = samples[ranks.rank :: ranks.world]
     tensors = _load(mine, preprocessing, options, data, ranks, skipped)
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
     start = time.perf_counter()
-    images, in_float = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range, seed)
+    images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range, seed)
     seconds = time.perf_counter() - start
     total, left_out = map(int, ranks.sum([images, len(skipped)]))
     if ranks.main:
         logging.info("calibrated on %d images in %.1f s", total, seconds)
-    return in_float, {"calibration_images": total, "unreadable_images": left_out}
+    return {"calibration_images": total, "unreadable_images": left_out}

@@ -17,14 +17,11 @@ from qswin.qat.quant.rewrite import leave_in_float
 RATIO = 127  # of a range to the median magnitude: INT8's step is then larger than half of all values
 
 
-def leave_massive_adds(model: nn.Module) -> tuple[str, ...]:
+def leave_massive_adds(model: nn.Module) -> None:
     """Takes the quantizers out of the residual adds that have massive activations on either branch, and warns.
 
     Args:
-        model: its ranges found, its histograms still there.
-
-    Returns:
-        The sites of these adds, for `Recipe.in_float`.
+        model: made by `quantize`, its ranges found, its histograms still there.
     """
     adds = [module for module in model.modules() if isinstance(module, QuantAdd)]
     massive = [_site(add) for add in adds if any(map(_is_massive, _quantizers(add)))]
@@ -32,7 +29,6 @@ def leave_massive_adds(model: nn.Module) -> tuple[str, ...]:
     if massive:
         what = "have massive activations, which one INT8 range cannot hold; they stay in float"
         logging.warning("%d of %d residual adds %s: %s", len(massive), len(adds), what, ", ".join(massive))
-    return tuple(massive)
 
 
 def _quantizers(add: QuantAdd) -> list[TensorQuantizer]:

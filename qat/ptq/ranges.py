@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qswin.calib.calibrators import Histogram
 from qswin.calib.histogram_file import Observation
+from qswin.qat.ptq.ranks import reduced
 from qswin.qat.quant.layers import weight_quantizers
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.qat.quant.rewrite import enable
@@ -43,8 +44,7 @@ def find_ranges(model: nn.Module, batches: Iterable[Any], dead_range: float | No
             quantizer.observe(quiet=True)
         images = _pass(model, image_tensors(model, batches))
         merge_ranks(activations)
-        if not images:
-            raise ValueError("calibration saw 0 images; raise calibration.images or check data.root")
+        check_count(model, images)
         set_ranges(model, dead_range=dead_range)
         enable(model)
     return images
@@ -52,7 +52,7 @@ def find_ranges(model: nn.Module, batches: Iterable[Any], dead_range: float | No
 
 def image_tensors(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
     """The images of each batch, on the model's device. Raises ValueError where `find_ranges` does."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     for batch in batches:
         images = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if not isinstance(images, Tensor):
@@ -60,6 +60,17 @@ def image_tensors(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
             what = "give tensors (N, 3, H, W), or tuples that begin with one"
             raise ValueError(f"a calibration batch is a {kind}; {what}")
         yield images.to(device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors are."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def check_count(model: nn.Module, images: int) -> None:
+    """Raises ValueError where this rank, or another one, has no images."""
+    if not reduced(torch.tensor(images, device=device_of(model)), dist.ReduceOp.MIN):
+        raise ValueError("calibration saw 0 images; raise calibration.images or check data.root")
 
 
 def _pass(model: nn.Module, batches: Iterable[Tensor]) -> int:

@@ -42,7 +42,9 @@ class Recipe:
     Formats are names that `grid_of` knows. Weights have a range for each output channel, unless `per_channel` is false,
     from `weight_calibrator`: "max" is the largest magnitude, "mse" pays below 8 bits. Activations have one range a
     site, from `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
-    `in_float` names sites, as rules do, that calibration found better left in float, whatever the rules say.
+    `budget` is the largest mean KL from the float model that is accepted: calibration leaves the fewest sites in float
+    that keep it. None quantizes every site. `in_float` names sites, as rules do, that stay in float whatever the rules
+    say: those that calibration left there.
     """
 
     name: str
@@ -53,10 +55,13 @@ class Recipe:
     weight_calibrator: str = "max"
     calibrator: str = "mse"
     dead_range: float | None = None
+    budget: float | None = None
     in_float: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.budget is not None and not self.budget >= 0:
+            raise ValueError(f"recipe {self.name!r}: budget={self.budget}: a mean KL is wanted, 0 or more")
 
     def settings(self, site: str) -> dict[str, Any] | None:
         """The settings of one site, or None when it stays in float."""
@@ -140,7 +145,7 @@ RECIPES = {
     "none": Recipe("none"),
     "gemm": Recipe("gemm", _GEMM),
     "attention": Recipe("attention", _MATMULS),
-    "auto": Recipe("auto", _MATMULS),  # calibration leaves in float what costs too much
+    "auto": Recipe("auto", _MATMULS, budget=0.01),
     "full": Recipe("full", (*_MATMULS, *_RESIDUALS)),
 }
 

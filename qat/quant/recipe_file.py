@@ -9,12 +9,13 @@ import yaml
 from qswin.qat.quant.recipe import Recipe, named_recipe
 
 
-def read_recipe(written: Any, calibrator: str | None = None) -> Recipe:
+def read_recipe(written: Any, calibrator: str | None = None, budget: float | None = None) -> Recipe:
     """The recipe that is meant.
 
     Args:
         written: a name, the name of a YAML file (qswin search writes one), or a mapping as `Recipe.to_dict` gives it.
         calibrator: of activations, over the recipe's.
+        budget: of mean KL, over the recipe's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -24,7 +25,9 @@ def read_recipe(written: Any, calibrator: str | None = None) -> Recipe:
     if not isinstance(written, str | dict):
         raise ValueError(f"recipe={written!r}: give a name, a YAML file or a mapping")
     recipe = Recipe.from_dict(written) if isinstance(written, dict) else named_recipe(written)
-    return recipe if calibrator is None else dataclasses.replace(recipe, calibrator=calibrator)
+    if calibrator is not None:
+        recipe = dataclasses.replace(recipe, calibrator=calibrator)
+    return recipe if budget is None else dataclasses.replace(recipe, budget=budget)
 
 
 def contents(written: Any) -> Any:

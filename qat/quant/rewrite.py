@@ -42,7 +42,7 @@ def register_twins(more: Twins) -> None:
 
 
 def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """A copy of `model` made of quantized twins, its quantizers off and not yet calibrated.
+    """A copy of `model` made of quantized twins, its quantizers off and not yet calibrated; `recipe` is its attribute.
 
     The copy computes what `model` computes until its quantizers are switched on. Calibrate it (`calibrate`) or load
     calibrated ranges, then `enable` it. What the recipe covers is logged, and so is attention that it cannot reach.
@@ -82,7 +82,20 @@ def rewrite(model: nn.Module, recipe: Recipe) -> nn.Module:
     for rule in recipe.rules:
         if recipe.name not in RECIPES and rule.quantize and not any(map(rule.matches, sites)):
             raise ValueError(f"recipe {recipe.name!r}: {rule.sites!r} matches no site of this model")
+    vars(twin)["recipe"] = recipe
     return twin
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe of a rewritten model, which may be inside another module. Raises ValueError where there is none."""
+    return vars(_recipes_holder(model))["recipe"]
+
+
+def _recipes_holder(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(vars(module).get("recipe"), Recipe):
+            return module
+    raise ValueError(f"this {type(model).__name__} has no recipe; make it with qswin.quantize")
 
 
 def _rewrite(module: nn.Module, path: str, quantizer: MakeQuantizer) -> nn.Module:
@@ -95,11 +108,13 @@ def _rewrite(module: nn.Module, path: str, quantizer: MakeQuantizer) -> nn.Modul
 
 
 def leave_in_float(model: nn.Module, sites: Iterable[str]) -> None:
-    """Takes the quantizers of some sites out of a rewritten model, in place; `Recipe.leaving` does so in its recipe.
+    """Takes the quantizers of some sites out of a rewritten model, and the sites out of its recipe, in place.
 
     Args:
         sites: whole names: an activation's, which is also its weight's, or a residual add's, which is of both branches.
     """
+    sites = tuple(sites)
+    vars(_recipes_holder(model))["recipe"] = recipe_of(model).leaving(sites)
     names = {f"{site}{end}" for site in sites for end in ("", ".weight", ".shortcut", ".branch")}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

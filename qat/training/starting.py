@@ -15,7 +15,8 @@ from qswin.qat.quant.recipe import RECIPES, Recipe
 from qswin.qat.runs import first_difference, flatten
 from qswin.qat.schema import ModelConfig
 
-CALIBRATION = ("calibrator", "weight_calibrator", "dead_range", "in_float")  # of a recipe: what calibration finds
+# Of a recipe: what is calibration's alone.
+CALIBRATION = ("calibrator", "weight_calibrator", "dead_range", "budget", "in_float")
 
 
 def float_start(

@@ -13,6 +13,7 @@ from tests.helpers import UNET, VARIANTS
 NAME = "swin_unet_tiny_patch4_window7_224"
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_the_trained_models_dice_is_what_its_readme_says(assets):
     """On every eighth slice; all 194 of them score 0.8952."""

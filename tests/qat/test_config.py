@@ -14,6 +14,7 @@ from qswin.models import download
 from qswin.models.registry import build_model
 from qswin.qat.config import load_config, settings_of
 from qswin.qat.float_model import build_float_model
+from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.schema import RENAMED, keys_of
 
@@ -69,11 +70,12 @@ def test_a_missing_value_says_how_to_give_it(tmp_path):
 
 
 def recipe_of(config):
-    return read_recipe(config.recipe, config.calibration.calibrator)
+    return read_recipe(config.recipe, config.calibration.calibrator, config.calibration.budget)
 
 
 def test_recipes_are_names_files_or_mappings(config_file, tmp_path):
-    assert recipe_of(load_config(config_file, ["recipe=gemm"])).name == "gemm"
+    assert recipe_of(load_config(config_file, ["recipe=gemm"])) == RECIPES["gemm"]
+    assert recipe_of(load_config(config_file, ["recipe=gemm", "calibration.budget=0.5"])).budget == 0.5
     written = {"name": "mine", "per_channel": False, "rules": [{"sites": "fc1", "quantize": True}]}
     recipe = recipe_of(load_config(config_file, [f"recipe={written}", "calibration.calibrator=max"]))
     assert (recipe.name, recipe.per_channel, recipe.calibrator, len(recipe.rules)) == ("mine", False, "max", 1)

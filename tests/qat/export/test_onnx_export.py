@@ -25,6 +25,7 @@ from qswin.qat.quant.recipe import RECIPES, named_recipe
 from qswin.qat.quant.rewrite import disable, quantize
 from tests.helpers import SMALL, V1, V2, scale_channels, small_swin
 
+SLOW = pytest.mark.slow  # an export takes ten seconds; those at opset 17 that no other test here needs
 RECIPE = named_recipe("full")
 DESCRIPTION = Description({"name": V1, "num_classes": 5, **SMALL}, "ptq", Preprocessing(size=(32, 32)), recipe=RECIPE)
 FLOAT = dataclasses.replace(DESCRIPTION, recipe=None, stage="float")
@@ -71,8 +72,7 @@ def run(model: onnx.ModelProto, images: torch.Tensor) -> np.ndarray:
     return session.run(["logits"], {"input": images.numpy()})[0]
 
 
-@pytest.mark.parametrize("name", [V1, V2])
-@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)])
 @torch.no_grad()
 def test_float_graphs_agree_with_torch(images, name, opset):
     model, graph = model_and_graph(name, "fp32", opset)
@@ -80,8 +80,7 @@ def test_float_graphs_agree_with_torch(images, name, opset):
     assert graph.opset_import[0].version == opset
 
 
-@pytest.mark.parametrize("name", [V1, V2])
-@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)])
 @torch.no_grad()
 def test_int8_graphs_agree_with_torch(images, name, opset):
     """A value on the edge of two levels may round either way; apart from that the graph computes what torch does."""
@@ -96,7 +95,9 @@ def test_int8_graphs_agree_with_torch(images, name, opset):
 SCALED = {V1: ("fc2", "head.fc"), V2: ("qkv", "fc1", "fc2", "reduction", "head.fc")}
 
 
-@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), (V2, 17), (V2, 20)])
+@pytest.mark.parametrize(
+    ("name", "opset"), [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)]
+)
 @torch.no_grad()
 def test_channel_scales_are_one_mul_before_the_pair(images, name, opset):
     twin, graph = model_and_graph(name, "int8", opset, SCALED[name])

@@ -86,7 +86,7 @@ def test_reconstruction_needs_one_process(config_file):
 
 def test_two_ranks_find_the_ranges_of_one_process(config_file, tmp_path):
     """Two gloo processes under torchrun, three images in one and four in the other."""
-    overrides = ["calibration.images=7", "calibration.batch_size=2", "calibration.equalize=false"]  # factors differ
+    overrides = ["calibration.images=7", "calibration.batch_size=2", "recipe=auto", "calibration.budget=1e-5"]
     launch = {
         "one": [sys.executable, "-m", "qswin", "calibrate"],
         "two": [
@@ -100,15 +100,17 @@ def test_two_ranks_find_the_ranges_of_one_process(config_file, tmp_path):
             "calibrate",
         ],
     }
-    found = {}
+    found, left = {}, {}
     for name, command in launch.items():
         arguments = ["--config", str(config_file), *overrides, f"run={tmp_path / name}"]
         subprocess.run([*command, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        model, _ = load_checkpoint(tmp_path / name / "ptq.safetensors")
+        model, description = load_checkpoint(tmp_path / name / "ptq.safetensors")
+        left[name] = description.recipe.in_float
         found[name] = {quantizer.site: quantizer.amax for quantizer in quantizers(model)}
         metrics = json.loads((tmp_path / name / "ptq.safetensors.json").read_text())["metrics"]
         assert metrics["calibration_images"] == 7
     torch.testing.assert_close(found["one"], found["two"], rtol=1e-4, atol=0)
+    assert left["one"] == left["two"]
 
 
 def test_unreadable_images_are_counted_when_skipped(config_file, data):

@@ -118,7 +118,14 @@ def test_torch_traces_it_without_a_break(variant):
         torch.testing.assert_close(compiled(images), twin(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("variant", "opset"), [("vit, registers", 20), ("cvt", 17), ("swin-unet", 17)])
+@pytest.mark.parametrize(
+    ("variant", "opset"),
+    [
+        ("vit, registers", 20),
+        pytest.param("cvt", 17, marks=pytest.mark.slow),
+        pytest.param("swin-unet", 17, marks=pytest.mark.slow),
+    ],
+)
 def test_the_exported_graphs_are_right_and_build(variant, opset, tmp_path):
     """FP32 agrees with torch to 1e-4, and so does INT8 node by node; TensorRT-RTX takes FP16 and INT8.
 

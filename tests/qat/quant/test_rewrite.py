@@ -140,7 +140,7 @@ def test_clipping_weights_changes_nothing_but_the_weights(quantized, images):
     assert (linear.weight.abs() <= linear._weight_quantizer._amax * 1.0001).all()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torch_compile_and_export_trace_it_whole(quantized, images, dynamic):
     with torch.no_grad():
         expected = quantized(images)

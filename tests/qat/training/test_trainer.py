@@ -62,6 +62,7 @@ def launcher(*options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "qat" / "train.py")]
 
 
+SLOW = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -196,6 +197,7 @@ def test_learned_ranges_move_and_are_kept(config_file, ptq):
     assert all((amax > 0).all() for amax in after.values())
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses(config_file, ptq, tmp_path, monkeypatch):
     """Traced by Dynamo and AOTAutograd; Inductor's code would take a minute to compile."""
     compile_module, compiled = torch.nn.Module.compile, []
@@ -223,7 +225,7 @@ def test_weights_that_oscillate_are_counted_and_frozen(config_file, ptq):
     assert shares[0]["frozen"] > 0
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5])
+@pytest.mark.parametrize("seconds", [pytest.param(0.0, marks=SLOW), 0.7, pytest.param(1.5, marks=SLOW)])
 def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, seconds):
     """SIGKILL some time after the first step, then a second start, against a run that nobody disturbed."""
     options = (
@@ -272,6 +274,7 @@ def test_two_nodes_of_two_ranks_train_as_one_process(config_file, ptq, tmp_path)
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_stops_the_other_and_both_go_on(config_file, ptq, tmp_path):
     """The rank that waits for the dead one ends too, soon; started again, both end as one undisturbed process does."""
     same = (f"init={ptq}", *PLAIN, "train.epochs=4", "train.save_minutes=0.003")

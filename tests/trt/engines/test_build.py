@@ -27,6 +27,9 @@ TENSORRT86 = TensorRT("tensorrt", "8.6.0", capabilities("tensorrt", "8.6.0"))
 TENSORRT11 = TensorRT("tensorrt", "11.0.0", capabilities("tensorrt", "11.0.0"))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture
 def rtx() -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
@@ -40,11 +43,11 @@ def rtx() -> None:
         ("fp32", "fp16", ("swin-fp16",)),
         ("fp16", "fp16", ()),
         ("int8", "int8", ("Softmax=fp32",)),
-        ("int8-17", "best", ()),
-        ("int8-batch2", "int8", ()),
+        pytest.param("int8-17", "best", (), marks=SLOW),
+        pytest.param("int8-batch2", "int8", (), marks=SLOW),
         ("int8-scaled", "int8", ()),
         ("int8-scaled", "best", ()),
-        ("int8-scaled-17", "best", ()),
+        pytest.param("int8-scaled-17", "best", (), marks=SLOW),
     ],
 )
 def test_every_graph_builds(rtx, graphs, graph, precision, overrides):

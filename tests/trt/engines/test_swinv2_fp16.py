@@ -28,6 +28,7 @@ from qswin.trt.graphs.half_precision import write_half_precision
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from tests.helpers import V2, small_swin
 
+pytestmark = pytest.mark.slow  # the reference evaluator is NumPy in Python
 PREPROCESSING = Preprocessing(size=(32, 32))
 
 
