@@ -1,0 +1,146 @@
+"""Hostile files and settings, each given to the real command under limits of memory and time.
+
+    python -m benchmarks.hostile --out docs/lab/hostile.md [--only WORD]
+
+The cases are in hostile_cases.py. Each has a folder of its own, with a small model, its graphs and some images. A case
+is as expected when the command ends in time as it should: refused is one line and exit code 2, never a traceback.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.hostile_cases import CASES, Case
+from benchmarks.hostile_world import World, make_world
+from benchmarks.results import commit, device_name
+
+LOG = re.compile(r"^[IWEF]\d{4} ")  # a line of absl's log; an error has none
+MEMORY = 4 << 30  # bytes of a process's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """How a command ended.
+
+    Args:
+        code: its exit code; None when it ran past its time.
+        errors: the lines that it wrote to standard error, apart from the log.
+        peak: bytes of resident memory at most.
+    """
+
+    code: int | None
+    seconds: float
+    peak: int
+    errors: list[str]
+    log: str
+
+    @property
+    def last(self) -> str:
+        return self.errors[-1] if self.errors else ""
+
+
+def execute(case: Case, command: list[str], folder: Path) -> Found:
+    """Runs a command of qswin's in a folder, stopped after the case's time."""
+    with (folder / "stderr").open("wb") as errors, (folder / "stdout").open("wb") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qswin", *map(str, command)],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL if case.closed else errors,
+            start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
+        )
+        code, usage = _wait(process, case, start)
+    text = (folder / "stderr").read_text(errors="backslashreplace")
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip() and not LOG.match(line)]
+    return Found(code, time.perf_counter() - start, usage.ru_maxrss << 10, lines, text)
+
+
+def _wait(process: subprocess.Popen, case: Case, start: float) -> tuple[int | None, resource.struct_rusage]:
+    """The exit code, None where it had to be killed, and what it used."""
+    interrupted = False
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode, usage
+        past = time.perf_counter() - start
+        if case.interrupt is not None and past > case.interrupt and not interrupted:
+            os.killpg(process.pid, signal.SIGINT)
+            interrupted = True
+        if past > case.seconds:
+            os.killpg(process.pid, signal.SIGKILL)
+            _, _, usage = os.wait4(process.pid, 0)
+            return None, usage
+        time.sleep(0.05)
+
+
+def complaint(case: Case, found: Found, world: World) -> str:
+    """What is not as expected; empty where all is."""
+    if found.code is None:
+        return f"still running after {case.seconds} s"
+    if found.code != case.code:
+        return f"exit code {found.code}"
+    if "Traceback" in found.log:
+        return "a traceback"
+    if case.code == 2 and len(found.errors) != 1:
+        return f"{len(found.errors)} lines"
+    if case.words and not re.search(case.words, found.log):
+        return f"not a word of {case.words!r}"
+    if any(not (character.isprintable() or character in "\n\t\r") for character in found.log):
+        return "control characters"
+    if found.peak > case.megabytes << 20:
+        return f"{found.peak >> 20} MB of memory"
+    return (case.check(world) or "") if case.check is not None else ""
+
+
+def row(case: Case, base: Path) -> tuple[str, bool]:
+    """A case's line of the table, and whether it is as expected."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(base, folder, dirs_exist_ok=True, symlinks=True)
+        world = World(Path(folder))
+        command = case.prepare(world)
+        found = execute(case, command, world.folder)
+        wrong = complaint(case, found, world)
+        said = found.last.replace(f"{world.folder}/", "").replace(str(world.folder), ".").replace("|", "\\|")
+    expected = "refused" if case.code == 2 else "ends" if case.code == 0 else f"exit code {case.code}"
+    figures = f"{found.seconds:.0f} s, {found.peak >> 20} MB"
+    cells = (str(case.rule), case.name, expected, wrong or "as expected", figures, f"`{said[:300]}`" if said else "")
+    return f"| {' | '.join(cells)} |", not wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    args = parser.parse_args()
+    chosen = [case for case in CASES if args.only in case.name]
+    lines, good = [], 0
+    with tempfile.TemporaryDirectory() as base:
+        make_world(Path(base))
+        for case in chosen:
+            line, as_expected = row(case, Path(base))
+            lines.append(line)
+            good += as_expected
+            print(line, flush=True)
+    head = ["# Hostile files and settings", "", f"{good} of {len(chosen)} are as expected. {' '.join(__doc__.split())}"]
+    head += ["", f"Commit {commit()}, {time.strftime('%Y-%m-%d')}, {device_name('cpu')}.", ""]
+    head += ["| rule | case | expected | found | time, memory | the line |", "| --- | --- | --- | --- | --- | --- |"]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join([*head, *lines]) + "\n")
+    raise SystemExit(good != len(chosen))
+
+
+if __name__ == "__main__":
+    main()
