@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check floors browser coverage demo clean
+.PHONY: setup test check floors browser coverage demo wheel lock clean
 
 setup: .venv/ready
 
@@ -53,6 +53,21 @@ coverage: setup
 demo: setup
 	$(BIN)/python benchmarks/demo.py
 
+# The wheel of the last commit: the same bytes whenever and wherever it is made, with the same setuptools
+DIST := dist
+wheel: setup
+	rm -rf build/source
+	mkdir -p build/source $(DIST)
+	git archive HEAD | tar --extract --preserve-permissions --directory build/source
+	umask 022; SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --no-index \
+	  --wheel-dir $(DIST) build/source
+
+# The releases that CI installs: those of this environment, once the tests have passed in it
+lock: setup
+	head -1 constraints/lock.txt > build.lock
+	$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' >> build.lock
+	mv build.lock constraints/lock.txt
+
 # What can be made again; runs/ is the user's
 clean:
-	rm -rf .venv .floors .browser build *.egg-info runs/demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .floors .browser build dist *.egg-info runs/demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -106,6 +106,22 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     assert found == expected
 
 
+@pytest.mark.slow
+def test_two_wheels_of_a_commit_are_the_same_bytes(tmp_path):
+    """Made by make wheel in two clones, of other file times and under other masks of permissions."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is not a clone of the repository")
+    made = []
+    for mask in (0o022, 0o077):
+        clone = tmp_path / f"{mask:o}"
+        subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True, umask=mask)
+        (clone / ".venv").symlink_to(Path(sys.prefix))
+        subprocess.run(["make", "--old-file", ".venv/ready", "wheel"], cwd=clone, check=True, umask=mask)
+        made += clone.glob("dist/*.whl")
+    first, second = (wheel.read_bytes() for wheel in made)
+    assert first == second
+
+
 def test_only_qswin_is_installed(environment):
     (packages,) = environment.glob("lib/python*/site-packages")
     names = {path.name for path in packages.iterdir() if not path.name.startswith(("pip", "setuptools"))}
