@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from qswin.calib.files import write_atomic
 from qswin.calib.histogram_file import Observation
 from qswin.trt.report.webpage import Picture
 
@@ -28,10 +29,13 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save(
-    draw: Plot | Sequence[Plot], target: Path | BinaryIO, width: float = 8, height: float = 4, columns: int = 1
-) -> None:
-    """Writes a PNG of one plot, or of several, row by row.
+def save(draw: Plot | Sequence[Plot], path: Path, **options: Any) -> None:
+    """Writes a PNG of one plot, or of several; the options are those of `png`. Raises as `png` and `write_atomic`."""
+    write_atomic(path, png(draw, **options))
+
+
+def png(draw: Plot | Sequence[Plot], width: float = 8, height: float = 4, columns: int = 1) -> bytes:
+    """A PNG of one plot, or of several, row by row.
 
     Args:
         draw: the plot, or the plots; each draws on the axes that it is given.
@@ -51,15 +55,15 @@ def save(
     if columns > 1:
         figure.subplots_adjust(0.03, 0.12 / rows, 0.99, 1 - 0.12 / rows, 0.12, 0.25)
     fit = "tight" if columns == 1 else None
-    figure.savefig(target, format="png", dpi=PIXELS / (width * columns), bbox_inches=fit)
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=PIXELS / (width * columns), bbox_inches=fit)
     library.close(figure)
+    return data.getvalue()
 
 
 def picture(draw: Plot | Sequence[Plot], caption: str, **options: Any) -> Picture:
-    """A plot, or several, as a picture of the page; the options are those of `save`."""
-    data = BytesIO()
-    save(draw, data, **options)
-    return Picture(data.getvalue(), caption)
+    """A plot, or several, as a picture of the page; the options are those of `png`."""
+    return Picture(png(draw, **options), caption)
 
 
 def throughput(axes: Any, rows: Sequence[Row]) -> None:
