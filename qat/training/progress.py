@@ -12,6 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from qswin.calib.files import write_atomic
+from qswin.qat.runs import LOG
 
 Log = Callable[[dict[str, float]], None]
 LAST = "last.pt"
@@ -42,7 +43,7 @@ def open_log(folder: Path, step: int) -> Iterator[Log]:
     Args:
         step: the first that will be logged.
     """
-    path = folder / "log.jsonl"
+    path = folder / LOG
     lines = path.read_text().splitlines() if path.is_file() and step else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
     write_atomic(path, "".join(f"{line}\n" for line in kept).encode())

@@ -108,7 +108,8 @@ class Trainer:
         if self._is_finished():
             logging.info("%s: already trained; train.epochs can be raised, and resume=never starts over", self.path)
             return self.path
-        self.run_folder.claim()
+        if self.ranks.main:
+            self.run_folder.claim()
         self._resume()
         metrics: dict[str, float] = {}
         with open_log(self.run_folder.folder, self.step.done) if self.ranks.main else _no_log() as log:
