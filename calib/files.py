@@ -6,6 +6,7 @@ file of another kind.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -17,7 +18,7 @@ import stat
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Distributions whose versions a result records, where they are installed.
 RECORDED = ("qswin", "torch", "timm", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx_cu13_bindings")
@@ -118,10 +119,38 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file for reading. Raises OSError for what is not a regular file: a FIFO or a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, limit: int) -> bytes:
+    """What a regular file of at most `limit` bytes holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file, cannot be opened, or is larger.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise ValueError(f"{path}: larger than {limit / 2**20:g} MiB, which no file of its kind is")
+    return data
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()

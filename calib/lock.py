@@ -9,6 +9,8 @@ from pathlib import Path
 
 from absl import logging
 
+from qswin.calib.files import read_regular
+
 LOCK = ".lock"
 _held: set[int] = set()  # descriptors of the locks that this process holds
 
@@ -102,7 +104,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _holder(path: Path) -> str:
     """Who holds a lock, as its file says."""
     try:
-        with path.open("rb") as file:
-            return file.read(200).decode(errors="replace") or "another process"
-    except OSError:
+        return read_regular(path, 200).decode(errors="replace") or "another process"
+    except (OSError, ValueError):
         return "another process"
