@@ -6,7 +6,6 @@ file of another kind.
 """
 
 import contextlib
-import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -18,7 +17,9 @@ import stat
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from qswin.calib.reading import open_regular, read_json
 
 # Distributions whose versions a result records, where they are installed.
 RECORDED = ("qswin", "torch", "timm", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx_cu13_bindings")
@@ -119,34 +120,6 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a file for reading. Raises OSError for what is not a regular file: a FIFO or a device may never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would wait for its writer
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
-
-
-def read_regular(path: str | Path, limit: int) -> bytes:
-    """What a regular file of at most `limit` bytes holds.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a regular file, cannot be opened, or is larger.
-    """
-    try:
-        with open_regular(path) as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > limit:
-        raise ValueError(f"{path}: larger than {limit / 2**20:g} MiB, which no file of its kind is")
-    return data
-
-
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
@@ -203,19 +176,6 @@ def read_sidecar(path: Path, kind: str, keys: Collection[str], remedy: str) -> d
         raise ValueError(f"{sidecar}: not the sidecar of a {kind} ({missing[0]!r} is missing); {remedy}")
     if sha256(path) != values["sha256"]:
         raise ValueError(f"{path}: truncated or changed since its sidecar was written; {remedy}")
-    return values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, and ValueError where the file holds anything else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        values = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON, or cut off; delete it, or make it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object; delete it, or make it again")
     return values
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import logging
 
-from qswin.calib.files import read_regular
+from qswin.calib.reading import read_regular
 
 LOCK = ".lock"
 _held: set[int] = set()  # descriptors of the locks that this process holds

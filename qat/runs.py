@@ -15,6 +15,7 @@ from absl import logging
 from qswin.calib.files import remove_temporaries, sidecar_path, write_atomic
 from qswin.calib.histogram_file import HISTOGRAMS
 from qswin.calib.lock import lock_folder
+from qswin.calib.reading import read_yaml
 from qswin.qat.checkpoint import Description, read_description
 from qswin.qat.config import settings_of
 from qswin.qat.quant.recipe_file import contents
@@ -156,10 +157,7 @@ class Run:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not YAML; choose another run=FOLDER") from error
+    settings = read_yaml(file)
     if not isinstance(settings, dict) or not isinstance(settings.get("data"), dict):
         raise ValueError(f"{file}: not the settings of a job; choose another run=FOLDER")
     return settings

@@ -66,7 +66,7 @@ class Parser(argparse_flags.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if any(re.match("--?flagfile(=|$)", arg) for arg in args):
             self.error("--flagfile is off; write the flags out")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(args, namespace)  # type: ignore[no-untyped-call]
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(printable(message, keep="\n"), file)
@@ -86,7 +86,7 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
     """
 
     def parse(argv: list[str]) -> argparse.Namespace:
-        parser = Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter)  # type: ignore[no-untyped-call]
         add_arguments(parser)
         return parser.parse_args(argv[1:])
 

@@ -12,7 +12,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from qswin.calib.files import open_regular
+from qswin.calib.reading import open_regular
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from qswin.calib.data.images import EXTENSIONS
-from qswin.calib.files import open_regular
+from qswin.calib.reading import open_regular
 
 LONGEST_LABEL = 20  # bytes of a .cls file
 NAME = re.compile(r"^((?:.*/)?[^./]+)(\.[^/]*)$")  # as webdataset splits: a sample's name ends at the first dot

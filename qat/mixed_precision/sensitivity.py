@@ -7,8 +7,9 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
-from qswin.calib.files import read_json, sha256, write_result
+from qswin.calib.files import sha256, write_result
 from qswin.calib.messages import text_of
+from qswin.calib.reading import read_json
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.probe import Groups, Probe, ProbeImages, group_quantizers, open_probe
 from qswin.qat.quant.quantizers import quantizers

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qswin.calib.files import read_json, write_atomic
+from qswin.calib.files import write_atomic
+from qswin.calib.reading import read_json
 from qswin.trt.report import plots
 from qswin.trt.report.ranges import histograms, range_table, stage_ranges
 from qswin.trt.report.results import read_results, result_sections, skipped
