@@ -1,5 +1,6 @@
 """The pictures of the report and of `--plot`, drawn by matplotlib where it is installed."""
 
+import math
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 
 from qswin.calib.files import write_atomic
 from qswin.calib.histogram_file import Observation
+from qswin.calib.messages import printable
 from qswin.trt.report.webpage import Picture
 
 Row = dict[str, Any]
 Plot = Callable[[Any], None]  # draws on a pair of axes
+LABEL = 80  # letters of a name
 PIXELS = 960  # the width of a picture
 HISTOGRAM_BINS = 120  # as many as a panel can show
 
@@ -66,12 +69,17 @@ def picture(draw: Plot | Sequence[Plot], caption: str, **options: Any) -> Pictur
     return Picture(png(draw, **options), caption)
 
 
+def label(text: str) -> str:
+    """A name as matplotlib shows it: short, and without formulas, which stand between dollars."""
+    return printable(text[-LABEL:]).replace("$", r"\$")
+
+
 def throughput(axes: Any, rows: Sequence[Row]) -> None:
     """Images/s over the batch size, a line for each model, backend and precision of `qswin bench`'s rows."""
     for name in dict.fromkeys((row["model"], row["backend"], row["precision"]) for row in rows):
         line = [row for row in rows if (row["model"], row["backend"], row["precision"]) == name]
         batches, rates = ([row[key] for row in line] for key in ("batch", "images_per_second"))
-        axes.plot(batches, rates, "o-", label=" ".join(name))
+        axes.plot(batches, rates, "o-", label=label(" ".join(name)))
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=7)
@@ -80,7 +88,8 @@ def throughput(axes: Any, rows: Sequence[Row]) -> None:
 def ranking(axes: Any, rows: Sequence[Row]) -> None:
     """A bar for each group of `qswin sensitivity`'s rows, the first on top."""
     shown = rows[::-1]
-    axes.barh([row["name"] for row in shown], [row["alone"]["kl"] for row in shown])
+    costs = [row["alone"]["kl"] for row in shown]
+    axes.barh([label(row["name"]) for row in shown], [cost if math.isfinite(cost) else 0 for cost in costs])
     axes.set(xlabel="KL from the float model, quantized alone", xscale="log")
     axes.tick_params(labelsize=7)
 
