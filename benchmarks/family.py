@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.steps import Steps
-from qswin.calib.files import read_json, sidecar_path, write_json
+from qswin.calib.files import sidecar_path, write_json
+from qswin.calib.reading import read_json
 
 MODELS = {
     "swinv2": "swinv2_tiny_window8_256",

@@ -6,46 +6,113 @@ file of another kind.
 """
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
+import stat
 import sys
-import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+from qswin.calib.reading import open_regular, read_json
 
 # Distributions whose versions a result records, where they are installed.
 RECORDED = ("qswin", "torch", "timm", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx_cu13_bindings")
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Writes `data` to a temporary file beside `path`, syncs it and renames it over `path`.
+    """Writes `data` to a temporary file, syncs it, and renames it over what stands at `path`.
+
+    A link is followed: its target is replaced. A file that is replaced gives its permissions to the new one; a new file
+    gets those that the umask leaves. What is not a regular file (/dev/null, a FIFO), or is this process's own standard
+    output, is written to as it stands.
 
     Raises:
-        OSError: nothing could be written (a full disk, say); `path` is as it was before.
+        OSError: nothing could be written (a full disk, say); a regular file is as it was before.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        status = _status(path)
+        if status is None or _is_replaced(status):
+            _replace(Path(os.path.realpath(path)), status, data)
+        else:
+            _append(path, status, data)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: not saved ({reason}); free some space, or choose another name or folder") from error
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What stands at a path, links followed; None where nothing does. Raises OSError for a circle of links."""
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _is_replaced(status: os.stat_result) -> bool:
+    """Whether what stands there is a regular file, and not where this process's standard output goes."""
+    return stat.S_ISREG(status.st_mode) and _standard_stream(status) is None
+
+
+def _standard_stream(status: os.stat_result) -> int | None:
+    """The descriptor of standard output or standard error, where it is open and goes to this file."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(status, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _append(path: Path, status: os.stat_result, data: bytes) -> None:
+    """Writes to a device, or after what was printed to standard output."""
+    stream = _standard_stream(status)
+    if stream is not None and sys.stdout is not None:
+        sys.stdout.flush()
+    with open(path if stream is None else stream, "ab", closefd=stream is None) as file:
+        file.write(data)
+
+
+def _replace(target: Path, status: os.stat_result | None, data: bytes) -> None:
+    """Writes a temporary file beside `target` and renames it over it. `status` is that of the file that goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
+            if status is not None:
+                with contextlib.suppress(PermissionError):  # some file systems have no permissions
+                    os.fchmod(handle, stat.S_IMODE(status.st_mode))
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise OSError(
-            f"{path}: not saved ({error.strerror or error}); free some space or choose another folder"
-        ) from error
+            os.fsync(handle)
+        os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a new name in a folder last through a power cut, on file systems that can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Removes the temporary files that killed writers of `names` left in a folder. Nobody may be writing them now."""
+    for name in names:
+        for temporary in folder.glob(f".{glob.escape(name)}.{'?' * 8}"):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -56,7 +123,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
@@ -112,19 +179,6 @@ def read_sidecar(path: Path, kind: str, keys: Collection[str], remedy: str) -> d
     return values
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileNotFoundError, and ValueError where the file holds anything else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        values = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON, or cut off; delete it, or make it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object; delete it, or make it again")
-    return values
-
-
 def write_result(path: str | Path, kind: str, values: dict[str, Any]) -> None:
     """Writes what a command found: its kind, the values, the versions of the libraries and the command line.
 
@@ -145,8 +199,9 @@ def write_result(path: str | Path, kind: str, values: dict[str, Any]) -> None:
 
 
 def check_replaceable(path: Path, kind: str) -> None:
-    """Raises ValueError unless a JSON file may be written: nothing is there, or JSON of the same kind."""
-    if not path.exists():
+    """Raises ValueError unless a JSON file may be written: nothing is there, JSON of the same kind, or a device."""
+    status = _status(path)
+    if status is None or not _is_replaced(status):
         return
     try:
         found = read_json(path).get("kind")

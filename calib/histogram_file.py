@@ -13,10 +13,12 @@ import numpy as np
 from qswin.calib.calibrators import BINS, Histogram
 from qswin.calib.files import write_atomic
 from qswin.calib.grid import grid_of
+from qswin.calib.reading import read_regular
 
 HISTOGRAMS = "histograms.npz"
+LARGEST = 1 << 30  # bytes, unpacked
 BROKEN = (  # what NumPy raises over a damaged .npz
-    *(ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError),
+    *(ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, MemoryError, OverflowError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
 
@@ -54,8 +56,10 @@ def load_histograms(path: Path) -> dict[str, Observation]:
         FileNotFoundError: there is no such file.
         ValueError: it is cut off, or not such a file, or a format in it is not registered.
     """
-    data = io.BytesIO(path.read_bytes())
+    data = io.BytesIO(read_regular(path, LARGEST))
     try:
+        if sum(member.file_size for member in zipfile.ZipFile(data).infolist()) > LARGEST:
+            raise ValueError(f"larger than {LARGEST >> 20} MiB when unpacked")
         with np.load(data, allow_pickle=False) as file:
             formats = file["formats"] if "formats" in file else _formats_of(file["bits"])
             columns = [file["names"], formats, file["amax"], file["counts"]]

@@ -75,7 +75,11 @@ def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of what a file holds, out of the wrappings that training frameworks put around them."""
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(state).__name__}; save model.state_dict()")
+    opened: list[Any] = []
     while (inner := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)) is not None:
+        opened.append(state)
         state = state[inner]
+        if any(state is outer for outer in opened):
+            raise ValueError(f"{path}: its {inner!r} contains itself; save model.state_dict()")
     tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import (
     check_suffix,
-    read_json,
     read_sidecar,
     sha256,
     sidecar_path,
     write_result,
     write_with_sidecar,
 )
+from qswin.calib.reading import read_json
 from qswin.models.registry import build_model, family_of
 from qswin.models.state_dicts import check_state, mismatch, read_state
 from qswin.qat.config import load_config

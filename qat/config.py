@@ -10,6 +10,7 @@ from absl import logging
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qswin.calib.reading import compose_yaml, construct_yaml, parse_yaml
 from qswin.qat.schema import FREE, RENAMED, Config, keys_of
 
 KEYS = keys_of()
@@ -37,25 +38,22 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
 
 def _entries_of_file(path: Path) -> list[tuple[str, Any, str]]:
     """(key, value, "file:line") of every leaf of a YAML file."""
-    try:
-        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-        if not isinstance(root, yaml.MappingNode):
-            raise ValueError(f"{path}: not a mapping of settings; see configs/ for examples")
-        return [(key, value, f"{path}:{line}") for key, value, line in _leaves(root, "")]
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    root = compose_yaml(path)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path}: not a mapping of settings; see configs/ for examples")
+    return [(key, value, f"{path}:{line}") for key, value, line in _leaves(root, "", path)]
 
 
-def _leaves(node: yaml.MappingNode, prefix: str) -> list[tuple[str, Any, int]]:
+def _leaves(node: yaml.MappingNode, prefix: str, path: Path) -> list[tuple[str, Any, int]]:
     """Sections of the schema are entered; everything else is a value, however deep."""
     leaves = []
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
         if isinstance(value_node, yaml.MappingNode) and any(known.startswith(f"{key}.") for known in KEYS):
-            leaves += _leaves(value_node, f"{key}.")
+            leaves += _leaves(value_node, f"{key}.", path)
         else:
-            value = yaml.SafeLoader("").construct_document(value_node)
-            leaves.append((key, value, key_node.start_mark.line + 1))
+            line = key_node.start_mark.line + 1
+            leaves.append((key, construct_yaml(value_node, f"{path}:{line}"), line))
     return leaves
 
 
@@ -63,10 +61,8 @@ def _entry_of_override(override: str) -> tuple[str, Any, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override!r}: an override is written key=value, for instance train.lr=1e-4")
-    try:
-        return key, yaml.safe_load(text), f"override {override!r}"
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not YAML") from error
+    where = f"override {override!r}"
+    return key, parse_yaml(text, where), where
 
 
 def _current(key: str, where: str) -> str:

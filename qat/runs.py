@@ -3,22 +3,26 @@
 A job leaves its settings as <job>.yaml beside its products. Settings that do not change its results are not compared.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from absl import logging
 
-from qswin.calib.files import sidecar_path, write_atomic
+from qswin.calib.files import remove_temporaries, sidecar_path, write_atomic
 from qswin.calib.histogram_file import HISTOGRAMS
+from qswin.calib.lock import lock_folder
+from qswin.calib.reading import read_yaml
 from qswin.qat.checkpoint import Description, read_description
 from qswin.qat.config import settings_of
 from qswin.qat.quant.recipe_file import contents
 from qswin.qat.schema import RENAMED, Config
 
 PTQ = "ptq.safetensors"
+LOG = "log.jsonl"  # of a training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,29 @@ FREE = (  # settings that do not change what a job makes
     "train.save_minutes",
     "train.log_every",
 )
+
+
+@contextlib.contextmanager
+def one_job(folder: Path, main: bool) -> Iterator[None]:
+    """Holds a run's folder for one job, and removes what killed jobs left there half written.
+
+    Args:
+        main: whether this is the process, of those of the job, that holds it.
+
+    Raises:
+        ValueError: another job holds it; its process is named.
+        OSError: the folder cannot be made.
+    """
+    with lock_folder(folder) if main else contextlib.nullcontext(False) as locked:
+        if locked:
+            remove_temporaries(folder, _written())
+        yield
+
+
+def _written() -> list[str]:
+    """The names of all files that jobs write in their folder."""
+    products = [product for job in JOBS.values() for product in job.products]
+    return [LOG, *(f"{job}.yaml" for job in JOBS), *products, *(sidecar_path(Path(name)).name for name in products)]
 
 
 class Run:
@@ -117,20 +144,20 @@ class Run:
             return None
 
     def claim(self) -> None:
-        """Makes the folder the job's: leaves its settings there, and removes what it left before if it starts over."""
+        """Makes the folder the job's: leaves its settings there, and removes what it left before if it starts over.
+
+        Of the processes of a job, one claims the folder.
+        """
         for file in self._products() if self.start_over else ():
             sidecar_path(file).unlink(missing_ok=True)
-            file.unlink(missing_ok=True)  # other ranks remove it too
+            file.unlink(missing_ok=True)
         for job in self._rivals():
             self._settings_file(job).unlink(missing_ok=True)  # of a job that left nothing else
         write_atomic(self._settings_file(self.job), yaml.safe_dump(self.settings, sort_keys=False).encode())
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not YAML; choose another run=FOLDER") from error
+    settings = read_yaml(file)
     if not isinstance(settings, dict) or not isinstance(settings.get("data"), dict):
         raise ValueError(f"{file}: not the settings of a job; choose another run=FOLDER")
     return settings

@@ -6,13 +6,20 @@ torch.
 """
 
 import argparse
+import contextlib
 import importlib
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any, NoReturn
 
 from absl import app, logging
 from absl.flags import argparse_flags
+
+from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
     "calibrate": "quantize a trained model and calibrate its ranges",
@@ -32,6 +39,9 @@ COMMANDS = {
     "completion": "print a script that completes commands and options in bash, zsh or tcsh",
 }
 
+STOPPED = 130  # the exit code
+UNSAVED = "every file that it wrote is whole; the same command starts again"
+
 AddArguments = Callable[[argparse.ArgumentParser], None]
 Main = Callable[[argparse.Namespace], None]
 
@@ -50,8 +60,23 @@ def whole_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Parser(argparse_flags.ArgumentParser):
+    """Takes a command's arguments and absl's flags, but for --flagfile, which prints any file in its error."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if any(re.match("--?flagfile(=|$)", arg) for arg in args):
+            self.error("--flagfile is off; write the flags out")
+        return super().parse_known_args(args, namespace)  # type: ignore[no-untyped-call]
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message, keep="\n"), file)
+
+
 def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> None:
-    """Parses the command line, runs `main` and exits: 0, or 2 after one line about what the user can mend.
+    """Parses the command line, runs `main` and exits.
+
+    The code is 0; 2 after one line about what the user can mend; or 130 after one line when it was stopped by Ctrl-C or
+    SIGTERM: a KeyboardInterrupt's message says what was saved. A closed standard output ends it quietly.
 
     Only ValueError and OSError are the user's to mend; anything else is a defect and keeps its traceback, and
     `--verbosity=1` shows the traceback of those two as well.
@@ -61,22 +86,66 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
     """
 
     def parse(argv: list[str]) -> argparse.Namespace:
-        parser = argparse_flags.ArgumentParser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = Parser(prog=prog, formatter_class=argparse.RawDescriptionHelpFormatter)  # type: ignore[no-untyped-call]
         add_arguments(parser)
         return parser.parse_args(argv[1:])
 
     def guarded(args: argparse.Namespace) -> None:
         try:
-            main(args)
+            with stopped_by_sigterm(), contextlib.redirect_stdout(PrintableStream(sys.stdout)):
+                main(args)
+                sys.stdout.flush()
         except BrokenPipeError:  # the reader, `head` say, has seen enough
-            sys.stderr.close()
+            pass
+        except KeyboardInterrupt as error:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            end(f"{prog}: stopped; {error}" if str(error) else f"{prog}: stopped; {UNSAVED}", STOPPED)
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
-            message = " ".join(str(error).split())
-            print(f"{prog}: error: {message}", file=sys.stderr)
-            sys.exit(2)
+            end(f"{prog}: error: {' '.join(str(error).split())}", 2)
+        finally:
+            discard_unwritten()
 
+    open_closed_streams()
+    logging.get_absl_handler().setFormatter(PrintableFormatter())
     app.run(guarded, argv=[prog, *argv], flags_parser=parse)
+
+
+def end(message: str, code: int) -> NoReturn:
+    """Exits after one line on standard error."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(printable(message), file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which batch systems send, stops a command as Ctrl-C does: files that are half written go."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def open_closed_streams() -> None:
+    """Opens /dev/null for each standard stream that is closed, lest a file of ours gets its descriptor."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def discard_unwritten() -> None:
+    """Sends nowhere what cannot be written any more; Python would complain of it at the very end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_command(command: str, argv: list[str]) -> None:
@@ -87,6 +156,7 @@ def run_command(command: str, argv: list[str]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    open_closed_streams()
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print("usage: qswin COMMAND [--help] ...\n")

@@ -1,9 +1,13 @@
 """Commands as a user types them: help, exit codes, and one line about what is wrong."""
 
 import json
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +176,82 @@ finally:
     done = subprocess.run([sys.executable, "-c", script, str(config_file)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "ptq.safetensors: not saved" in done.stderr.splitlines()[-1]
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["calibrate.yaml"]
+
+
+def run_main(main) -> int:
+    """Runs a command that has no arguments and returns its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda parser: None, main, "qswin x", [])
+    return stop.value.code or 0
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path, capsys):
+    evil = tmp_path / "a\x1b[31m\x9b2J\udcff.onnx"
+    line = fails(capsys, "evaluate", "--model", evil, "--data", tmp_path)
+    assert line.endswith(r"a\x1b[31m\x9b2J\udcff.onnx: no such ONNX file")
+    assert invoke("evaluate", "--model\x1b[31m") == 2
+    assert "\x1b" not in capsys.readouterr().err
+    assert run_main(lambda args: print("\x1b[31mtable\nline")) == 0
+    assert capsys.readouterr().out == "\\x1b[31mtable\nline\n"
+
+
+@pytest.mark.parametrize("written", ["--flagfile={}", "-flagfile={}", "--flagfile {}"])
+def test_no_flag_reads_a_file_of_flags(tmp_path, capsys, written):
+    (tmp_path / "secret").write_text("--hunter2\n")
+    assert invoke("evaluate", *written.format(tmp_path / "secret").split()) == 2
+    err = capsys.readouterr().err
+    assert "hunter2" not in err and "--flagfile is off" in err
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("last.pt holds 3 of 9 steps", "qswin x: stopped; last.pt holds 3 of 9 steps"),
+        ("", "qswin x: stopped; every file that it wrote is whole; the same command starts again"),
+    ],
+)
+def test_ctrl_c_ends_with_one_line(capsys, message, line):
+    before = signal.getsignal(signal.SIGINT)
+
+    def stopped(args):
+        raise KeyboardInterrupt(*filter(None, [message]))
+
+    try:
+        assert run_main(stopped) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_sigterm_is_as_ctrl_c(capsys):
+    before, handler = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_main(lambda args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(10))) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.startswith("qswin x: stopped; ") and signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize(
+    ("redirection", "main", "code", "errors"),
+    [
+        (">&-", "print('x' * 100_000)", 0, ""),
+        ("| true", "(time.sleep(0.5), print('x' * 100_000))", 0, ""),
+        (">/dev/full", "print('x')", 2, "qswin x: error: [Errno 28] No space left on device\n"),
+        ("2>&-", "int('x')", 2, ""),
+        (">&- 2>&-", "logging.warning('x')", 0, ""),
+    ],
+)
+def test_closed_streams_end_a_command_quietly(redirection, main, code, errors):
+    script = f"""
+import time
+from absl import logging
+from qswin import cli
+cli.run(lambda parser: None, lambda args: {main}, "qswin x", [])
+"""
+    command = f"set -o pipefail; {sys.executable} -c {shlex.quote(script)} {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, errors)
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -12,8 +12,8 @@ import torch
 import qswin
 from qswin.calib import grid
 from qswin.calib.calibrators import CALIBRATORS, find_range
-from qswin.calib.files import read_json
 from qswin.calib.grid import grid_of
+from qswin.calib.reading import read_json
 from qswin.qat.backends import registry
 from qswin.qat.quant.quantizers import quantizers
 from tests.helpers import SMALL, V1, filled, invoke, small_swin

@@ -3,15 +3,24 @@
 import contextlib
 import dataclasses
 import math
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from qswin.calib.reading import open_regular
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+BROKEN = (  # what Pillow's readers raise over a damaged file
+    *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError),
+    *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose pixels Pillow widens from 16 bits to 32
 UNREADABLE = (
     "missing, or cannot be read as an image; mend or remove it, or skip it"
     " (--skip-unreadable, or data.skip_unreadable=true in a config)"
@@ -84,7 +93,7 @@ def load_mask(path: str | Source, image: Source, preprocessing: Preprocessing) -
         raise ValueError(
             f"{path}: a mask has one channel of 8-bit class indices; the mode of this one is {mask.mode!r}"
         )
-    with naming_unreadable(image), image.open("rb") as file:
+    with naming_unreadable(image), open_source(image) as file:
         header = Image.open(file)
     check_size(path, mask, header)
     return np.asarray(_resize_and_crop(mask, preprocessing, Image.Resampling.NEAREST))
@@ -103,9 +112,14 @@ def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
         ValueError: the file cannot be read, or its pixels have no known range. The message names the file.
     """
     source = Path(path) if isinstance(path, str) else path
-    with naming_unreadable(path), source.open("rb") as file, Image.open(file) as image:
+    with naming_unreadable(path), open_source(source) as file, Image.open(file) as image:
         image.load()
     return image if mode is None else _to_8_bits(image, path).convert(mode)
+
+
+def open_source(source: Source) -> IO[bytes]:
+    """Opens a file or a part of one. Raises OSError for what is not a regular file."""
+    return open_regular(source) if isinstance(source, Path) else source.open("rb")
 
 
 @contextlib.contextmanager
@@ -113,13 +127,13 @@ def naming_unreadable(path: str | Source) -> Iterator[None]:
     """Turns whatever Pillow raises for a file that it cannot read into a ValueError that names the file."""
     try:
         yield
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
 
 
 def _to_8_bits(image: Image.Image, path: str | Source) -> Image.Image:
     """Scales 16 bits to 8. Pillow clips them at 255, which turns almost all of such an image white."""
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"{path}: its 32-bit pixels have no known range; convert it to 8 or 16 bits")

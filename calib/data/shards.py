@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from qswin.calib.data.images import EXTENSIONS
+from qswin.calib.reading import open_regular
 
 LONGEST_LABEL = 20  # bytes of a .cls file
 NAME = re.compile(r"^((?:.*/)?[^./]+)(\.[^/]*)$")  # as webdataset splits: a sample's name ends at the first dot
@@ -26,7 +27,7 @@ class TarImage(NamedTuple):
     name: str
 
     def open(self, mode: str = "rb") -> io.BytesIO:
-        with self.shard.open(mode) as file:
+        with open_regular(self.shard) as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
 
@@ -51,7 +52,7 @@ def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
     images: dict[str, TarImage] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 split = NAME.match(member.name)
                 if not member.isreg() or member.sparse is not None or split is None:

@@ -1,6 +1,7 @@
 """`qswin calibrate`."""
 
 import argparse
+from pathlib import Path
 
 from qswin.qat.commands.arguments import add_config_arguments
 
@@ -20,10 +21,11 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.config import load_config
     from qswin.qat.distributed import process_group
     from qswin.qat.ptq.job import run_calibration
+    from qswin.qat.runs import one_job
 
     strict = ["calibration.strict=true"] if args.strict else []
     config = load_config(args.config, [*args.overrides, *strict])
-    with process_group(config.device) as ranks:
+    with process_group(config.device) as ranks, one_job(Path(config.run), ranks.main):
         path = run_calibration(config, ranks)
         if ranks.main:
             write_report(args.json, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qswin.calib.files import write_result
+from qswin.calib.messages import printable
 from qswin.qat.backends.registry import backend_of, open_predictor
 from qswin.trt.evaluation.compare import (
     first_parting,
@@ -46,6 +47,6 @@ def main(args: argparse.Namespace) -> None:
         values = backend_of(args.model).activations(args.model, args.reference, images[:size])
         layers = layer_errors(values, args.reference, images[:size])
         report |= {"layers": dict(layers), "parting": first_parting(layers, args.tolerance)}
-        print(f"{worst_layers(layers)}\n{report['parting']}")
+        print(f"{worst_layers(layers)}\n{printable(report['parting'])}")
     if args.json:
         write_result(args.json, "comparison", report)

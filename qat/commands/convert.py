@@ -1,6 +1,7 @@
 """`qswin convert`."""
 
 import argparse
+from pathlib import Path
 
 from qswin.qat.commands.arguments import add_config_arguments
 
@@ -20,5 +21,8 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.checkpoint import write_report
     from qswin.qat.config import load_config
     from qswin.qat.convert import convert
+    from qswin.qat.runs import one_job
 
-    write_report(args.json, convert(load_config(args.config, args.overrides)))
+    config = load_config(args.config, args.overrides)
+    with one_job(Path(config.run), main=True):
+        write_report(args.json, convert(config))

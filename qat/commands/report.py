@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> None:
     out = args.out or args.run / "report.html"
     check_suffix("--out", out, (".html",))
     sections = report(args.run)
-    content = page(f"qswin: {args.run.name}", sections).encode()
+    content = page(f"qswin: {args.run.name}", sections).encode(errors="backslashreplace")
     write_atomic(out, content)
     count = save_pictures(sections, out.with_name(f"{out.stem}-pictures"))
     if args.json:

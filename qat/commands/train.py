@@ -1,6 +1,7 @@
 """`qswin train`."""
 
 import argparse
+from pathlib import Path
 
 from qswin.qat.commands.arguments import add_config_arguments
 
@@ -18,10 +19,11 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.checkpoint import write_report
     from qswin.qat.config import load_config
     from qswin.qat.distributed import process_group
+    from qswin.qat.runs import one_job
     from qswin.qat.training.trainer import Trainer
 
     config = load_config(args.config, args.overrides)
-    with process_group(config.device) as ranks:
+    with process_group(config.device) as ranks, one_job(Path(config.run), ranks.main):
         path = Trainer(config, ranks).run()
         if ranks.main:
             write_report(args.json, path)

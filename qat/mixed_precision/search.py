@@ -18,6 +18,7 @@ from absl import logging
 from torch import nn
 
 from qswin.calib.files import check_suffix, sha256, write_atomic
+from qswin.calib.messages import text_of
 from qswin.qat.checkpoint import Description, read_description
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.bit_operations import bit_operations
@@ -97,7 +98,7 @@ class Found:
     def __str__(self) -> str:
         count = f"{self.floats} of {len(self.groups)} groups stay in float"
         first = f"{count}; {self.share:.3f} of the float model's bit operations"
-        return "\n".join([first, *(f"  {group.name}  (KL {group.kl:.4g})" for group in self.groups[: self.floats])])
+        return text_of([first, *(f"  {group.name}  (KL {group.kl:.4g})" for group in self.groups[: self.floats])])
 
 
 def search_recipe(

@@ -7,7 +7,9 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
-from qswin.calib.files import read_json, sha256, write_result
+from qswin.calib.files import sha256, write_result
+from qswin.calib.messages import text_of
+from qswin.calib.reading import read_json
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.probe import Groups, Probe, ProbeImages, group_quantizers, open_probe
 from qswin.qat.quant.quantizers import quantizers
@@ -35,7 +37,12 @@ def run_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, 
         probe = open_probe(checkpoint, images, str(ranks.device))
         if "all" not in report:
             report |= {"float": probe.measure([]), "all": probe.measure(list(quantizers(probe.model)))}
-        measure_groups(probe, group_quantizers(probe.model, by), report, path)
+        groups = group_quantizers(probe.model, by)
+        try:
+            measure_groups(probe, groups, report, path)
+        except KeyboardInterrupt as error:
+            kept = f"{path} holds {len(report['rows'])} of {len(groups)} groups"
+            raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from error
     logging.info("%s: %d rows", path, len(report["rows"]))
     return report
 
@@ -88,7 +95,7 @@ def table(report: dict[str, Any], rows: int) -> str:
         lines.append(
             f"{name:<40} {alone['kl']:12.4g} {alone[metric]:8.4g} {without['kl']:12.4g} {without[metric]:8.4g}"
         )
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def plot(report: dict[str, Any], path: Path, rows: int) -> None:

@@ -64,7 +64,8 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     model, preprocessing = build_float_model(config.model, config.data.preprocessing)
     check_class_count(folder.root, len(folder.classes), model.num_classes)
     twin = quantize(model, recipe).to(ranks.device)
-    run.claim()
+    if ranks.main:
+        run.claim()
     drawn = draw_samples(folder, config.calibration.images + VERDICT_IMAGES, config.seed)
     held = min(VERDICT_IMAGES, len(drawn) // VERDICT_SHARE)
     samples, others = drawn[: len(drawn) - held][: config.calibration.images], drawn[len(drawn) - held :]

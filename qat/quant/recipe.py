@@ -15,6 +15,8 @@ from qswin.calib.calibrators import parse_calibrator
 from qswin.calib.grid import grid_of
 from qswin.qat.quant.quantizers import QuantSpec, TensorQuantizer
 
+MOST_RULES = 2000  # each is compared with each site
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -62,6 +64,8 @@ class Recipe:
         _check(self)
         if self.budget is not None and not self.budget >= 0:
             raise ValueError(f"recipe {self.name!r}: budget={self.budget}: a mean KL is wanted, 0 or more")
+        if len(self.rules) > MOST_RULES or len(self.in_float) > MOST_RULES:
+            raise ValueError(f"recipe: more than {MOST_RULES} rules or sites in float; join them by wildcards")
 
     def settings(self, site: str) -> dict[str, Any] | None:
         """The settings of one site, or None when it stays in float."""

@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qswin.calib.reading import read_yaml
 from qswin.qat.quant.recipe import Recipe, named_recipe
 
 
@@ -37,10 +36,7 @@ def contents(written: Any) -> Any:
     path = Path(written)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a recipe; `qswin search` writes one, and docs/recipes.md shows one")
     return values

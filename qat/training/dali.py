@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from qswin.calib.data.images import Preprocessing, naming_unreadable, open_image
+from qswin.calib.data.images import Preprocessing, naming_unreadable, open_image, open_source
 from qswin.calib.data.shards import ImageFile
 from qswin.qat.schema import AugmentConfig
 from qswin.qat.training.images import TrainBatch, TrainImages, load_in_order
@@ -47,7 +47,7 @@ class EncodedImages(TrainImages):
 
     def read(self, path: ImageFile) -> Encoded:
         """Raises ValueError for what is no image, or of a format that DALI does not read."""
-        with naming_unreadable(path), path.open("rb") as file:
+        with naming_unreadable(path), open_source(path) as file:
             data = file.read()
             header = Image.open(io.BytesIO(data))
         if header.format not in FORMATS or header.mode not in MODES:

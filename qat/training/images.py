@@ -130,16 +130,26 @@ class TrainImages(Dataset[tuple[Any, ...]]):
         return open_image(path, "RGB")
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        path, target = self.folder.samples[index]
-        try:
-            image = self.read(path)
-        except ValueError:
-            if not self.skip_unreadable:
-                raise
-            logging.warning("%s: unreadable, skipped", path)
-            return self[(index + 1) % len(self)]
+        index, image, target = self._first_readable(index)
         seed_everything(self.seed, Stream.AUGMENTATION, self.epoch, index)
         return *self.transform(image, target), index
+
+    def _first_readable(self, index: int) -> tuple[int, Any, Any]:
+        """The first sample from `index` on whose image can be read: its index, image and target.
+
+        Raises:
+            ValueError: an image cannot be read and is not to be skipped, or none can be read.
+        """
+        for offset in range(len(self)):
+            at = (index + offset) % len(self)
+            path, target = self.folder.samples[at]
+            try:
+                return at, self.read(path), target
+            except ValueError:
+                if not self.skip_unreadable:
+                    raise
+                logging.warning("%s: unreadable, skipped", path)
+        raise ValueError(f"{self.folder.root}: none of its {len(self)} images can be read")
 
 
 def epoch_batches(images: int, batch_size: int, rank: int, world: int, seed: int, epoch: int) -> list[list[int]]:

@@ -12,6 +12,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from qswin.calib.files import write_atomic
+from qswin.calib.reading import parse_json
+from qswin.qat.runs import LOG
 
 Log = Callable[[dict[str, float]], None]
 LAST = "last.pt"
@@ -42,9 +44,8 @@ def open_log(folder: Path, step: int) -> Iterator[Log]:
     Args:
         step: the first that will be logged.
     """
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() and step else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+    path = folder / LOG
+    kept = _lines_before(path, step) if path.is_file() and step else []
     write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
     with open(path, "a") as file, SummaryWriter(str(folder / "tensorboard"), purge_step=step) as board:
 
@@ -55,3 +56,12 @@ def open_log(folder: Path, step: int) -> Iterator[Log]:
                 board.add_scalar(name, value, values["step"])
 
         yield log
+
+
+def _lines_before(path: Path, step: int) -> list[str]:
+    """The lines of a log of the steps before one. Raises ValueError for a file that is no log."""
+    whole = [line for line in path.read_text(errors="replace").splitlines() if line.endswith("}")]
+    values = [parse_json(line, str(path)) for line in whole]
+    if not all(isinstance(value, dict) and isinstance(value.get("step"), int) for value in values):
+        raise ValueError(f"{path}: not the log of a training; delete it, or start over with resume=never")
+    return [line for line, value in zip(whole, values, strict=True) if value["step"] < step]

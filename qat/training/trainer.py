@@ -65,7 +65,7 @@ class Trainer:
             images = f"{folders.train.root}: {len(folders.train.samples)} images"
             raise ValueError(f"{images} do not fill one step; lower train.batch_size")
         self.step = self._build_step(len(folders.train.classes))
-        self.last_save = time.monotonic()
+        self.last_save, self.saved_step = time.monotonic(), 0
 
     def _start(self, folder: ImageFolder) -> tuple[nn.Module, Description]:
         """The model to train, and the sidecar of what will come of it."""
@@ -104,12 +104,22 @@ class Trainer:
 
         Raises:
             ValueError: the loss is not finite, an image cannot be read, or the folder's run began with another `init`.
+            KeyboardInterrupt: it was stopped; the message says what is saved.
         """
         if self._is_finished():
             logging.info("%s: already trained; train.epochs can be raised, and resume=never starts over", self.path)
             return self.path
-        self.run_folder.claim()
+        if self.ranks.main:
+            self.run_folder.claim()
         self._resume()
+        try:
+            metrics = self._train()
+            return self._finish(metrics or self.validate())  # a run that was killed at its end has nothing to train
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(self._kept()) from error
+
+    def _train(self) -> dict[str, float]:
+        """The steps that are left; returns the metrics of the last epoch."""
         metrics: dict[str, float] = {}
         with open_log(self.run_folder.folder, self.step.done) if self.ranks.main else _no_log() as log:
             while self.step.done < self.step.total:
@@ -118,7 +128,14 @@ class Trainer:
                 shares = {} if self.step.oscillations is None else self.step.oscillations.shares()
                 log({"step": self.step.done, "epoch": self.step.done // self.steps_per_epoch, **metrics, **shares})
                 self.save()
-        return self._finish(metrics or self.validate())  # a run that was killed at its very end has nothing to train
+        return metrics
+
+    def _kept(self) -> str:
+        """What a run that is stopped has saved, and how to go on."""
+        if not self.saved_step:
+            return "no step is saved yet; the same command starts again"
+        kept = f"{self.run_folder.folder / LAST} holds {self.saved_step} of {self.step.total} steps"
+        return f"{kept}; the same command goes on from there"
 
     def _is_finished(self) -> bool:
         """Whether this very training has been done: from the same `init`, as many steps."""
@@ -164,9 +181,9 @@ class Trainer:
 
     def save(self) -> None:
         """Writes last.pt, on rank 0."""
-        self.last_save = time.monotonic()
         if self.ranks.main:
             save_state(self.run_folder.folder, {**self.step.state_dict(), "parent": self.description.parent})
+        self.last_save, self.saved_step = time.monotonic(), self.step.done
 
     def _resume(self) -> None:
         """Goes back to last.pt, if any. Raises ValueError when it cannot be read, or began with another `init`."""
@@ -175,6 +192,7 @@ class Trainer:
         if state is not None:
             self._check_parent(state.get("parent", self.description.parent), folder / LAST)
             self.step.load_state_dict(state)
+            self.saved_step = self.step.done
             logging.info("%s: going on at step %d of %d", folder / LAST, self.step.done, self.step.total)
 
     def _finish(self, metrics: dict[str, float]) -> Path:

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
+import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from qswin.calib.files import (
     check_suffix,
     read_sidecar,
+    remove_temporaries,
     sha256,
     sidecar_path,
     write_atomic,
@@ -40,6 +44,78 @@ write_atomic({str(file)!r}, b"x" * 5000)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1 and "not saved" in done.stderr and "free some space" in done.stderr
     assert file.read_bytes() == b"before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_is_followed(tmp_path):
+    """Its target is replaced as a whole, and made where the link leads nowhere yet."""
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "a.bin", tmp_path / "real" / "b.bin"
+    link.symlink_to("real/b.bin")
+    for data in (b"first", b"2nd"):
+        write_atomic(link, data)
+        assert link.is_symlink() and target.read_bytes() == data
+    assert sorted(tmp_path.rglob("*")) == [link, target.parent, target]
+
+
+def test_a_circle_of_links_is_an_error(tmp_path):
+    link = tmp_path / "a.bin"
+    link.symlink_to(link)
+    with pytest.raises(OSError, match=r"a\.bin: not saved \(Too many levels of symbolic links\)"):
+        write_atomic(link, b"x")
+    assert link.is_symlink()
+
+
+def test_a_device_is_written_to(tmp_path):
+    """As root, a file renamed over /dev/null would take its place."""
+    link = tmp_path / "null"
+    link.symlink_to(os.devnull)
+    for path in (os.devnull, link):
+        write_atomic(path, b"x")
+        write_result(path, "evaluation", {})
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode) and link.is_symlink()
+
+
+def test_a_fifo_is_written_to(tmp_path):
+    os.mkfifo(fifo := tmp_path / "fifo")
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    reader.start()
+    write_atomic(fifo, b"x" * 100_000)
+    reader.join(10)
+    assert read == [b"x" * 100_000] and fifo.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "out.txt"])
+def test_standard_output_that_is_a_file_keeps_what_was_printed(tmp_path, name):
+    script = f"""
+import sys
+from qswin.calib.files import write_atomic
+print("before", flush=True)
+write_atomic({name!r}, b"written\\n")
+print("after")
+"""
+    with (tmp_path / "out.txt").open("w") as file:
+        subprocess.run([sys.executable, "-c", script], stdout=file, check=True, cwd=tmp_path, env=os.environ)
+    assert (tmp_path / "out.txt").read_text() == "before\nwritten\nafter\n"
+
+
+def test_permissions_are_those_of_the_umask_and_of_the_file_that_was_there(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomic(file := tmp_path / "a.bin", b"x")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640
+        file.chmod(0o600)
+        write_atomic(file, b"y")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    finally:
+        os.umask(before)
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    for name in (".last.pt.0123abcd", ".last.pt.tmp_x1y2", ".other.pt.0123abcd", ".last.pt.kept", "last.pt"):
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path, ["last.pt"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".last.pt.kept", ".other.pt.0123abcd", "last.pt"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):

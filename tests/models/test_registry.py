@@ -183,6 +183,15 @@ def test_truncated_files_are_refused(tmp_path, suffix, keep):
         read_state(file)
 
 
+@pytest.mark.parametrize("inner", [None, "state_dict"])
+def test_a_state_that_contains_itself_is_refused(tmp_path, inner):
+    state = {}
+    state["model"] = state if inner is None else {inner: state}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: its '\w+' contains itself; save model\.state_dict"):
+        read_state(tmp_path / "a.pth")
+
+
 def test_weights_that_cannot_be_downloaded_name_the_file_option(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="model.checkpoint=FILE"):

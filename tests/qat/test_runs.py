@@ -1,13 +1,17 @@
 """A run folder belongs to one job: other jobs are refused, the same one goes on, says it is finished or starts over."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 
 from qswin.calib.histogram_file import HISTOGRAMS
+from qswin.calib.lock import LOCK, lock_folder
 from qswin.qat.config import load_config
 from qswin.qat.convert import convert
 from qswin.qat.distributed import process_group
@@ -15,7 +19,7 @@ from qswin.qat.ptq.job import run_calibration
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
-from qswin.qat.runs import PTQ, Run
+from qswin.qat.runs import PTQ, Run, one_job
 from qswin.qat.training.trainer import Trainer
 from tests.helpers import fails, small_swin
 
@@ -140,6 +144,37 @@ def test_convert_and_calibrate_do_not_take_each_others_checkpoint(config_file, f
     other = f"run={config_file.parent / 'calibrated'}"
     calibrated(config_file, other)
     assert "was made by another job, calibrate" in fails(capsys, "convert", "--config", config_file, foreign, other)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "convert", "train"])
+def test_a_job_keeps_every_other_out_of_its_folder(config_file, command, capsys):
+    run = config_file.parent / "run"
+    with lock_folder(run):
+        line = fails(capsys, command, "--config", config_file)
+        assert f"{run}: process {os.getpid()} on " in line and "is at work there" in line
+        assert [path.name for path in run.iterdir()] == [LOCK]
+
+
+@pytest.mark.slow
+def test_one_of_two_jobs_that_start_together_is_refused(config_file):
+    command = [sys.executable, "-m", "qswin", "calibrate", "--config", str(config_file)]
+    jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [job.communicate()[1] for job in jobs]
+    codes = sorted(job.returncode for job in jobs)
+    assert codes == [0, 2] or (codes == [0, 0] and sum("already calibrated" in text for text in errors) == 1)
+    if codes == [0, 2]:
+        assert sum("is at work there" in text for text in errors) == 1
+    assert not (config_file.parent / "run" / LOCK).exists()
+
+
+def test_what_a_killed_job_left_half_written_goes(tmp_path):
+    kept = (".last.pt.backup", ".of-the-user.0123abcd", "last.pt")
+    for name in (*kept, f".{PTQ}.0123abcd", f".{PTQ}.json.0123abcd", ".train.yaml.tmpx1y2z", ".last.pt.0123abcd"):
+        (tmp_path / name).touch()
+    with one_job(tmp_path, main=False):
+        assert (tmp_path / ".last.pt.0123abcd").exists()  # another rank of the same job clears up
+    with one_job(tmp_path, main=True):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted((LOCK, *kept))
 
 
 def test_convert_keeps_where_its_checkpoint_came_from(config_file, foreign):

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 
 from qswin.calib.data.images import noise_images
+from qswin.calib.messages import text_of
 from qswin.trt.engines.engine import Engine
 from qswin.trt.engines.version import tensorrt_module
 
@@ -143,4 +144,4 @@ def layer_table(layers: list[Layer]) -> str:
     kinds = Counter(layer.kind for layer in layers)
     total = f"; {sum(layer.ms or 0 for layer in timed):.3f} ms" if timed else ""
     summary = ", ".join(f"{count} {name}" for name, count in precisions.most_common())
-    return "\n".join([*lines, "", f"{len(layers)} layers: {summary}{total}", str(dict(kinds.most_common(12)))])
+    return text_of([*lines, "", f"{len(layers)} layers: {summary}{total}", str(dict(kinds.most_common(12)))])

@@ -1,14 +1,18 @@
 """Precision of single layers: patterns resolved on the ONNX graph, then set as layer precisions or written as Casts."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx
 
 from qswin.trt.engines.version import tensorrt_module
 
+SECONDS = 2  # for one pattern and all nodes, which takes milliseconds; some patterns never end
 LAYER_PRECISIONS = ("fp32", "fp16", "int8")
 # What FP16 breaks: the squares in variances (the first system put POW and REDUCE back to FP32, which opset 17 has as
 # one node) and in cosine attention's norms. Of a preset's patterns, one at least must match.
@@ -31,7 +35,7 @@ def resolve_overrides(model: onnx.ModelProto, overrides: Sequence[str]) -> dict[
         {node name: precision}.
 
     Raises:
-        ValueError: an override is malformed, or matches nothing; near names are listed.
+        ValueError: an override is malformed, takes too long, or matches nothing; near names are listed.
     """
     resolved: dict[str, str] = {}
     for override in overrides:
@@ -59,9 +63,32 @@ def _matches(model: onnx.ModelProto, pattern: str) -> list[str]:
     if any(node.op_type == pattern for node in nodes):
         return [node.name for node in nodes if node.op_type == pattern]
     try:
-        return [node.name for node in nodes if re.search(pattern, node.name)]
-    except re.error as error:
+        with _time_limit(SECONDS):
+            return [node.name for node in nodes if re.search(pattern, node.name)]
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"override {pattern!r} is not a regular expression: {error}") from error
+    except TimeoutError as error:
+        what = f"override {pattern!r} is not matched in {SECONDS} s"
+        raise ValueError(f"{what}; leave out nested repetitions, such as (a+)+") from error
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, in the main thread; regular expressions look for signals too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _near(model: onnx.ModelProto, pattern: str) -> str:

@@ -13,6 +13,7 @@ from qswin.calib.data.folders import scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing, noise_images
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import read_sidecar, sha256
+from qswin.calib.messages import text_of
 from qswin.calib.trt_cache.offline import activations, value_sources
 from qswin.trt.engines.build import prepare_graph
 from qswin.trt.engines.engine import KEYS, KIND, REMEDY
@@ -165,7 +166,7 @@ def engine_activations(path: Path, reference: Path, images: np.ndarray) -> dict[
 def worst_layers(errors: list[tuple[str, float]], count: int = 10) -> str:
     """The tensors with the largest errors, a line each."""
     worst = sorted(errors, key=lambda item: -item[1])[:count]
-    return "\n".join(f"{error:10.5f}  {name}" for name, error in worst)
+    return text_of(f"{error:10.5f}  {name}" for name, error in worst)
 
 
 def first_parting(errors: list[tuple[str, float]], tolerance: float) -> str:

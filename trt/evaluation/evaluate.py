@@ -14,6 +14,7 @@ from qswin.calib.data.batches import Batch, ahead, image_batches, warn_of_skippe
 from qswin.calib.data.folders import scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
+from qswin.calib.messages import text_of
 from qswin.trt.evaluation.segmentation import Dice, Overlays, Volumes
 from qswin.trt.evaluation.worst import WorstImages
 
@@ -180,7 +181,7 @@ def table(report: dict[str, Any], headline: dict[str, str]) -> str:
         f" {report['images_per_second']:9.1f}",
     ]
     lines += [f"  Dice of {name}: {value:.4f}" for name, value in report.get("dice_per_class", {}).items()]
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def _number(value: float | None, digits: int) -> str:

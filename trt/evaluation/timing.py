@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 
 from qswin.calib.data.images import Preprocessing, noise_images
+from qswin.calib.messages import text_of
 from qswin.trt.report import plots
 
 Row = dict[str, Any]
@@ -134,7 +135,7 @@ def table(rows: list[Row]) -> str:
             f"{row['model'][-24:]:<24} {row['backend'][:28]:<28} {row['precision']:<9} {row['batch']:5d}"
             f" {row['ms']:9.3f} {row['images_per_second']:9.1f} {peers[0]:>7} {peers[1]:>7}"
         )
-    return "\n".join(lines)
+    return text_of(lines)
 
 
 def speed_up(row: Row, peer: Row | None) -> str:

@@ -1,5 +1,6 @@
 """Pictures of what a model gets most wrong. No torch."""
 
+import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from scipy.special import softmax
 from qswin.calib.data.batches import Batch
 from qswin.calib.data.images import Preprocessing, load_pixels
 from qswin.calib.data.shards import ImageFile
+from qswin.calib.files import write_atomic
 
 
 class Case(NamedTuple):
@@ -50,10 +52,10 @@ class WorstCases(ABC):
         self._worst = sorted(found, key=lambda case: (case.score, case.file))[: self.count]
 
     def result(self) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
         for case in self._worst:
-            drawn = self.picture(case, load_pixels(case.file, self.preprocessing))
-            Image.fromarray(drawn).save(self.folder / f"{self.name(case)}.png")
+            png = io.BytesIO()
+            Image.fromarray(self.picture(case, load_pixels(case.file, self.preprocessing))).save(png, "PNG")
+            write_atomic(self.folder / f"{self.name(case)}.png", png.getvalue())
         return {"pictures": str(self.folder)}
 
 

@@ -1,11 +1,12 @@
 """ONNX files as qswin writes them: the graph, and the metadata that makes evaluation need no config."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+
+from qswin.calib.reading import parse_json
 
 
 def read_onnx(path: str | Path) -> onnx.ModelProto:
@@ -38,9 +39,9 @@ def parse_metadata(path: str | Path, properties: dict[str, str]) -> dict[str, An
         ValueError: the file is not one of qswin's.
     """
     try:
-        metadata = json.loads(properties["qswin"])
+        metadata = parse_json(properties["qswin"], f"{path}: its metadata")
         return {key: metadata[key] for key in ("task", "preprocessing", "classes")} | metadata
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: has no qswin metadata; export it with qswin export") from error
 
 

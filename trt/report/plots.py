@@ -1,17 +1,21 @@
 """The pictures of the report and of `--plot`, drawn by matplotlib where it is installed."""
 
+import math
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from qswin.calib.files import write_atomic
 from qswin.calib.histogram_file import Observation
+from qswin.calib.messages import printable
 from qswin.trt.report.webpage import Picture
 
 Row = dict[str, Any]
 Plot = Callable[[Any], None]  # draws on a pair of axes
+LABEL = 80  # letters of a name
 PIXELS = 960  # the width of a picture
 HISTOGRAM_BINS = 120  # as many as a panel can show
 
@@ -28,10 +32,13 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save(
-    draw: Plot | Sequence[Plot], target: Path | BinaryIO, width: float = 8, height: float = 4, columns: int = 1
-) -> None:
-    """Writes a PNG of one plot, or of several, row by row.
+def save(draw: Plot | Sequence[Plot], path: Path, **options: Any) -> None:
+    """Writes a PNG of one plot, or of several; the options are those of `png`. Raises as `png` and `write_atomic`."""
+    write_atomic(path, png(draw, **options))
+
+
+def png(draw: Plot | Sequence[Plot], width: float = 8, height: float = 4, columns: int = 1) -> bytes:
+    """A PNG of one plot, or of several, row by row.
 
     Args:
         draw: the plot, or the plots; each draws on the axes that it is given.
@@ -51,15 +58,20 @@ def save(
     if columns > 1:
         figure.subplots_adjust(0.03, 0.12 / rows, 0.99, 1 - 0.12 / rows, 0.12, 0.25)
     fit = "tight" if columns == 1 else None
-    figure.savefig(target, format="png", dpi=PIXELS / (width * columns), bbox_inches=fit)
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=PIXELS / (width * columns), bbox_inches=fit)
     library.close(figure)
+    return data.getvalue()
 
 
 def picture(draw: Plot | Sequence[Plot], caption: str, **options: Any) -> Picture:
-    """A plot, or several, as a picture of the page; the options are those of `save`."""
-    data = BytesIO()
-    save(draw, data, **options)
-    return Picture(data.getvalue(), caption)
+    """A plot, or several, as a picture of the page; the options are those of `png`."""
+    return Picture(png(draw, **options), caption)
+
+
+def label(text: str) -> str:
+    """A name as matplotlib shows it: short, and without formulas, which stand between dollars."""
+    return printable(text[-LABEL:]).replace("$", r"\$")
 
 
 def throughput(axes: Any, rows: Sequence[Row]) -> None:
@@ -67,7 +79,7 @@ def throughput(axes: Any, rows: Sequence[Row]) -> None:
     for name in dict.fromkeys((row["model"], row["backend"], row["precision"]) for row in rows):
         line = [row for row in rows if (row["model"], row["backend"], row["precision"]) == name]
         batches, rates = ([row[key] for row in line] for key in ("batch", "images_per_second"))
-        axes.plot(batches, rates, "o-", label=" ".join(name))
+        axes.plot(batches, rates, "o-", label=label(" ".join(name)))
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=7)
@@ -76,7 +88,8 @@ def throughput(axes: Any, rows: Sequence[Row]) -> None:
 def ranking(axes: Any, rows: Sequence[Row]) -> None:
     """A bar for each group of `qswin sensitivity`'s rows, the first on top."""
     shown = rows[::-1]
-    axes.barh([row["name"] for row in shown], [row["alone"]["kl"] for row in shown])
+    costs = [row["alone"]["kl"] for row in shown]
+    axes.barh([label(row["name"]) for row in shown], [cost if math.isfinite(cost) else 0 for cost in costs])
     axes.set(xlabel="KL from the float model, quantized alone", xscale="log")
     axes.tick_params(labelsize=7)
 

@@ -11,9 +11,11 @@ from qswin.calib.calibrators import CALIBRATORS, find_range
 from qswin.calib.grid import grid_of
 from qswin.calib.histogram_file import HISTOGRAMS, Observation, load_histograms
 from qswin.trt.report import plots
+from qswin.trt.report.folder import RunFolder
 from qswin.trt.report.webpage import Part, table
 
 STAGES = ("ptq", "qat")
+MOST_HISTOGRAMS = 5000
 PANELS = 12  # histograms in a picture
 WEIGHT = "_weight_quantizer"
 RANGE = "._amax"
@@ -31,9 +33,16 @@ class Ranges(NamedTuple):
 Stages = dict[str, Ranges]
 
 
-def stage_ranges(run: Path) -> Stages:
+def stage_ranges(folder: RunFolder) -> Stages:
     """The ranges of `ptq.safetensors` and `qat.safetensors`, by stage, of those that the folder holds."""
-    return {stage: read_ranges(path) for stage in STAGES if (path := run / f"{stage}.safetensors").is_file()}
+    found: Stages = {}
+    for stage in STAGES:
+        for path in folder.files(f"{stage}.safetensors"):
+            try:
+                found[stage] = read_ranges(path)
+            except ValueError as error:
+                folder.skip(path, error)
+    return found
 
 
 def read_ranges(path: Path) -> Ranges:
@@ -51,9 +60,9 @@ def read_ranges(path: Path) -> Ranges:
                 if weight not in names:
                     raise ValueError(f"{path}: {name} is there, but not {weight}; calibrate or train again")
             found = {name: share(ranges[name], file.get_tensor(weight)) for name, weight in weights.items()}
-    except SafetensorError as error:
+            largest = {name: float(np.max(amax)) for name, amax in ranges.items()}
+    except (SafetensorError, TypeError) as error:  # TypeError: of a number format that NumPy lacks
         raise ValueError(f"{path}: truncated, or not a checkpoint") from error
-    largest = {name: float(np.max(amax)) for name, amax in ranges.items()}
     return Ranges(largest, {name: value for name, value in found.items() if value is not None})
 
 
@@ -82,7 +91,7 @@ def range_table(stages: Stages) -> list[Part]:
     found = {stage: ranges.largest for stage, ranges in stages.items()}
     names = list(dict.fromkeys(name for ranges in found.values() for name in ranges))
     both = [name for name in names if all(name in found.get(stage, ()) for stage in STAGES)]
-    ratio = {name: found["qat"][name] / found["ptq"][name] for name in both}
+    ratio = {name: found["qat"][name] / found["ptq"][name] for name in both if found["ptq"][name] > 0}
     rows = [[name, *(found[stage].get(name) for stage in found), ratio.get(name)] for name in names]
     listed = table(["quantizer", *found, "qat / ptq"], rows)
     if not ratio:
@@ -95,11 +104,17 @@ def range_table(stages: Stages) -> list[Part]:
     return [plots.picture(plot, "ranges before and after training", height=3), listed]
 
 
-def histograms(run: Path, stages: Stages) -> list[Part]:
+def histograms(folder: RunFolder, stages: Stages) -> list[Part]:
     """What calibration saw at each quantizer, with the range of each calibrator and of each checkpoint."""
-    if not (run / HISTOGRAMS).is_file():
-        return []
-    found = list(load_histograms(run / HISTOGRAMS).items())
+    found: list[tuple[str, Observation]] = []
+    for path in folder.files(HISTOGRAMS):
+        try:
+            found = list(load_histograms(path).items())
+        except ValueError as error:
+            folder.skip(path, error)
+        if len(found) > MOST_HISTOGRAMS:
+            folder.skip(path, f"it has more than {MOST_HISTOGRAMS} histograms")
+            return []
     weights = [item for item in found if item[0].endswith(WEIGHT)]
     activations = [item for item in found if not item[0].endswith(WEIGHT)]
     largest = {stage: ranges.largest for stage, ranges in stages.items()}
@@ -137,6 +152,6 @@ def panel(
 
     def plot(axes: Any) -> None:
         plots.histogram(axes, observation, candidates, own)
-        axes.set_title(f"{name.removesuffix('_quantizer')}, {grid.name}", fontsize=7)
+        axes.set_title(plots.label(f"{name.removesuffix('_quantizer')}, {grid.name}"), fontsize=7)
 
     return plot

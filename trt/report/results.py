@@ -1,12 +1,13 @@
 """What the commands wrote for `--json` in a run's folder, as sections of the report."""
 
 import html
-import json
+import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from qswin.calib.reading import read_json
 from qswin.trt.report import plots
+from qswin.trt.report.folder import RunFolder
 from qswin.trt.report.webpage import Cell, Part, Picture, table
 
 Values = dict[str, Any]
@@ -29,55 +30,89 @@ LAYER = ("name", "kind", "inputs", "outputs")
 GROUP = ("name", "alone", "without")
 
 
-class Results(NamedTuple):
-    """The results of a folder."""
+SHAPES: dict[str, tuple[str, Values]] = {  # of kinds that list rows: under which name, and what a row holds
+    "timing": ("rows", dict(zip(TIMING, (str, str, str, float, float, float), strict=True))),
+    "sensitivity": ("rows", dict(zip(GROUP, (str, dict, dict), strict=True))),
+    "layers": ("layers", dict(zip(LAYER, (str, str, list, list), strict=True))),
+}
+UNSHOWN = (  # kinds of JSON that are qswin's, and that no section shows
+    *("checkpoint", "engine", "package", "calibration cache", "checkpoint report", "calibration cache report"),
+    *("quantizers", "doctor", "report"),
+)
+MOST_TIMED = 1000  # rows that a picture can show
+Results = dict[str, dict[str, Values]]  # {kind: {file: what it holds}}
 
-    by_kind: dict[str, dict[str, Values]]  # {kind: {file: what it holds}}
-    old: list[str]  # files of qswin before 0.2, whose results have no kind
 
-    def of(self, kind: str) -> dict[str, Values]:
-        return self.by_kind.get(kind, {})
-
-
-def read_results(run: Path) -> Results:
-    """The results below a folder. JSON of other programs has no kind, and is passed over.
-
-    Raises:
-        ValueError: a file is not JSON, or is cut off.
-    """
-    by_kind: dict[str, dict[str, Values]] = {}
-    old = []
-    for path in sorted(run.rglob("*.json")):
+def read_results(folder: RunFolder) -> Results:
+    """The results below a folder. JSON that is not a result, or not a whole one, is skipped."""
+    results: Results = {}
+    for path in folder.files("**/*.json"):
         try:
-            values = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON, or cut off; delete it, or make it again") from error
-        file = str(path.relative_to(run))
-        if isinstance(values, dict) and isinstance(values.get("kind"), str):
-            by_kind.setdefault(values["kind"], {})[file] = values
-        elif isinstance(values, dict) and "command" in values:  # which every result had before it had a kind
-            old.append(file)
-    return Results(by_kind, old)
+            values = read_json(path)
+        except (ValueError, OSError) as error:
+            folder.skip(path, error)
+            continue
+        kind = values.get("kind")
+        if isinstance(kind, str) and kind in (*LISTED, *SHAPES):
+            if (problem := problem_of(kind, values)) is None:
+                results.setdefault(kind, {})[folder.name(path)] = values
+            else:
+                folder.skip(path, f"{problem}; run the command again")
+        elif kind is None and "command" in values:  # which every result had before it had a kind
+            folder.skip(path, "made by an older qswin; run the command again")
+        elif kind not in UNSHOWN:
+            folder.skip(path, "not a result of qswin")
+    return results
+
+
+def problem_of(kind: str, values: Values) -> str | None:
+    """What keeps a result from being shown as one of its kind; None where nothing does."""
+    if kind not in SHAPES:
+        return None
+    name, shape = SHAPES[kind]
+    rows = values.get(name)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and fits(row, shape) for row in rows):
+        return f"its {name!r} are not rows of {', '.join(shape)}"
+    if kind == "timing" and len(rows) > MOST_TIMED:
+        return f"it has more than {MOST_TIMED} rows"
+    metrics = [row[side] for row in rows for side in GROUP[1:]] if kind == "sensitivity" else []
+    whole = [values.get(key, {}) for key in ("all", "float")] if kind == "sensitivity" else []
+    if not all("kl" in found and is_numbers(found) for found in metrics) or not all(map(is_numbers, whole)):
+        return "its metrics are not numbers"
+    return None
+
+
+def fits(row: Values, shape: Values) -> bool:
+    """Whether a row has values of these types; float stands for a finite number, list for one of texts."""
+    for key, kind in shape.items():
+        value: Any = row.get(key)
+        if kind is float and not (is_number(value) and math.isfinite(value)):
+            return False
+        if kind is not float and not isinstance(value, kind):
+            return False
+        if kind is list and not all(isinstance(entry, str) for entry in value):
+            return False
+    return row.get("ms") is None or is_number(row["ms"])
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def is_numbers(values: Any) -> bool:
+    """Whether a value of JSON is an object of numbers."""
+    return isinstance(values, dict) and all(map(is_number, values.values()))
 
 
 def result_sections(results: Results) -> dict[str, list[Part]]:
-    """{heading: its parts} of the results; one without parts has nothing to show.
-
-    Raises:
-        ValueError: a result lacks what its kind has; matplotlib is missing.
-    """
+    """{heading: its parts} of the results; one without parts has nothing to show. ValueError: no matplotlib."""
     return {
-        **{heading: listed(results.of(kind), keys) for kind, (heading, keys) in LISTED.items()},
-        "Speed": speed(results.of("timing")),
-        "Sensitivity": sensitivity(results.of("sensitivity")),
-        "Layers": layers(results.of("layers")),
-        "Skipped": [f"<p>{html.escape(skipped(results.old))}</p>"] if results.old else [],
+        **{heading: listed(results.get(kind, {}), keys) for kind, (heading, keys) in LISTED.items()},
+        "Speed": speed(results.get("timing", {})),
+        "Sensitivity": sensitivity(results.get("sensitivity", {})),
+        "Layers": layers(results.get("layers", {})),
     }
-
-
-def skipped(files: Sequence[str]) -> str:
-    """A sentence on the results that have no kind."""
-    return f"{', '.join(files)}: made by an older qswin; run the command again"
 
 
 def listed(results: dict[str, Values], keys: Sequence[str]) -> list[Part]:
@@ -98,24 +133,9 @@ def cell(value: Any) -> Cell:
     return ", ".join(map(str, value))
 
 
-def rows_of(results: dict[str, Values], name: str, keys: Sequence[str]) -> dict[str, Rows]:
-    """{file: the rows that a result lists under a name}.
-
-    Raises:
-        ValueError: there is no such list, or a row lacks one of the keys.
-    """
-    found: dict[str, Rows] = {}
-    for file, values in results.items():
-        rows = values.get(name)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= set(row) for row in rows):
-            raise ValueError(f"{file}: its {name!r} are not rows of {', '.join(keys)}; run the command again")
-        found[file] = rows
-    return found
-
-
 def speed(results: dict[str, Values]) -> list[Part]:
     """What `qswin bench` measured, all of it in one table and one picture."""
-    rows = [row for rows in rows_of(results, "rows", TIMING).values() for row in rows]
+    rows = [row for values in results.values() for row in values["rows"]]
     if not rows:
         return []
     timed = table(list(map(heading, TIMING)), [[row[key] for key in TIMING] for row in rows])
@@ -125,10 +145,10 @@ def speed(results: dict[str, Values]) -> list[Part]:
 def sensitivity(results: dict[str, Values]) -> list[Part]:
     """What `qswin sensitivity` measured: a picture and a table for each file, the groups that cost most first."""
     parts: list[Part] = []
-    for file, rows in rows_of(results, "rows", GROUP).items():
-        if rows:
+    for file, values in results.items():
+        if rows := values["rows"]:
             ranked = sorted(rows, key=lambda row: -row["alone"]["kl"])
-            whole, none = (results[file].get(name, {}) for name in ("all", "float"))
+            whole, none = (values.get(name, {}) for name in ("all", "float"))
             everything = {"name": "everything", "alone": whole, "without": none}
             parts += [ranking(file, ranked[:SENSITIVE]), costs([*ranked, everything])]
     return parts
@@ -151,7 +171,8 @@ def costs(rows: Rows) -> str:
 def layers(results: dict[str, Values]) -> list[Part]:
     """What `qswin inspect` listed of engines and graphs, a table for each, coloured by precision."""
     parts: list[Part] = []
-    for file, found in rows_of(results, "layers", LAYER).items():
+    for file, values in results.items():
+        found = values["layers"]
         rows = [[r["name"], r["kind"], " ".join(r["inputs"]), " ".join(r["outputs"]), r.get("ms")] for r in found]
         precisions = [" ".join(r["outputs"]).lower().split(" ")[0] for r in found]
         listing = table(["layer", "kind", "inputs", "outputs", "ms"], rows, precisions)

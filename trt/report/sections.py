@@ -1,66 +1,77 @@
 """Everything that a run's folder holds, as the sections of a page."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from qswin.calib.files import read_json, write_atomic
+from qswin.calib.files import write_atomic
+from qswin.calib.reading import JSON_BYTES, parse_json, read_json, read_regular
 from qswin.trt.report import plots
+from qswin.trt.report.folder import LARGEST, RunFolder
 from qswin.trt.report.ranges import histograms, range_table, stage_ranges
-from qswin.trt.report.results import read_results, result_sections, skipped
+from qswin.trt.report.results import cell, is_numbers, read_results, result_sections
 from qswin.trt.report.webpage import Part, Picture, table
 
 Sections = dict[str, list[Part]]  # {heading: its parts}
+PNG = b"\x89PNG\r\n\x1a\n"
+MOST_PICTURES = 200
 # What comes first, in this order.
 FIRST = ("Accuracy", "Verdicts", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images")
 
 
 def report(run: Path) -> Sections:
-    """All that the folder holds.
+    """All that the folder holds; what cannot be shown is listed under "Skipped".
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds nothing to report, or a file that cannot be read; matplotlib is missing.
+        ValueError: it holds nothing to report; matplotlib is missing.
     """
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run}: no such folder")
-    results, stages = read_results(run), stage_ranges(run)
+    folder = RunFolder(run)
+    stages = stage_ranges(folder)
     sections = {
-        **result_sections(results),
-        "Verdicts": verdicts(run),
-        "Training": training(run),
+        **result_sections(read_results(folder)),
+        "Verdicts": verdicts(folder),
+        "Training": training(folder),
         "Ranges": range_table(stages),
-        "Histograms": histograms(run, stages),
-        "Worst images": worst_images(run),
+        "Histograms": histograms(folder, stages),
+        "Worst images": worst_images(folder),
     }
     found = {heading: sections[heading] for heading in dict.fromkeys((*FIRST, *sections)) if sections[heading]}
-    if not set(found) - {"Skipped"}:
-        old = f" ({skipped(results.old)})" if results.old else ""
-        raise ValueError(f"{run}: nothing to report{old}; calibrate, train, evaluate or bench with --json files there")
-    return found
+    if not found:
+        first = "; ".join(f"{file}: {reason}" for file, reason in list(folder.skipped.items())[:3])
+        skipped = f" ({first})" if first else ""
+        what = "calibrate, train, evaluate or bench with --json files there"
+        raise ValueError(f"{run}: nothing to report{skipped}; {what}")
+    return {**found, "Skipped": [table(["file", "reason"], folder.skipped.items())]} if folder.skipped else found
 
 
-def verdicts(run: Path) -> list[Part]:
+def verdicts(folder: RunFolder) -> list[Part]:
     """How far each checkpoint is from the float model, from the sidecars."""
     rows = []
-    for path in sorted(run.rglob("*.safetensors.json")):
-        found = read_json(path)
+    for path in folder.files("**/*.safetensors.json"):
+        try:
+            found = read_json(path)
+        except (ValueError, OSError) as error:
+            folder.skip(path, error)
+            continue
         metrics = found.get("metrics") if found.get("kind") == "checkpoint" else None
         verdict = metrics.get("verdict") if isinstance(metrics, dict) else None
         if isinstance(verdict, dict):
-            blame = ", ".join(verdict.get("blame", ()))
-            shown = [verdict.get(key) for key in ("agreement", "kl", "images")]
-            rows.append([path.stem, *shown, "yes" if verdict.get("good") else "no", blame])
+            shown = [cell(verdict.get(key)) for key in ("agreement", "kl", "images")]
+            rows.append([path.stem, *shown, "yes" if verdict.get("good") else "no", cell(verdict.get("blame", ""))])
     headings = ["checkpoint", "agreement, %", "mean KL", "images", "good", "to blame"]
     return [table(headings, rows)] if rows else []
 
 
-def training(run: Path) -> list[Part]:
+def training(folder: RunFolder) -> list[Part]:
     """The loss of each step and the metric of each epoch, from every log.jsonl."""
     parts: list[Part] = []
-    for path in sorted(run.rglob("log.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    for path in folder.files("**/log.jsonl"):
+        try:
+            lines = read_log(path)
+        except (ValueError, OSError) as error:
+            folder.skip(path, error)
+            continue
         steps = [line for line in lines if "loss" in line]
         epochs = [line for line in lines if "epoch" in line]
         if not steps:
@@ -70,16 +81,34 @@ def training(run: Path) -> list[Part]:
             axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], linewidth=1)
             axes.set(xlabel="step", ylabel="loss")
 
-        parts.append(plots.picture(plot, f"{path.relative_to(run)}: the loss", height=3))
+        parts.append(plots.picture(plot, f"{folder.name(path)}: the loss", height=3))
         if epochs:
             names = list(dict.fromkeys(name for line in epochs for name in line))
             parts.append(table(names, [[line.get(name) for name in names] for line in epochs]))
     return parts
 
 
-def worst_images(run: Path) -> list[Part]:
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that are whole, each an object of numbers. Raises ValueError for any other file."""
+    text = read_regular(path, JSON_BYTES).decode(errors="replace")
+    lines = [parse_json(line, str(path)) for line in text.splitlines() if line.endswith("}")]
+    if not all(is_numbers(line) and "step" in line for line in lines):
+        raise ValueError(f"{path}: not the log of a training")
+    return lines
+
+
+def worst_images(folder: RunFolder) -> list[Part]:
     """What `qswin evaluate --pictures` drew in the folder `pictures` of the run's."""
-    return [Picture(path.read_bytes(), path.stem) for path in sorted(run.glob("pictures/*.png"))]
+    parts: list[Part] = []
+    for path in folder.files("pictures/*.png"):
+        data = read_regular(path, LARGEST[".png"])
+        if not data.startswith(PNG):
+            folder.skip(path, "not a PNG")
+        elif len(parts) == MOST_PICTURES:
+            folder.skip(path, f"the page shows {MOST_PICTURES} pictures")
+        else:
+            parts.append(Picture(data, path.stem))
+    return parts
 
 
 def save_pictures(sections: Sections, folder: Path) -> int:

@@ -1,5 +1,8 @@
 """Image batches against timm's own evaluation transform."""
 
+import os
+import socket
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +10,11 @@ from timm.data import create_transform
 
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing, load_image, load_pixels
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (300, 217), (217, 300), (33, 70), (1, 1), (224, 224)])
@@ -61,7 +69,7 @@ def test_settings_that_cannot_be_used_say_why():
         Preprocessing(size=(8, 16))
 
 
-@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
 def test_16_bits_become_8(tmp_path, suffix):
     deep = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
     Image.fromarray(deep).save(file := tmp_path / f"a.{suffix}")
@@ -74,6 +82,14 @@ def test_16_bits_become_8(tmp_path, suffix):
 def test_pixels_without_a_range_are_refused(tmp_path, dtype):
     Image.fromarray(np.zeros((8, 8), dtype)).save(file := tmp_path / "a.tiff")
     with pytest.raises(ValueError, match=r"a\.tiff: its 32-bit pixels have no known range"):
+        load_image(file, Preprocessing(size=(8, 8)))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, make_socket, lambda path: os.symlink("/dev/zero", path)])
+def test_only_regular_files_are_images(tmp_path, make):
+    """A FIFO waits for its writer, a device may never end."""
+    make(file := tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: missing, or cannot be read as an image"):
         load_image(file, Preprocessing(size=(8, 8)))
 
 

@@ -1,6 +1,7 @@
 """WebDataset shards: read as the webdataset library reads what it wrote, and refused when they are broken."""
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -126,3 +127,10 @@ def test_broken_bytes_give_samples_or_one_error(tmp_path_factory, changes, cut):
         assert str(shard) in str(error)
     else:
         assert all(len(image.open().read()) == image.size for image, _ in samples)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_only_regular_files_are_shards(tmp_path, make):
+    make(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match=r"a\.tar: not a tar file, compressed or truncated \(.*not a regular file"):
+        scan_folder("classification", tmp_path)

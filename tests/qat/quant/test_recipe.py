@@ -90,6 +90,8 @@ def test_the_old_keys_of_bits_are_read():
         ({"name": "x", "weight_bits": 4, "weight_format": "int4"}, "unknown key 'weight_bits'"),
         ({"name": "x", "activation_format": 4}, "format 4 is not known"),
         ({"name": "x", "calibrator": "maximum"}, "calibrator 'maximum' is not known"),
+        ({"name": "x", "rules": [{"sites": "fc1"}] * 2001}, "more than 2000 rules or sites in float"),
+        ({"name": "x", "in_float": ["fc1"] * 2001}, "more than 2000 rules or sites in float"),
         ({"name": "x", "rules": [{"sites": "*", "weight_calibrator": "max:1"}]}, "calibrator 'max:1' is not known"),
     ],
 )

@@ -322,6 +322,26 @@ def test_workers_do_not_change_the_losses(config_file, ptq, tmp_path):
     assert losses(logs[0]) == losses(logs[1])
 
 
+@pytest.mark.parametrize(
+    ("minutes", "words"),
+    [
+        (0, r"run/last\.pt holds 3 of 5 steps; the same command goes on from there"),
+        (9, "no step is saved yet; the same command starts again"),
+    ],
+)
+def test_a_run_that_is_stopped_says_what_is_saved(config_file, monkeypatch, minutes, words):
+    whole = TrainStep.__call__
+
+    def step(self, batches):
+        if self.done == 3:
+            raise KeyboardInterrupt
+        return whole(self, batches)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    with pytest.raises(KeyboardInterrupt, match=words):
+        run(config_file, "recipe=none", f"train.save_minutes={minutes}")
+
+
 def test_a_loss_that_is_not_finite_names_step_files_and_site(config_file, ptq):
     trainer = make_trainer(config_file, ptq)
     broken = trainer.model.layers[1].blocks[0].mlp.fc2

@@ -51,3 +51,8 @@ def test_the_table_puts_the_slowest_first():
     layers = [Layer("quick", "k", (), (), ("fp16",), 0.1), Layer("slow", "k", (), (), ("int8",), 0.5)]
     lines = layer_table(layers).splitlines()
     assert lines[0].endswith("slow") and "2 layers" in lines[3] and "0.600 ms" in lines[3]
+
+
+def test_a_name_makes_no_line_of_its_own():
+    table = layer_table([Layer("a\x1b[2J\nfake", "Add", (), ("fp32",), ("fp32",))])
+    assert len(table.splitlines()) == 4 and r"a\x1b[2J\nfake" in table

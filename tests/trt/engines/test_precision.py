@@ -1,10 +1,13 @@
 """Overrides resolved on real graphs, and FP16 written into graphs, judged by ONNX Runtime."""
 
+import signal
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
+from qswin.trt.engines import precision
 from qswin.trt.engines.layers import Layer, graph_layers
 from qswin.trt.engines.precision import not_honoured, resolve_overrides
 from qswin.trt.graphs.half_precision import is_half, is_quantized, write_half_precision
@@ -94,3 +97,13 @@ def test_what_an_engine_did_with_overrides():
     ]
     problems = not_honoured(layers, {"a": "fp32", "c": "fp32", "d": "fp32"})
     assert set(problems) == {"c", "d"} and problems["c"] == "fp16" and "does not list" in problems["d"]
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*a){20}$"])
+def test_a_pattern_that_never_ends_is_refused(monkeypatch, pattern):
+    monkeypatch.setattr(precision, "SECONDS", 0.2)
+    node = onnx.helper.make_node("Add", ["x", "x"], ["y"], name="a" * 60 + "!")
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+    with pytest.raises(ValueError, match="is not matched in 0.2 s; leave out nested repetitions"):
+        resolve_overrides(model, [f"{pattern}=fp32"])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from html.parser import HTMLParser
 
 import numpy as np
@@ -114,9 +115,10 @@ def test_everything_is_shown(run):
     shown = Page(html(run))
     assert shown.headings == [
         *("Accuracy", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images"),
-        *("Comparisons", "Mixed precision", "Exports", "Builds"),
+        *("Comparisons", "Mixed precision", "Exports", "Builds", "Skipped"),
     ]
-    accuracy, speed, epochs, sensitivity, ranges, layers, comparisons, searches, exports, builds = shown.tables
+    accuracy, speed, epochs, sensitivity, ranges, layers, comparisons, searches, exports, builds, skipped = shown.tables
+    assert skipped == [["file", "reason"], ["of another program.json", "not a result of qswin"]]
     assert accuracy[1] == ["a.json", "onnxruntime 1", "int8", "47.5", "5000", "99"]
     assert accuracy[2] == ["b.json", "<script>alert(1)</script>", "int8", "48.25", "5000", "99"]
     assert [line[3] for line in speed[1:]] == ["1", "8"]
@@ -194,7 +196,7 @@ def test_results_without_a_kind_are_named(run):
     text = html(run)
     shown = Page(text)
     assert len(shown.tables[0]) == 3 and shown.headings[-1] == "Skipped"
-    assert "<p>old.json: made by an older qswin; run the command again</p>" in text
+    assert ["old.json", "made by an older qswin; run the command again"] in shown.tables[-1]
 
 
 def test_old_results_alone_are_nothing_to_report(tmp_path):
@@ -207,8 +209,80 @@ def test_old_results_alone_are_nothing_to_report(tmp_path):
 @pytest.mark.parametrize("rows", [None, 1, [1], [{"model": "a.onnx"}]])
 def test_a_result_without_its_rows_is_named(tmp_path, kind, key, rows):
     (tmp_path / "a.json").write_text(json.dumps({"kind": kind, key: rows}))
-    with pytest.raises(ValueError, match=f"a.json: its '{key}' are not rows"):
+    with pytest.raises(ValueError, match=f"nothing to report .a.json: its '{key}' are not rows"):
         report(tmp_path)
+
+
+ROW = {"model": "a", "backend": "b", "precision": "int8", "batch": 1, "ms": 1.0, "images_per_second": 1.0}
+
+
+def link_twice(path):
+    (between := path.with_suffix(".between")).symlink_to("/dev/zero")
+    path.symlink_to(between.name)
+
+
+ODD = {
+    "links out": (lambda path: path.symlink_to("/etc/passwd"), "a link to a file outside of the folder"),
+    "FIFO": (os.mkfifo, "not a regular file"),
+    "folder": (os.mkdir, "not a regular file"),
+    "links to a link out": (link_twice, "a link to a file outside of the folder"),
+    "too large": (lambda path: (path.touch(), os.truncate(path, 1 << 40)), "larger than"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "name", ["a1.json", "log.jsonl", "pictures/s.png", "ptq.safetensors", HISTOGRAMS, "x.safetensors.json"]
+)
+def test_only_regular_files_of_the_folder_are_shown(tmp_path, odd, name):
+    make, reason = ODD[odd]
+    (tmp_path / "a.json").write_text(json.dumps(EVALUATION))
+    (tmp_path / "pictures").mkdir()
+    make(tmp_path / name)
+    shown = report(tmp_path)
+    assert list(shown) == ["Accuracy", "Skipped"]
+    ((_, (file, told)),) = Page(page("x", shown)).tables[-1:]
+    assert file == name and told.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("pictures/s.png", "root:x:0:0", "not a PNG"),
+        ("a1.json", "{", "not JSON, or cut off"),
+        ("a1.json", '{"kind": "spam", "rows": [1]}', "not a result of qswin"),
+        ("a1.json", json.dumps({"kind": "timing", "rows": [ROW | {"ms": "1"}]}), "its 'rows' are not rows of model"),
+        ("a1.json", json.dumps({"kind": "timing", "rows": [ROW | {"batch": 10**400}]}), "its 'rows' are not rows"),
+        ("a1.json", json.dumps({"kind": "timing", "rows": [ROW] * 1001}), "it has more than 1000 rows"),
+        (
+            "a1.json",
+            json.dumps({"kind": "sensitivity", "rows": [{"name": "x", "alone": {"kl": []}, "without": {}}]}),
+            "its metrics are not numbers",
+        ),
+        ("log.jsonl", "[1]\n{}", "not the log of a training"),
+        ("log.jsonl", '{"step": 1, "loss": "x"}', "not the log of a training"),
+        ("ptq.safetensors", "no checkpoint", "truncated, or not a checkpoint"),
+        (HISTOGRAMS, "no zip", "truncated, or not a file of histograms"),
+    ],
+)
+def test_what_is_not_of_its_kind_is_skipped(tmp_path, name, content, reason):
+    (tmp_path / "a.json").write_text(json.dumps(EVALUATION))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / name).write_text(content)
+    ((_, (file, told)),) = Page(html(tmp_path)).tables[-1:]
+    assert file == name and told.startswith(reason)
+
+
+def test_a_link_inside_the_folder_is_followed(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(EVALUATION))
+    (tmp_path / "b.json").symlink_to("a.json")
+    assert [line[0] for line in Page(html(tmp_path)).tables[0][1:]] == ["a.json", "b.json"]
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    row = ROW | {"model": r"$\frac$ \x1b " + "x" * 500}
+    (tmp_path / "a.json").write_text(json.dumps({"kind": "timing", "rows": [row, row]}))
+    assert list(report(tmp_path)) == ["Speed"]
 
 
 def test_the_page_must_be_called_html(run, capsys):
@@ -242,9 +316,5 @@ def test_what_cannot_be_reported_says_why(tmp_path):
     with pytest.raises(ValueError, match="nothing to report"):
         report(tmp_path)
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"a\.json: not JSON, or cut off"):
-        report(tmp_path)
-    (tmp_path / "a.json").unlink()
-    (tmp_path / "ptq.safetensors").write_bytes(b"no checkpoint")
-    with pytest.raises(ValueError, match=r"ptq\.safetensors: truncated, or not a checkpoint"):
+    with pytest.raises(ValueError, match=r"nothing to report \(a\.json: not JSON, or cut off"):
         report(tmp_path)

@@ -1,0 +1,29 @@
+"""Training images that cannot be read."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qswin.calib.data.folders import ImageFolder
+from qswin.qat.training.images import TrainImages
+
+
+def images_of(folder: Path, bad: int, good: int, skip: bool) -> TrainImages:
+    for index in range(good):
+        Image.new("RGB", (4, 4)).save(folder / f"{index}.png")
+    files = [*(folder / f"missing{index}.png" for index in range(bad)), *sorted(folder.glob("*.png"))]
+    samples = ImageFolder(folder, ("a",), tuple((file, 0) for file in files))
+    return TrainImages(samples, lambda image, label: (image.size, label), seed=0, epoch=0, skip_unreadable=skip)
+
+
+def test_any_number_of_unreadable_images_is_skipped(tmp_path):
+    images = images_of(tmp_path, bad=1500, good=2, skip=True)
+    assert images[0] == ((4, 4), 0, 1500) and images[1501] == ((4, 4), 0, 1501)
+
+
+def test_images_none_of_which_can_be_read_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: none of its 3 images can be read"):
+        images_of(tmp_path, bad=3, good=0, skip=True)[1]
+    with pytest.raises(ValueError, match=r"missing0\.png: missing, or cannot be read"):
+        images_of(tmp_path, bad=3, good=1, skip=False)[0]
