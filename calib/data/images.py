@@ -5,17 +5,25 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Annotated, Any, Literal, Protocol
 
 import numpy as np
+from msgspec import Meta
 from PIL import Image, UnidentifiedImageError
 
+from qswin.calib.validation import Number, Positive
+
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+Interpolation = Literal["bicubic", "bilinear"]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 UNREADABLE = (
     "missing, or cannot be read as an image; mend or remove it, or skip it"
     " (--skip-unreadable, or data.skip_unreadable=true in a config)"
 )
+
+LARGEST_SIDE = 4096  # pixels, of a model's input
+SMALLEST_CROP = 0.05  # of the resized image's side: what is cropped away is computed first
+Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +33,11 @@ class Preprocessing:
     `size` is (height, width) in pixels. `mean` and `std` are for each RGB channel, with pixel values in [0, 1].
     """
 
-    size: tuple[int, int] = (224, 224)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.9
+    size: tuple[Side, Side] = (224, 224)
+    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bicubic"
+    crop_pct: Annotated[float, Meta(ge=SMALLEST_CROP, le=1)] = 0.9
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLING:

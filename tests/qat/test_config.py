@@ -158,13 +158,17 @@ def test_one_number_is_the_side_of_a_square(config_file):
     [
         ("model.kwargs.in_chans=1", "in_chans=1 is not supported: images have three channels"),
         ("model.kwargs.features_only=true", "features_only=True is not supported: only whole classifiers"),
-        ("data.preprocessing.size=[64]", r"data.preprocessing.size=\[64\]: give a number of pixels, or"),
-        ("data.preprocessing.size=large", "data.preprocessing.size=large: give a number of pixels"),
-        ("data.preprocessing.size=0", "data.preprocessing.size=0: give a number of pixels"),
-        ("data.preprocessing.mean=0.5", "data.preprocessing.mean=0.5: give three numbers"),
-        ("data.preprocessing.std=[1, 1]", "data.preprocessing.std=.*: give three numbers"),
-        ("data.preprocessing.crop_pct=all", "data.preprocessing.crop_pct=all: give a number above 0"),
-        ("data.preprocessing.interpolation=[1]", "interpolation"),
+        ("data.preprocessing.size=[64]", r"data.preprocessing: size is \[64\]: expected array of length 2, got 1"),
+        ("data.preprocessing.size=large", "data.preprocessing: size is 'large': expected array, got str"),
+        ("data.preprocessing.size=0", r"data.preprocessing: size\[0\] is 0: expected int >= 1"),
+        ("data.preprocessing.size=1000000", r"data.preprocessing: size\[0\] is 1000000: expected int <= 4096"),
+        ("data.preprocessing.mean=0.5", "data.preprocessing: mean is 0.5: expected array, got float"),
+        ("data.preprocessing.std=[1, 1]", "data.preprocessing: std is .*: expected array of length 3, got 2"),
+        ("data.preprocessing.std=[1, 1, 0]", r"data.preprocessing: std\[2\] is 0: expected float > 0"),
+        ("data.preprocessing.crop_pct=all", "data.preprocessing: crop_pct is 'all': expected float, got str"),
+        ("data.preprocessing.crop_pct=.nan", "data.preprocessing: crop_pct is nan: expected float >= 0.05"),
+        ("data.preprocessing.interpolation=[1]", r"interpolation is \[1\]: expected str, got array"),
+        ("data.preprocessing.interpolation=area", "interpolation is 'area': invalid enum value 'area'"),
         ("data.preprocessing.sizes=64", "data.preprocessing.sizes is not known; the keys are size"),
     ],
 )
@@ -185,11 +189,12 @@ def test_published_weights_without_a_network_are_refused_at_once(monkeypatch):
     """Nothing listens at this address: the Hub's own client would ask again and again, with 46 s of sleep between."""
     slept = []
     monkeypatch.setattr(download.constants, "ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr(download.constants, "HF_HUB_CACHE", "/nonexistent")
     monkeypatch.setattr(time, "sleep", slept.append)
     with pytest.raises(
         ValueError, match=r"weights of swin_tiny_patch4_window7_224 cannot be downloaded.*model.checkpoint="
     ):
-        build_model("swin_tiny_patch4_window7_224", pretrained=True, cache_dir="/nonexistent")
+        build_model("swin_tiny_patch4_window7_224", pretrained=True)
     assert sum(slept) < 1 and not download.constants.HF_HUB_OFFLINE
 
 

@@ -71,9 +71,9 @@ def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> di
     metadata = parse_metadata(onnx, properties(model))
     if is_quantized(model):
         raise ValueError(f"{onnx}: has Q/DQ nodes, whose ranges are in the graph; export with --precision fp32")
-    samples = draw_samples(scan_folder(metadata["task"], data), options.images, options.seed)
+    samples = draw_samples(scan_folder(metadata.task, data), options.images, options.seed)
     skipped: list[ImageFile] | None = [] if options.skip_unreadable else None
-    batches = calibration_batches(samples, Preprocessing(**metadata["preprocessing"]), options, skipped)
+    batches = calibration_batches(samples, metadata.preprocessing, options, skipped)
     if options.offline_for is None:
         stream = BatchStream(batches, options.batch_size)
         content = calibrate_with_tensorrt(onnx, model, options.algorithm, options.batch_size, stream)

@@ -1,11 +1,17 @@
 """ONNX files as qswin writes them: the graph, and the metadata that makes evaluation need no config."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+
+from qswin.calib.data.images import Preprocessing
+from qswin.calib.validation import Task, take
+
+REMEDY = "export it with qswin export"
 
 
 def read_onnx(path: str | Path) -> onnx.ModelProto:
@@ -31,17 +37,34 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def parse_metadata(path: str | Path, properties: dict[str, str]) -> dict[str, Any]:
-    """What the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What running an exported graph takes of its metadata, which say more."""
+
+    task: Task
+    preprocessing: Preprocessing
+    classes: list[str] | None
+    precision: str = "as exported"
+
+
+def metadata_values(path: str | Path, properties: dict[str, str]) -> dict[str, Any]:
+    """All that the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
 
     Raises:
         ValueError: the file is not one of qswin's.
     """
     try:
-        metadata = json.loads(properties["qswin"])
-        return {key: metadata[key] for key in ("task", "preprocessing", "classes")} | metadata
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: has no qswin metadata; export it with qswin export") from error
+        values = json.loads(properties["qswin"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: has no qswin metadata; {REMEDY}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: its qswin metadata are not a JSON object; {REMEDY}")
+    return values
+
+
+def parse_metadata(path: str | Path, properties: dict[str, str]) -> Metadata:
+    """Of what the exporter wrote, what running the graph takes. Raises ValueError where it is not that."""
+    return take(metadata_values(path, properties), Metadata, f"{path}: its qswin metadata", REMEDY)
 
 
 def opset(model: onnx.ModelProto) -> int:
