@@ -55,7 +55,7 @@ class Bounded(TorchDispatchMode):
     """
 
     def __init__(self, model: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.total = model, 0
 
     def __torch_dispatch__(

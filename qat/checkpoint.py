@@ -152,15 +152,18 @@ def write_report(report: Path | None, path: Path) -> None:
         write_result(report, "checkpoint report", {"checkpoint": str(path), **values})
 
 
-def read_description(path: Path) -> Description:
+def read_description(path: Path, data: bytes | None = None) -> Description:
     """The sidecar of a checkpoint.
+
+    Args:
+        data: the checkpoint's content, where it has been read.
 
     Raises:
         FileNotFoundError: the checkpoint or its sidecar is missing.
         ValueError: the sidecar is malformed, or belongs to another file.
     """
     keys = [field.name for field in dataclasses.fields(Description)]
-    values = read_sidecar(path, KIND, keys, REMEDY)
+    values = read_sidecar(path, KIND, keys, REMEDY, data)
     return Description.from_dict(values, f"{path}: its sidecar does not describe a checkpoint")
 
 
@@ -172,9 +175,13 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
         ValueError: the file is truncated, foreign or does not fit its sidecar.
     """
     path = Path(path)
-    description = read_description(path)
-    model = _build(description)
-    load_state(model, read_state(path), path)
+    data = path.read_bytes() if path.is_file() else None
+    description = read_description(path, data)
+    try:
+        model = _build(description)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    load_state(model, read_state(path, data), path)
     enable(model)
     return model.eval(), description
 

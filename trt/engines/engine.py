@@ -65,6 +65,7 @@ class BuiltModel:
 
     Args:
         kind: of the file, as its sidecar says it: "engine" or "package".
+        data: the file's content, where it has been read.
 
     Attributes:
         sidecar: what running the model takes of it.
@@ -75,9 +76,9 @@ class BuiltModel:
         ValueError: the sidecar is malformed, or it is another file's.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, kind: str, data: bytes | None = None) -> None:
         keys = [field.name for field in dataclasses.fields(Built)]
-        values = read_sidecar(path, kind, keys, REMEDY)
+        values = read_sidecar(path, kind, keys, REMEDY, data)
         self.sidecar = sidecar = take(values, Built, f"{path}: its sidecar", REMEDY)
         self.smallest, _, self.largest = sidecar.profile
         self.backend = f"{sidecar.target} {sidecar.version}"
@@ -103,12 +104,13 @@ class Engine(BuiltModel):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        super().__init__(path, KIND)
+        data = path.read_bytes() if path.is_file() else b""
+        super().__init__(path, KIND, data)
         check_fits(path, self.sidecar, find_tensorrt(self.sidecar.target), find_gpu())
         from polygraphy.backend.trt import engine_from_bytes
         from polygraphy.cuda import DeviceArray, Stream
 
-        self.engine = engine_from_bytes(path.read_bytes())
+        self.engine = engine_from_bytes(data)
         self.context = self.engine.create_execution_context()
         self._stream = Stream()
         self.stream: int = self._stream.ptr
