@@ -27,6 +27,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         _check_plain(name, value)
         numbers = value if isinstance(value, list | tuple) else [value]
+        if name.endswith("_rate") and not all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in numbers):
+            raise ValueError(f"{name}={value}: give a share, 0 or more and below 1")
         if name in DEPTHS and sum(number for number in numbers if isinstance(number, int)) > MOST_BLOCKS:
             raise ValueError(f"{name}={value}: at most {MOST_BLOCKS} blocks are built; {MORE}")
 

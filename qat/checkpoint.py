@@ -22,7 +22,7 @@ from qswin.calib.validation import Sha256, validate
 from qswin.models.registry import build_model, family_of
 from qswin.models.state_dicts import check_state, mismatch, read_state
 from qswin.qat.config import load_config
-from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.float_model import build_float_model, input_size, model_arguments
 from qswin.qat.quant.layers import check_channel_scales
 from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
 from qswin.qat.quant.recipe import Recipe, todays_keys
@@ -123,7 +123,7 @@ def check_description(model: nn.Module, description: Description) -> None:
     if difference is not None:
         raise ValueError(f"the model is not what description.model and its recipe say: {difference}")
     size = description.preprocessing.size
-    for taken, who in ((_input_size(model), "the model"), (_input_size(described), "what description.model builds")):
+    for taken, who in ((input_size(model), "the model"), (input_size(described), "what description.model builds")):
         if taken not in (None, size):
             raise ValueError(f"description.preprocessing.size is {size}, but {who} takes {taken}")
     classes, number = description.classes, getattr(model, "num_classes", None)
@@ -136,13 +136,6 @@ def _build(description: Description) -> nn.Module:
     arguments = {key: value for key, value in description.model.items() if key not in ("checkpoint", "pretrained")}
     model = build_model(**arguments)
     return model if description.recipe is None else rewrite(model, description.recipe)
-
-
-def _input_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) of the images that a model takes; None where it takes any, or does not say."""
-    embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    return tuple(size) if size is not None and getattr(embed, "strict_img_size", True) else None
 
 
 def write_report(report: Path | None, path: Path) -> None:

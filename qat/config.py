@@ -32,7 +32,10 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{path}: {missing[0]} is not set; add {missing[0]}=VALUE to the command line")
-    return cast(Config, OmegaConf.to_object(config))
+    loaded = cast(Config, OmegaConf.to_object(config))
+    if loaded.train.min_lr > loaded.train.lr:
+        raise ValueError(f"{path}: train.min_lr={loaded.train.min_lr} is above train.lr={loaded.train.lr}; lower it")
+    return loaded
 
 
 def _entries_of_file(path: Path) -> list[tuple[str, Any, str]]:

@@ -24,7 +24,18 @@ def build_float_model(config: ModelConfig, preprocessing: dict[str, Any]) -> tup
         ValueError: a setting is wrong, or the weights are another model's or cannot be downloaded.
     """
     model = build_model(checkpoint=config.checkpoint, pretrained=config.pretrained, **model_arguments(config))
-    return model, adapted(family_of(config.name).preprocessing(model), preprocessing)
+    adapted_to = adapted(family_of(config.name).preprocessing(model), preprocessing)
+    if input_size(model) not in (None, adapted_to.size):
+        taken = f"model {config.name} takes {input_size(model)}"
+        raise ValueError(f"data.preprocessing.size is {adapted_to.size}, but {taken}; set model.kwargs.img_size too")
+    return model, adapted_to
+
+
+def input_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the images that a model takes; None where it takes any, or does not say."""
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    return tuple(size) if size is not None and getattr(embed, "strict_img_size", True) else None
 
 
 def adapted(own: dict[str, Any], configured: dict[str, Any]) -> Preprocessing:

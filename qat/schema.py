@@ -113,8 +113,12 @@ class CalibrationConfig:
 class AugmentConfig:
     """Augmentation of training images."""
 
-    scale: tuple[float, float] = option((0.08, 1.0), "Smallest and largest area of the random crop, of the image's.", least=0.0001, most=1, ordered=True)
-    ratio: tuple[float, float] = option((0.75, 1.3333), "Smallest and largest width / height of the random crop.", least=0.01, most=100, ordered=True)
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), "Smallest and largest area of the random crop, of the image's.", least=0.0001, most=1, ordered=True
+    )
+    ratio: tuple[float, float] = option(
+        (0.75, 1.3333), "Smallest and largest width / height of the random crop.", least=0.01, most=100, ordered=True
+    )
     hflip: float = option(0.5, "Probability of a flip left to right.", least=0, most=1)
     vflip: float = option(0.0, "Probability of a flip upside down.", least=0, most=1)
     rotate: float = option(0.0, "Largest angle of a rotation in degrees; segmentation only.", least=0, most=360)

@@ -12,9 +12,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from qswin.calib.files import write_atomic
+from qswin.models.state_dicts import BROKEN
 
 Log = Callable[[dict[str, float]], None]
 LAST = "last.pt"
+REMEDY = "delete it, or start over with resume=never"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -30,9 +32,12 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: cannot be read; delete it, or start over with resume=never") from error
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (*BROKEN, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: cannot be read; {REMEDY}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not the state of a training but a {type(state).__name__}; {REMEDY}")
+    return state
 
 
 @contextlib.contextmanager

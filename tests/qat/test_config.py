@@ -129,6 +129,18 @@ def test_every_key_has_one_sentence():
         ("train.distill_weight=1.5", "train.distill_weight=1.5 is out of range; give 0 to 1"),
         ("train.lr=.nan", "train.lr=nan is out of range"),
         ("data.workers=-1", "data.workers=-1 is out of range; give 0 or more"),
+        ("train.batch_size=0", "train.batch_size=0 is out of range; give 1 or more"),
+        ("train.lr=0", "train.lr=0.0 is out of range; give 1e-12 to 10"),
+        ("train.lr=-1", "train.lr=-1.0 is out of range"),
+        ("train.min_lr=1", "train.min_lr=1.0 is above train.lr=0.001; lower it"),
+        ("train.ema_decay=2", "train.ema_decay=2.0 is out of range; give 0 to 1"),
+        ("train.augment.mixup=nan", "train.augment.mixup=nan is out of range"),
+        ("train.augment.mixup=.inf", "train.augment.mixup=inf is out of range"),
+        ("train.augment.scale=[1, 0]", "train.augment.scale=.* is out of range; give 0.0001 to 1"),
+        ("train.augment.scale=[1, 0.5]", "train.augment.scale=.*: give the smaller one first"),
+        ("train.save_minutes=.inf", "train.save_minutes=inf is out of range"),
+        ("recipe=${oc.env:HOME}", r"override .*: recipe: \${...} is not expanded; write the value out"),
+        ("model.kwargs={act_layer: '${oc.env:HOME}'}", r"model.kwargs: \${...} is not expanded"),
     ],
 )
 def test_values_that_are_not_allowed_are_refused(config_file, override, words):
@@ -148,9 +160,8 @@ def build(config_file, *overrides):
 
 
 def test_one_number_is_the_side_of_a_square(config_file):
-    assert (
-        build(config_file, "data.preprocessing.size=64")[1] == build(config_file, "data.preprocessing.size=[64, 64]")[1]
-    )
+    settings = "model.kwargs.img_size=64", "data.preprocessing.size=64", "data.preprocessing.size=[64, 64]"
+    assert build(config_file, *settings[:2])[1] == build(config_file, settings[0], settings[2])[1]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,9 @@ def test_one_number_is_the_side_of_a_square(config_file):
         ("data.preprocessing.crop_pct=.nan", "data.preprocessing: crop_pct is nan: expected float >= 0.05"),
         ("data.preprocessing.interpolation=[1]", r"interpolation is \[1\]: expected str, got array"),
         ("data.preprocessing.interpolation=area", "interpolation is 'area': invalid enum value 'area'"),
+        ("data.preprocessing.size=31", r"size is \(31, 31\), but model .* takes \(32, 32\); set model.kwargs.img_size"),
+        ("model.kwargs.drop_path_rate=5", "drop_path_rate=5: give a share, 0 or more and below 1"),
+        ("model.kwargs.device=meta", "'device' is not a setting of the architecture"),
         ("data.preprocessing.sizes=64", "data.preprocessing.sizes is not known; the keys are size"),
     ],
 )
