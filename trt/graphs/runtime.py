@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qswin.calib.data.batches import fill_up
-from qswin.trt.graphs.files import parse_metadata, read_onnx
+from qswin.trt.graphs.files import check_interface, parse_metadata, read_onnx
 from qswin.trt.graphs.half_precision import is_quantized
 
 LOAD_ERRORS = (
@@ -90,10 +90,12 @@ class OnnxRuntimePredictor:
     def __init__(self, path: str | Path, threads: int = 0) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such ONNX file")
+        model = read_onnx(path)
+        check_interface(path, model)
         self._session = start_session(path, threads)
         batch = self._session.get_inputs()[0].shape[0]
         self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
-        quantized = (self.batch_size or int8_sums_saturate()) and is_quantized(read_onnx(path))
+        quantized = (self.batch_size or int8_sums_saturate()) and is_quantized(model)
         if quantized and self.batch_size:
             self._session = start_session(path, threads, FLOAT_GEMMS)
         if quantized and int8_sums_saturate():
