@@ -23,6 +23,7 @@ UNREADABLE = (
 )
 
 LARGEST_SIDE = int(4096 * float(os.environ.get("QSWIN_LIMITS", "1")))  # pixels, of a model's input
+LONGEST = 16  # times its shorter side, of an image that is resized as a whole
 SMALLEST_CROP = 0.05  # of the resized image's side: what is cropped away is computed first
 Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
 
@@ -113,6 +114,8 @@ def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
     """
     source = Path(path) if isinstance(path, str) else path
     with naming_unreadable(path), source.open("rb") as file, Image.open(file) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
     return image if mode is None else _to_8_bits(image, path).convert(mode)
 
@@ -122,7 +125,10 @@ def naming_unreadable(path: str | Source) -> Iterator[None]:
     """Turns whatever Pillow raises for a file that it cannot read into a ValueError that names the file."""
     try:
         yield
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except Image.DecompressionBombError as error:
+        limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's MAX_IMAGE_PIXELS"
+        raise ValueError(f"{path}: {limit}; make it smaller or remove it") from error
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
 
 
@@ -145,12 +151,28 @@ def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to floor(size / crop_pct), then crops the centre, as timm and torchvision do."""
+    """Resizes the shorter side to floor(size / crop_pct), then crops the centre, as timm and torchvision do.
+
+    Of an image that is longer than `LONGEST` times its width only the centre is resized, so that memory follows the
+    output. Its pixels are almost the same: places within the box are rounded otherwise.
+    """
     side = preprocessing.size[0]
     short = math.floor(side / preprocessing.crop_pct)
     long = int(short * max(image.size) / min(image.size))
     size = (short, long) if image.width <= image.height else (long, short)
+    if max(image.size) > LONGEST * min(image.size):
+        return _resize_centre(image, size, side, resampling)
     if image.size != size:
         image = image.resize(size, resampling)
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))
+
+
+def _resize_centre(image: Image.Image, size: tuple[int, int], side: int, resampling: Image.Resampling) -> Image.Image:
+    """The centre, side x side, of an image resized to `size`, without the rest of it."""
+    corner = [round((length - side) / 2) for length in size]
+    scale = [whole / length for whole, length in zip(image.size, size, strict=True)]
+    left, top = (start * factor for start, factor in zip(corner, scale, strict=True))
+    right, bottom = ((start + side) * factor for start, factor in zip(corner, scale, strict=True))
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    return image.resize((side, side), resampling, box=box)
