@@ -151,13 +151,16 @@ def write_with_sidecar(path: str | Path, data: bytes, kind: str, values: dict[st
     write_json(sidecar_path(path), {"kind": kind, **values, "sha256": hashlib.sha256(data).hexdigest()})
 
 
-def read_sidecar(path: Path, kind: str, keys: Collection[str], remedy: str) -> dict[str, Any]:
+def read_sidecar(
+    path: Path, kind: str, keys: Collection[str], remedy: str, data: bytes | None = None
+) -> dict[str, Any]:
     """The sidecar of a file. One under the name that qswin gave it before 0.2, `ptq.json`, is read too.
 
     Args:
         kind: of the file, as it was written with.
         keys: that the sidecar must have.
         remedy: what to do about a sidecar that is missing or wrong; the end of the message.
+        data: the file's content, where it has been read: what is used is then what was checked.
 
     Raises:
         FileNotFoundError: the file or its sidecar is missing.
@@ -174,7 +177,7 @@ def read_sidecar(path: Path, kind: str, keys: Collection[str], remedy: str) -> d
     missing = [key for key in (*keys, "sha256") if key not in values]
     if missing:
         raise ValueError(f"{sidecar}: not the sidecar of a {kind} ({missing[0]!r} is missing); {remedy}")
-    if sha256(path) != values["sha256"]:
+    if (sha256(path) if data is None else hashlib.sha256(data).hexdigest()) != values["sha256"]:
         raise ValueError(f"{path}: truncated or changed since its sidecar was written; {remedy}")
     return values
 

@@ -45,17 +45,13 @@ def build(
         kwargs: CvtConfig's settings.
 
     Raises:
-        ValueError: transformers is not installed, or it does not have a setting.
+        ValueError: transformers is not installed, or the activation is not one of the two.
     """
     try:
         from transformers import CvtConfig, CvtForImageClassification
         from transformers.activations import ACT2FN
     except ImportError as error:
         raise ValueError(f"{name} needs the transformers library: pip install 'qswin[cvt]'") from error
-    defaults = CvtConfig()
-    unknown = [key for key in kwargs if not hasattr(defaults, key)]
-    if unknown:
-        raise ValueError(f"model {name!r}: {unknown[0]!r} is not a setting of transformers' CvtConfig")
     if activation not in ("gelu", "quick_gelu"):
         raise ValueError(f"model {name!r}: activation {activation!r} is not known; choose gelu or quick_gelu")
     kwargs = {"num_labels": num_classes or 1000, **kwargs}
@@ -127,6 +123,11 @@ SITES = (
     (r"\.output\.dense$", ".mlp.fc2"),
     (r"(^|\.)classifier$", r"\1head"),
 )
+SETTINGS = (  # of CvtConfig, and `activation`
+    *("activation", "patch_sizes", "patch_stride", "patch_padding", "embed_dim", "num_heads", "depth", "mlp_ratio"),
+    *("attention_drop_rate", "drop_rate", "drop_path_rate", "qkv_bias", "cls_token", "qkv_projection_method"),
+    *("kernel_qkv", "padding_kv", "stride_kv", "padding_q", "stride_q", "initializer_range", "layer_norm_eps"),
+)
 FAMILY = Family(
     name="cvt",
     task="classification",
@@ -136,4 +137,5 @@ FAMILY = Family(
     convert_state=convert_state,
     sites=SITES,
     fixed={"num_channels": (3, "images have three channels")},
+    settings=SETTINGS,
 )

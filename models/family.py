@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qswin.models.limits import check_settings
+
 TASKS = ("classification", "segmentation")
 
 
@@ -34,6 +36,8 @@ class Family:
             `state_dicts.rename` applies them. Every model is renamed by the pairs of all families.
         no_weight_decay: how the names of parameters end that have two or more dimensions and take no weight decay.
         fixed: settings of the architecture that work with one value only: {setting: (value, why)}.
+        settings: names of the other settings that `build` takes. A config or a sidecar can give these and no others, so
+            none may name a file, an address or a device.
     """
 
     name: str
@@ -45,13 +49,22 @@ class Family:
     sites: tuple[tuple[str, str], ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    settings: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"family {self.name!r}: task {self.task!r} is not known; choose {' or '.join(TASKS)}")
 
     def check_settings(self, model: str, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming the model and the setting, for a setting of the architecture that does not work."""
+        """Raises ValueError, naming the model and the setting, for one that is unknown, too large or does not work."""
+        unknown = [setting for setting in settings if setting not in self.settings and setting not in self.fixed]
+        if unknown:
+            known = ", ".join(sorted(self.settings)) or "none"
+            raise ValueError(f"model {model!r}: {unknown[0]!r} is not a setting of the architecture; there are {known}")
+        try:
+            check_settings(settings)
+        except ValueError as error:
+            raise ValueError(f"model {model!r}: {error}") from error
         for setting, (value, reason) in self.fixed.items():
             found = settings.get(setting, value)
             if found != value:

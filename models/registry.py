@@ -1,6 +1,5 @@
 """Model names and builders, over the families that are known."""
 
-import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -14,6 +13,7 @@ from qswin import models
 from qswin.models.discovery import offers
 from qswin.models.download import cache_only_if_unreachable
 from qswin.models.family import Family
+from qswin.models.limits import LARGEST_CLASSES, Bounded
 from qswin.models.state_dicts import check_state, read_state, rename
 
 ENTRY_POINTS = "qswin.families"  # each is the place of a Family, `package.module:FAMILY`
@@ -83,16 +83,16 @@ def build_model(
         kwargs: settings of the architecture, as its library names them.
 
     Raises:
-        ValueError: the name is not known, a setting is wrong, the weights do not fit or cannot be downloaded.
+        ValueError: the name is not known; a setting is wrong, not allowed or too large; the weights do not fit or
+            cannot be downloaded.
     """
     family = family_of(name)
     family.check_settings(name, kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in family.fixed}
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"model {name!r}: num_classes={num_classes} is not supported; give 1 or more")
+    _check_classes(name, num_classes)
     download = pretrained and checkpoint is None
     try:
-        with cache_only_if_unreachable() if download else contextlib.nullcontext():
+        with cache_only_if_unreachable() if download else Bounded(name):
             model = family.build(name, num_classes, pretrained=download, **kwargs)
     except (TypeError, AssertionError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"model {name!r}: its settings do not work: {_first_line(error)}") from error
@@ -106,6 +106,14 @@ def build_model(
     if checkpoint is not None:
         load_weights(model, family, Path(checkpoint))
     return model.eval()
+
+
+def _check_classes(name: str, num_classes: Any) -> None:
+    if num_classes is None:
+        return
+    if not isinstance(num_classes, int) or not 1 <= num_classes <= LARGEST_CLASSES:
+        found = num_classes if isinstance(num_classes, int) else repr(num_classes)
+        raise ValueError(f"model {name!r}: num_classes={found} is not supported; give 1 or more, to {LARGEST_CLASSES}")
 
 
 def _first_line(error: Exception) -> str:

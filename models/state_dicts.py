@@ -1,7 +1,10 @@
 """State dicts: reading them from files, renaming their tensors, comparing them with what a model has."""
 
+import io
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from torch import Tensor
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
 BROKEN = (  # what torch raises over a damaged file
     *(RuntimeError, EOFError, OSError, ValueError),
-    *(KeyError, IndexError, AttributeError, TypeError),
+    *(KeyError, IndexError, AttributeError, TypeError, MemoryError, RecursionError, ArithmeticError),
+    *(zipfile.BadZipFile, struct.error),
 )
+DEEPEST = 4  # wrappings around the weights that are looked through
 
 
 def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
@@ -26,12 +31,14 @@ def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
 
 
 def mismatch(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """How `state` first differs from `expected` in names and shapes, naming the tensor; None when it does not."""
+    """How `state` first differs from `expected` in names, shapes and types, with the tensor; None when it does not."""
     for name, tensor in expected.items():
         if name not in state:
             return f"{name} is missing"
         if state[name].shape != tensor.shape:
             return f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        if state[name].is_floating_point() != tensor.is_floating_point():
+            return f"{name} is of {state[name].dtype}, not {tensor.dtype}"
     unknown = set(state) - set(expected)
     return f"{min(unknown)} is not a tensor of this model" if unknown else None
 
@@ -43,20 +50,26 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
         raise ValueError(f"{path}: {difference}; check the model's name, its settings, num_classes and the recipe")
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, as float32 where they are floating; nothing in it is executed.
+
+    Args:
+        data: the file's content, where it has been read.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is truncated, is not a checkpoint, or holds pickled code.
+        ValueError: the file is truncated, is not a checkpoint, or holds pickled code; or a tensor, which is named, is
+            not dense, real and finite in float32.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    data = path.read_bytes() if data is None else data
     try:
         if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
+            state: Any = safetensors.torch.load(data)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            _check_stored(data)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); copy it again") from error
     except pickle.UnpicklingError as error:
@@ -75,11 +88,45 @@ def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of what a file holds, out of the wrappings that training frameworks put around them."""
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(state).__name__}; save model.state_dict()")
-    opened: list[Any] = []
-    while (inner := next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)) is not None:
-        opened.append(state)
+    for _ in range(DEEPEST):
+        inner = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
+        if inner is None:
+            break
         state = state[inner]
-        if any(state is outer for outer in opened):
-            raise ValueError(f"{path}: its {inner!r} contains itself; save model.state_dict()")
-    tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    else:
+        raise ValueError(f"{path}: its weights are wrapped more than {DEEPEST} deep; save model.state_dict()")
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = str(key).removeprefix("module.")
+        if not isinstance(value, Tensor):
+            continue
+        if name in tensors:
+            raise ValueError(f"{path}: {name} is there twice, once as module.{name}; save model.state_dict() again")
+        tensors[name] = _plain(value, name, path)
+    return tensors
+
+
+def _plain(value: Tensor, name: str, path: Path) -> Tensor:
+    """A tensor as this project computes with it, float32 if it is floating. Raises ValueError where that changes it."""
+    dense = value.layout == torch.strided and not (value.is_quantized or value.is_nested or value.is_meta)
+    if not dense or value.is_complex():
+        kinds = ("is_sparse", "is_quantized", "is_nested", "is_meta")
+        kind = next((kind[3:] for kind in kinds if getattr(value, kind)), f"{value.layout} {value.dtype}")
+        raise ValueError(f"{path}: {name} is a {kind} tensor; save dense, real tensors of numbers")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{path}: {name} of shape {tuple(value.shape)} repeats few values; save its .contiguous()")
+    if not value.is_floating_point():
+        return value
+    converted = value.float()
+    if not bool(converted.isfinite().all()):
+        what = "values beyond float32" if bool(value.isfinite().all()) else "NaN or infinite values"
+        raise ValueError(f"{path}: {name} holds {what}; train or save it again")
+    return converted
+
+
+def _check_stored(data: bytes) -> None:
+    """Raises ValueError for a zip file whose members are larger than the file: torch.save does not compress."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > len(data):
+                raise ValueError("it is compressed, which torch.save does not do")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
+from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS
 
 
 def names() -> list[str]:
@@ -21,6 +22,11 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return family.checkpoint_filter_fn(state, model)
 
 
+SETTINGS = (
+    *TIMM_SETTINGS,
+    *("depths", "window_size", "always_partition", "strict_img_size"),
+    *("head_dim", "pretrained_window_sizes"),  # of V1, and of V2
+)
 FAMILY = Family(
     name="swin",
     task="classification",
@@ -31,4 +37,5 @@ FAMILY = Family(
     sites=(PATCH_EMBED, (r"(^|\.)head\.fc$", r"\1head")),
     no_weight_decay=("relative_position_bias_table", "logit_scale"),
     fixed=FIXED,
+    settings=SETTINGS,
 )

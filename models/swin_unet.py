@@ -180,6 +180,10 @@ def preprocessing(model: Any) -> dict[str, Any]:
     return {"size": size, "mean": zero, "std": one, "interpolation": "bicubic", "crop_pct": 1.0}
 
 
+SETTINGS = (
+    *("img_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size"),
+    *("mlp_ratio", "qkv_bias", "drop_path_rate"),
+)
 FAMILY = Family(
     name="swin-unet",
     task="segmentation",
@@ -189,4 +193,5 @@ FAMILY = Family(
     convert_state=convert_state,
     sites=(PATCH_EMBED, (r"^output$", "head")),
     no_weight_decay=("relative_position_bias_table",),
+    settings=SETTINGS,
 )

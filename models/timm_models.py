@@ -13,6 +13,11 @@ FIXED = {
     "in_chans": (3, "images have three channels"),
     "features_only": (False, "only whole classifiers are quantized"),
 }
+# What timm's transformers have in common: data, which choose no file, address, device or code.
+SETTINGS = (
+    *("img_size", "patch_size", "embed_dim", "num_heads", "mlp_ratio", "qkv_bias", "global_pool", "dynamic_img_size"),
+    *("drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+)
 PATCH_EMBED = (r"(^|\.)patch_embed\.proj$", r"\1patch_embed")  # of Family.sites
 
 

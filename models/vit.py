@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
+from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS
 
 # Other blocks, other attention, or a head that pools by attention, under the same prefix.
 OTHERS = r"18x2|dinov3|lingbot|radio|rope|rpn|sapiens|siglip_\d|xp_"
@@ -25,6 +26,12 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return vision_transformer.checkpoint_filter_fn(state, model)
 
 
+SETTINGS = (
+    *TIMM_SETTINGS,
+    *("depth", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "class_token", "pos_embed"),
+    *("no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "dynamic_img_pad"),
+    *("pos_drop_rate", "patch_drop_rate"),
+)
 FAMILY = Family(
     name="vit",
     task="classification",
@@ -34,4 +41,5 @@ FAMILY = Family(
     convert_state=convert_state,
     sites=(PATCH_EMBED,),
     fixed=FIXED,
+    settings=SETTINGS,
 )

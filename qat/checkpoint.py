@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -18,17 +18,19 @@ from qswin.calib.files import (
     write_with_sidecar,
 )
 from qswin.calib.reading import read_json
+from qswin.calib.validation import Sha256, validate
 from qswin.models.registry import build_model, family_of
 from qswin.models.state_dicts import check_state, mismatch, read_state
 from qswin.qat.config import load_config
-from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.float_model import build_float_model, input_size, model_arguments
 from qswin.qat.quant.layers import check_channel_scales
 from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
-from qswin.qat.quant.recipe import Recipe
+from qswin.qat.quant.recipe import Recipe, todays_keys
 from qswin.qat.quant.rewrite import enable, rewrite
 
 KIND = "checkpoint"
 SUFFIX = ".safetensors"
+REMEDY = "save or copy both again; for bare weights give their --config"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +47,16 @@ class Description:
     """
 
     model: dict[str, Any]
-    stage: str
+    stage: Literal["float", "ptq", "qat"]
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None = None
     recipe: Recipe | None = None
-    parent: str | None = None
+    parent: Sha256 | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model.get("name"), str):
+            raise ValueError("model has no name, or one that is not text")
 
     @property
     def task(self) -> str:
@@ -63,16 +69,17 @@ class Description:
         return {**values, "task": self.task, "preprocessing": self.preprocessing.to_dict(), "recipe": recipe}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Description":
-        values = {field.name: values[field.name] for field in dataclasses.fields(cls)}
-        return cls(
-            **values
-            | {
-                "preprocessing": Preprocessing(**values["preprocessing"]),
-                "classes": None if values["classes"] is None else tuple(values["classes"]),
-                "recipe": None if values["recipe"] is None else Recipe.from_dict(values["recipe"]),
-            }
-        )
+    def from_dict(cls, values: dict[str, Any], where: str = "description") -> "Description":
+        """The description that `to_dict` gave, or a sidecar's.
+
+        Args:
+            where: what the values come from; messages begin with it.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is of another type or out of range.
+        """
+        values = values | {"recipe": todays_keys(values.get("recipe"))}
+        return validate(values, cls, where, beside=("kind", "task", "sha256"), remedy=REMEDY)
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, description: Description) -> None:
@@ -116,7 +123,7 @@ def check_description(model: nn.Module, description: Description) -> None:
     if difference is not None:
         raise ValueError(f"the model is not what description.model and its recipe say: {difference}")
     size = description.preprocessing.size
-    for taken, who in ((_input_size(model), "the model"), (_input_size(described), "what description.model builds")):
+    for taken, who in ((input_size(model), "the model"), (input_size(described), "what description.model builds")):
         if taken not in (None, size):
             raise ValueError(f"description.preprocessing.size is {size}, but {who} takes {taken}")
     classes, number = description.classes, getattr(model, "num_classes", None)
@@ -131,13 +138,6 @@ def _build(description: Description) -> nn.Module:
     return model if description.recipe is None else rewrite(model, description.recipe)
 
 
-def _input_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) of the images that a model takes; None where it takes any, or does not say."""
-    embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    return tuple(size) if size is not None and getattr(embed, "strict_img_size", True) else None
-
-
 def write_report(report: Path | None, path: Path) -> None:
     """What `--json` of the commands that make a checkpoint writes: its name, and all that its sidecar says."""
     if report is not None:
@@ -145,19 +145,19 @@ def write_report(report: Path | None, path: Path) -> None:
         write_result(report, "checkpoint report", {"checkpoint": str(path), **values})
 
 
-def read_description(path: Path) -> Description:
+def read_description(path: Path, data: bytes | None = None) -> Description:
     """The sidecar of a checkpoint.
+
+    Args:
+        data: the checkpoint's content, where it has been read.
 
     Raises:
         FileNotFoundError: the checkpoint or its sidecar is missing.
         ValueError: the sidecar is malformed, or belongs to another file.
     """
     keys = [field.name for field in dataclasses.fields(Description)]
-    values = read_sidecar(path, KIND, keys, "save or copy both again; for bare weights give their --config")
-    try:
-        return Description.from_dict(values)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: its sidecar does not describe a checkpoint ({error}); save it again") from error
+    values = read_sidecar(path, KIND, keys, REMEDY, data)
+    return Description.from_dict(values, f"{path}: its sidecar does not describe a checkpoint")
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
@@ -168,9 +168,13 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
         ValueError: the file is truncated, foreign or does not fit its sidecar.
     """
     path = Path(path)
-    description = read_description(path)
-    model = _build(description)
-    load_state(model, read_state(path), path)
+    data = path.read_bytes() if path.is_file() else None
+    description = read_description(path, data)
+    try:
+        model = _build(description)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    load_state(model, read_state(path, data), path)
     enable(model)
     return model.eval(), description
 

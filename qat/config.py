@@ -33,7 +33,10 @@ def load_config(file: str | Path, overrides: list[str]) -> Config:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{path}: {missing[0]} is not set; add {missing[0]}=VALUE to the command line")
-    return cast(Config, OmegaConf.to_object(config))
+    loaded = cast(Config, OmegaConf.to_object(config))
+    if loaded.train.min_lr > loaded.train.lr:
+        raise ValueError(f"{path}: train.min_lr={loaded.train.min_lr} is above train.lr={loaded.train.lr}; lower it")
+    return loaded
 
 
 def _entries_of_file(path: Path) -> list[tuple[str, Any, str]]:
@@ -79,6 +82,8 @@ def _set(config: DictConfig, key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: unknown key {key!r}; the nearest is {near!r}")
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 reads 1e-4, without a dot, as text
+    if "${" in repr(value):
+        raise ValueError(f"{where}: {key}: ${{...}} is not expanded; write the value out")
     try:
         OmegaConf.update(config, key, value, force_add=True)
     except OmegaConfBaseException as error:

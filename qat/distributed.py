@@ -42,7 +42,7 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         target = torch.device(chosen)
-        torch.empty(1, device=target)
+        torch.zeros(1, device=target).item()  # which the device meta cannot give
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"device={device}: {reason}; choose device=cpu") from error

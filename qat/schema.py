@@ -5,6 +5,7 @@ It says everything about a key: type, default, a sentence (docs/config.md is mad
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 MISSING = "???"
@@ -20,7 +21,12 @@ FREE = ("recipe.", "model.kwargs.", "data.preprocessing.")  # what is below thes
 
 
 def option(
-    default: Any, help: str, choices: tuple[str, ...] = (), least: float | None = None, most: float | None = None
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float | None = None,
+    ordered: bool = False,
 ) -> Any:
     """A field of the schema.
 
@@ -28,9 +34,10 @@ def option(
         default: a dict stands for an empty one of each config's own.
         help: one sentence about the key.
         choices: the values of a key that names one of a few.
-        least, most: the bounds of a number, themselves allowed.
+        least, most: the bounds of a number, or of each number of a pair, themselves allowed.
+        ordered: the first number of a pair is not above the second.
     """
-    metadata = {"help": help, "choices": choices, "least": least, "most": most}
+    metadata = {"help": help, "choices": choices, "least": least, "most": most, "ordered": ordered}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -108,16 +115,20 @@ class CalibrationConfig:
 class AugmentConfig:
     """Augmentation of training images."""
 
-    scale: tuple[float, float] = option((0.08, 1.0), "Smallest and largest area of the random crop, of the image's.")
-    ratio: tuple[float, float] = option((0.75, 1.3333), "Smallest and largest width / height of the random crop.")
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), "Smallest and largest area of the random crop, of the image's.", least=0.0001, most=1, ordered=True
+    )
+    ratio: tuple[float, float] = option(
+        (0.75, 1.3333), "Smallest and largest width / height of the random crop.", least=0.01, most=100, ordered=True
+    )
     hflip: float = option(0.5, "Probability of a flip left to right.", least=0, most=1)
     vflip: float = option(0.0, "Probability of a flip upside down.", least=0, most=1)
-    rotate: float = option(0.0, "Largest angle of a rotation in degrees; segmentation only.", least=0)
+    rotate: float = option(0.0, "Largest angle of a rotation in degrees; segmentation only.", least=0, most=360)
     color_jitter: float = option(0.0, "Strength of random brightness, contrast and saturation.", least=0)
     auto_augment: str | None = option(None, "Policy of timm, for instance `rand-m9-mstd0.5-inc1`; classification only.")
     random_erase: float = option(0.0, "Probability of random erasing; classification only.", least=0, most=1)
-    mixup: float = option(0.0, "Alpha of mixup, 0 for none; classification only.", least=0)
-    cutmix: float = option(0.0, "Alpha of CutMix, 0 for none; classification only.", least=0)
+    mixup: float = option(0.0, "Alpha of mixup, 0 for none; classification only.", least=0, most=100)
+    cutmix: float = option(0.0, "Alpha of CutMix, 0 for none; classification only.", least=0, most=100)
 
 
 @dataclasses.dataclass
@@ -127,7 +138,7 @@ class TrainConfig:
     epochs: int = option(1, "Passes over `train`.", least=1)
     batch_size: int = option(64, "Images in a batch of one process.", least=1)
     grad_accum_steps: int = option(1, "Batches whose gradients are accumulated for one step of the optimizer.", least=1)
-    lr: float = option(1e-5, "Largest learning rate of AdamW.", least=0)
+    lr: float = option(1e-5, "Largest learning rate of AdamW.", least=1e-12, most=10)
     min_lr: float = option(0.0, "Learning rate at the end of the cosine schedule.", least=0)
     warmup_steps: int = option(0, "Steps over which the learning rate rises linearly to `lr`.", least=0)
     weight_decay: float = option(0.05, "Weight decay of matrices; biases, norms and ranges have none.", least=0)
@@ -191,6 +202,7 @@ class Key(NamedTuple):
     choices: tuple[str, ...]
     least: float | None
     most: float | None
+    ordered: bool
 
     def check(self, value: Any) -> None:
         """Raises ValueError for a value of the right type that nothing can be done with."""
@@ -199,9 +211,20 @@ class Key(NamedTuple):
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name}={value} is not known; choose {', '.join(self.choices)}")
         low, high = (-math.inf if self.least is None else self.least), (math.inf if self.most is None else self.most)
-        if (self.least, self.most) != (None, None) and not low <= value <= high:
-            allowed = f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+        numbers = [number for number in _each(value) if isinstance(number, int | float)]
+        if not all(low <= number <= high and math.isfinite(number) for number in numbers):
+            if self.least is None:
+                allowed = "numbers"
+            else:
+                allowed = f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
             raise ValueError(f"{self.name}={value} is out of range; give {allowed}")
+        if self.ordered and numbers != sorted(numbers):
+            raise ValueError(f"{self.name}={value}: give the smaller one first")
+
+
+def _each(value: Any) -> list[Any]:
+    """The entries of a list, of any kind, or the value itself."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def keys_of(schema: Any = Config, prefix: str = "") -> dict[str, Key]:

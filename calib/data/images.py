@@ -3,28 +3,37 @@
 import contextlib
 import dataclasses
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Annotated, Any, Literal, Protocol
 
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 
 from qswin.calib.reading import open_regular
+from qswin.calib.validation import Number, Positive
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+Interpolation = Literal["bicubic", "bilinear"]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 BROKEN = (  # what Pillow's readers raise over a damaged file
     *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError),
-    *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(RuntimeError, struct.error, zlib.error),
 )
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose pixels Pillow widens from 16 bits to 32
 UNREADABLE = (
     "missing, or cannot be read as an image; mend or remove it, or skip it"
     " (--skip-unreadable, or data.skip_unreadable=true in a config)"
 )
+
+LARGEST_SIDE = int(4096 * float(os.environ.get("QSWIN_LIMITS", "1")))  # pixels, of a model's input
+LONGEST = 16  # times its shorter side, of an image that is resized as a whole
+SMALLEST_CROP = 0.05  # of the resized image's side: what is cropped away is computed first
+Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +43,11 @@ class Preprocessing:
     `size` is (height, width) in pixels. `mean` and `std` are for each RGB channel, with pixel values in [0, 1].
     """
 
-    size: tuple[int, int] = (224, 224)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.9
+    size: tuple[Side, Side] = (224, 224)
+    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bicubic"
+    crop_pct: Annotated[float, Meta(ge=SMALLEST_CROP, le=1)] = 0.9
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLING:
@@ -113,6 +122,8 @@ def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
     """
     source = Path(path) if isinstance(path, str) else path
     with naming_unreadable(path), open_source(source) as file, Image.open(file) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
     return image if mode is None else _to_8_bits(image, path).convert(mode)
 
@@ -127,6 +138,9 @@ def naming_unreadable(path: str | Source) -> Iterator[None]:
     """Turns whatever Pillow raises for a file that it cannot read into a ValueError that names the file."""
     try:
         yield
+    except Image.DecompressionBombError as error:
+        limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's MAX_IMAGE_PIXELS"
+        raise ValueError(f"{path}: {limit}; make it smaller or remove it") from error
     except BROKEN as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
 
@@ -150,12 +164,28 @@ def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to floor(size / crop_pct), then crops the centre, as timm and torchvision do."""
+    """Resizes the shorter side to floor(size / crop_pct), then crops the centre, as timm and torchvision do.
+
+    Of an image that is longer than `LONGEST` times its width only the centre is resized, so that memory follows the
+    output. Its pixels are almost the same: places within the box are rounded otherwise.
+    """
     side = preprocessing.size[0]
     short = math.floor(side / preprocessing.crop_pct)
     long = int(short * max(image.size) / min(image.size))
     size = (short, long) if image.width <= image.height else (long, short)
+    if max(image.size) > LONGEST * min(image.size):
+        return _resize_centre(image, size, side, resampling)
     if image.size != size:
         image = image.resize(size, resampling)
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))
+
+
+def _resize_centre(image: Image.Image, size: tuple[int, int], side: int, resampling: Image.Resampling) -> Image.Image:
+    """The centre, side x side, of an image resized to `size`, without the rest of it."""
+    corner = [round((length - side) / 2) for length in size]
+    scale = [whole / length for whole, length in zip(image.size, size, strict=True)]
+    left, top = (start * factor for start, factor in zip(corner, scale, strict=True))
+    right, bottom = ((start + side) * factor for start, factor in zip(corner, scale, strict=True))
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    return image.resize((side, side), resampling, box=box)

@@ -15,6 +15,7 @@ from qswin.calib.data.images import EXTENSIONS
 from qswin.calib.reading import open_regular
 
 LONGEST_LABEL = 20  # bytes of a .cls file
+LARGEST_LABEL = 1_000_000  # there is a name for each class up to the largest
 NAME = re.compile(r"^((?:.*/)?[^./]+)(\.[^/]*)$")  # as webdataset splits: a sample's name ends at the first dot
 
 
@@ -83,6 +84,6 @@ def _add(found: dict[str, Any], name: str, value: Any, shard: Path) -> None:
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:
     file = tar.extractfile(member) if member.size <= LONGEST_LABEL else None
     text = b"" if file is None else file.read().strip()
-    if not text.isdigit():
+    if not text.isdigit() or int(text) > LARGEST_LABEL:
         raise ValueError(f"{shard}: {member.name} is not a class index")
     return int(text)

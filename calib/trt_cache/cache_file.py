@@ -4,6 +4,7 @@ A header, `TRT-8600-EntropyCalibration2`, then lines `tensor: 3c010a14`: the big
 amax / 127. The sidecar binds a cache to the ONNX file it was made from.
 """
 
+import dataclasses
 import math
 import re
 import struct
@@ -12,12 +13,22 @@ from typing import Any
 
 from qswin.calib.files import read_sidecar, sha256, write_with_sidecar
 from qswin.calib.grid import INT8
+from qswin.calib.validation import Sha256, take
 
 KIND = "calibration cache"
 SUFFIX = ".cache"
+REMEDY = "make the cache again with qswin calib-cache"
 ALGORITHMS = {"entropy2": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
 LINE = re.compile(r"(.+): ([0-9a-f]{8}|0)")  # TensorRT leaves leading zeros out: a scale of 0 is "0"
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundTo:
+    """Of a cache's sidecar: the ONNX file that the cache was made from, its name and its SHA-256."""
+
+    onnx: str
+    onnx_sha256: Sha256
 
 
 def version_number(version: str) -> str:
@@ -95,12 +106,13 @@ def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
         FileNotFoundError: the cache or its sidecar is missing.
         ValueError: it is malformed, of another version, or of another ONNX file.
     """
-    bound = read_sidecar(path, KIND, ("onnx", "onnx_sha256"), "make the cache again with qswin calib-cache")
-    made_by, _, ranges = parse_cache(path.read_bytes(), str(path))
+    data = path.read_bytes() if path.is_file() else None
+    bound = take(read_sidecar(path, KIND, (), REMEDY, data), BoundTo, f"{path}: its sidecar", REMEDY)
+    made_by, _, ranges = parse_cache(data or b"", str(path))
     if made_by != version_number(version):
         raise ValueError(
             f"{path}: made for TensorRT {made_by}, here is {version_number(version)}; make the cache again"
         )
-    if bound["onnx_sha256"] != onnx_sha256:
-        raise ValueError(f"{path}: stale: made for another ONNX file, {bound['onnx']}; make the cache again")
+    if bound.onnx_sha256 != onnx_sha256:
+        raise ValueError(f"{path}: stale: made for another ONNX file, {bound.onnx}; make the cache again")
     return ranges

@@ -60,7 +60,8 @@ def preprocessing(model):
 SITES = ((r"^stem$", "patch_embed"), (r"\.out$", ".proj"))
 
 register_twins({Block: QuantBlock})
-register_family(Family("toy", "classification", lambda: ["toy"], build, preprocessing, sites=SITES))
+family = Family("toy", "classification", lambda: ["toy"], build, preprocessing, sites=SITES, settings=("dim",))
+register_family(family)
 
 # What you can do now: the same calls as for a Swin.
 model = qswin.build_model("toy", num_classes=5, dim=64)

@@ -154,7 +154,7 @@ class Package(BuiltModel):
         import torch
         from torch._inductor import aoti_load_package
 
-        capability, version = self.sidecar["capability"], self.sidecar["version"]
+        capability, version = self.sidecar.capability, self.sidecar.version
         if (found := check_gpu()) != capability:
             raise ValueError(f"{path}: built for compute capability {capability}, here is {found}; build it again")
         if torch.__version__ != version:

@@ -45,7 +45,11 @@ class OnnxRuntime(Backend):
     def listing(self, path: Path, time: bool) -> Listing:
         if time:
             raise ValueError(f"{path}: --time is for engines; qswin bench times an ONNX file")
-        layers = graph_layers(read_onnx(path))
+        graph = read_onnx(path)
+        try:
+            layers = graph_layers(graph)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return Listing("layers", [dataclasses.asdict(layer) for layer in layers], layer_table(layers))
 
     def activations(self, path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qswin.calib.files import check_suffix, sha256
+from qswin.calib.validation import validate
 from qswin.qat.checkpoint import load_model
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.ptq.verdict import Verdict, tell
@@ -59,7 +60,8 @@ def export_checkpoint(
     check_suffix("--onnx", path, (".onnx",))
     model, description = load_model(checkpoint, config_file, list(overrides))
     if precision == "int8" and "verdict" in description.metrics:
-        tell(Verdict.from_dict(description.metrics["verdict"]), "calibrate again, with recipe=auto", strict)
+        verdict = validate(description.metrics["verdict"], Verdict, f"{checkpoint}: metrics.verdict", beside=("good",))
+        tell(verdict, "calibrate again, with recipe=auto", strict)
     graph = export_onnx(model, description, precision, opset, batch_size)
     metadata = dataclasses.replace(description, parent=sha256(checkpoint)).to_dict()
     metadata |= {"precision": precision, "opset": opset}

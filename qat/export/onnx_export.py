@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -67,12 +68,18 @@ def export_onnx(
         raise ValueError(
             f"opset {opset} is too old: LayerNormalization and per-channel Q/DQ need {OLDEST_OPSET} or newer"
         )
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ValueError(f"opset {opset} is too new: the newest that the installed onnx knows is {newest}")
     twin = _prepare(model, description, precision)
     check_fits(twin, description)
     if precision == "fp16":
         twin = _HalfPrecision(twin)
     example = torch.randn(batch or 2, 3, *description.preprocessing.size)
     graph = _export(twin, example, max(opset, 18), dynamic=batch is None)
+    if graph.opset_imports.get("") != max(opset, 18):
+        written = graph.opset_imports.get("")
+        raise ValueError(f"opset {opset} cannot be written, the exporter gives {written}; choose --opset {written}")
     finish_weights(graph, int8=opset > OLDEST_OPSET)
     if opset == OLDEST_OPSET:
         lower_to_opset_17(graph)

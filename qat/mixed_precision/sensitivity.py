@@ -1,5 +1,6 @@
 """How much each site costs in accuracy: quantized alone, and all but it."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,27 @@ from tqdm import tqdm
 from qswin.calib.files import sha256, write_result
 from qswin.calib.messages import text_of
 from qswin.calib.reading import read_json
+from qswin.calib.validation import validate
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.probe import Groups, Probe, ProbeImages, group_quantizers, open_probe
 from qswin.qat.quant.quantizers import quantizers
 from qswin.trt.report import plots
 
 KIND = "sensitivity"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A group of sites in a report: its metrics when it alone is quantized, and when all but it are."""
+
+    name: str
+    sites: list[str]
+    alone: dict[str, float]
+    without: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if "kl" not in self.alone or "kl" not in self.without:
+            raise ValueError("its metrics lack 'kl'")
 
 
 def run_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, device: str = "auto") -> dict[str, Any]:
@@ -68,6 +84,7 @@ def read_report(path: Path) -> dict[str, Any]:
         or not isinstance(report.get("rows"), list)
     ):
         raise ValueError(f"{path}: not a sensitivity report; choose another name, or run qswin sensitivity again")
+    validate(report["rows"], list[_Row], f"{path}: rows", remedy="run qswin sensitivity again")
     return {key: report[key] for key in ("job", "float", "all", "rows") if key in report}
 
 

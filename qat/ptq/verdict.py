@@ -44,12 +44,6 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "good": self.good}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Verdict":
-        """The verdict in a sidecar. Raises KeyError or TypeError for anything else."""
-        numbers = (int(values["images"]), float(values["agreement"]), float(values["kl"]))
-        return cls(*numbers, {str(kind): float(kl) for kind, kl in dict(values["blame"]).items()})
-
     def __str__(self) -> str:
         """One line; of a bad verdict with the sites to blame."""
         line = f"{self.agreement:.1f} % agreement with float, mean KL {self.kl:.4g}, on {self.images} other images"

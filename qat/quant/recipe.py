@@ -6,13 +6,14 @@ the name (`qkv`, `attn.probs`, `layers.3`), or a wildcard that matches all of it
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from qswin.calib.calibrators import parse_calibrator
 from qswin.calib.grid import grid_of
+from qswin.calib.validation import NotNegative, Positive, validate
 from qswin.qat.quant.quantizers import QuantSpec, TensorQuantizer
 
 MOST_RULES = 2000  # each is compared with each site
@@ -28,7 +29,7 @@ class Rule:
     activation_format: str | None = None
     weight_calibrator: str | None = None
     calibrator: str | None = None  # of activations
-    amax: float | None = None  # of activations: a fixed range
+    amax: Positive | None = None  # of activations: a fixed range
 
     def __post_init__(self) -> None:
         _check(self)
@@ -56,8 +57,8 @@ class Recipe:
     per_channel: bool = True
     weight_calibrator: str = "max"
     calibrator: str = "mse"
-    dead_range: float | None = None
-    budget: float | None = None
+    dead_range: Positive | None = None
+    budget: NotNegative | None = None
     in_float: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,15 +101,17 @@ class Recipe:
         return {**dataclasses.asdict(self), "rules": rules, "in_float": list(self.in_float)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+    def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> "Recipe":
         """The recipe of plain data. The old keys, `weight_bits: 4`, stand for `weight_format: int4`.
 
+        Args:
+            where: what the data come from; messages begin with it.
+
         Raises:
-            ValueError: a key is not a setting of a recipe or of a rule, or a format or calibrator is not known.
+            ValueError: a key is not a setting of a recipe or of a rule, a value is of another type, or a format or
+                calibrator is not known.
         """
-        rules = tuple(_construct(Rule, rule, "recipe rule") for rule in values.get("rules", ()))
-        in_float = tuple(map(str, values.get("in_float", ())))
-        return _construct(cls, {**values, "rules": rules, "in_float": in_float}, "recipe")
+        return validate(todays_keys(values), cls, where)
 
 
 def _check(settings: Rule | Recipe) -> None:
@@ -118,22 +121,20 @@ def _check(settings: Rule | Recipe) -> None:
             grid_of(format_name)
     for calibrator in (settings.weight_calibrator, settings.calibrator):
         if calibrator is not None:
-            parse_calibrator(str(calibrator))
+            parse_calibrator(calibrator)
 
 
-def _construct(kind: type, values: dict[str, Any], what: str) -> Any:
+def todays_keys(values: Any) -> Any:
+    """A recipe's plain data, with formats where it was written before formats had names; what is none is left alone."""
+    if not isinstance(values, Mapping):
+        return values
     values = dict(values)
     for old, new in (("weight_bits", "weight_format"), ("activation_bits", "activation_format")):
         if old in values and new not in values:
             values[new] = f"int{values.pop(old)}"
-    known = [field.name for field in dataclasses.fields(kind)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"{what}: unknown key {unknown[0]!r}; the keys are {', '.join(known)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{what}: {error}") from error
+    if isinstance(values.get("rules"), list | tuple):
+        values["rules"] = [todays_keys(rule) for rule in values["rules"]]
+    return values
 
 
 _WEIGHTED = ("patch_embed", "attn.conv", "qkv", "proj", "fc1", "fc2", "reduction", "expand", "concat_back_dim", "head")

@@ -20,10 +20,10 @@ def read_recipe(written: Any, calibrator: str | None = None, budget: float | Non
         FileNotFoundError: there is no such file.
         ValueError: the name is not known, or what is written is not a recipe.
     """
-    written = contents(written)
+    where, written = written if isinstance(written, str) else "recipe", contents(written)
     if not isinstance(written, str | dict):
         raise ValueError(f"recipe={written!r}: give a name, a YAML file or a mapping")
-    recipe = Recipe.from_dict(written) if isinstance(written, dict) else named_recipe(written)
+    recipe = Recipe.from_dict(written, where) if isinstance(written, dict) else named_recipe(written)
     if calibrator is not None:
         recipe = dataclasses.replace(recipe, calibrator=calibrator)
     return recipe if budget is None else dataclasses.replace(recipe, budget=budget)

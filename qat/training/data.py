@@ -1,6 +1,7 @@
 """The data of a training run: its folders, its decoder, and the batches of each rank."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,13 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from qswin.calib.data.batches import Batch, image_batches
-from qswin.calib.data.folders import ImageFolder, scan_folder
+from qswin.calib.data.folders import ImageFolder, scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
+from qswin.calib.validation import shown
 from qswin.qat.distributed import Ranks
 from qswin.qat.schema import AugmentConfig, DataConfig
 from qswin.qat.training import dali
 from qswin.qat.training.images import TrainBatch, TrainImages, Transform, epoch_batches, load_batches, train_transform
+
+SIZED = 1000  # files of a folder whose sizes are compared
 
 
 class Folders(NamedTuple):
@@ -26,6 +30,27 @@ def scan_folders(task: str, root: Path) -> Folders:
     """train/ and val/ of a root, of the same classes. Raises as `scan_folder` does."""
     train = scan_folder(task, root / "train")
     return Folders(train, scan_folder(task, root / "val", train.classes))
+
+
+def fingerprint(folder: ImageFolder) -> dict[str, Any]:
+    """What tells a folder's images from others, wherever the folder is: names, labels, and the sizes of some files."""
+    digest = hashlib.sha256()
+    for file, label in folder.samples:
+        digest.update(f"{_name(file, folder.root)}\0{_name(label, folder.root)}\n".encode(errors="surrogateescape"))
+    for file, _ in spread_samples(folder, SIZED):
+        digest.update(f"{_size(file)}\n".encode())
+    return {"images": len(folder.samples), "classes": len(folder.classes), "listing": digest.hexdigest()}
+
+
+def _name(file: ImageFile | int, root: Path) -> str:
+    return str(file) if isinstance(file, int) else str(file).removeprefix(str(root))
+
+
+def _size(file: ImageFile) -> int:
+    """In bytes; 0 of a file that has gone since the folder was listed."""
+    if not isinstance(file, Path):
+        return file.size
+    return file.stat().st_size if file.is_file() else 0
 
 
 class Decoder(NamedTuple):
@@ -87,6 +112,29 @@ class TrainingData:
         samples = self.folders.validation.samples[self.ranks.rank :: self.ranks.world]
         skipped: list[ImageFile] | None = [] if self.options.skip_unreadable else None
         return image_batches(samples, preprocessing, self.batch_size, self.options.workers, skipped)
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """{"train", "val"}: what tells these images from others."""
+        return {"train": fingerprint(self.folders.train), "val": fingerprint(self.folders.validation)}
+
+    def check_fingerprints(self, before: Any) -> None:
+        """Raises ValueError, saying what changed, unless training began with these images.
+
+        Args:
+            before: `fingerprints` then; None of a training that was begun before they were kept.
+        """
+        if before is None or before == self.fingerprints:
+            return
+        for split, now in self.fingerprints.items():
+            was = before.get(split) if isinstance(before, dict) else None
+            if not isinstance(was, dict):
+                raise ValueError("it does not say which images it was trained on")
+            for what in now:
+                if was.get(what) != now[what]:
+                    counts = f"{shown(was.get(what))} {what}, now {now[what]}"
+                    changed = "other files or labels" if what == "listing" else counts
+                    raise ValueError(f"the images in {split}/ have changed since training began ({changed})")
 
     def files(self, indices: Sequence[int]) -> str:
         """The names of training images, in one line."""

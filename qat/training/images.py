@@ -6,6 +6,7 @@ is no state to save: a run that is killed at any step resumes with the same batc
 
 import enum
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from qswin.calib.data.folders import ImageFolder
 from qswin.calib.data.images import Preprocessing, check_size, open_image
 from qswin.calib.data.shards import ImageFile
 from qswin.qat.schema import AugmentConfig
+
+LARGEST_IN_POLICY = 100  # of the numbers in an `auto_augment`: magnitudes, layers, chains
 
 
 class TrainBatch(NamedTuple):
@@ -49,10 +52,23 @@ def seed_everything(seed: int, stream: Stream, *key: int) -> None:
     torch.manual_seed(int(state % 2**63))
 
 
+def check_policy(policy: str) -> None:
+    """Raises ValueError for an `auto_augment` that timm does not know, or whose numbers would take for ever."""
+    wanted = "give one of timm, for instance rand-m9-mstd0.5-inc1"
+    if any(float(number) > LARGEST_IN_POLICY for number in re.findall(r"\d+(?:\.\d+)?", policy)):
+        raise ValueError(f"train.augment.auto_augment={policy}: a number is above {LARGEST_IN_POLICY}; {wanted}")
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"train.augment.auto_augment={policy} is not a policy; {wanted}") from error
+
+
 class ClassificationTransform:
     """timm's training transform: random resized crop, flips, colour, RandAugment, erasing."""
 
     def __init__(self, preprocessing: Preprocessing, augment: AugmentConfig) -> None:
+        if augment.auto_augment is not None:
+            check_policy(augment.auto_augment)
         self._change = create_transform(
             (3, *preprocessing.size),
             is_training=True,

@@ -13,10 +13,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qswin.calib.files import write_atomic
 from qswin.calib.reading import parse_json
+from qswin.models.state_dicts import BROKEN
 from qswin.qat.runs import LOG
 
 Log = Callable[[dict[str, float]], None]
 LAST = "last.pt"
+REMEDY = "delete it, or start over with resume=never"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -32,9 +34,12 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: cannot be read; delete it, or start over with resume=never") from error
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (*BROKEN, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: cannot be read; {REMEDY}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: not the state of a training but a {type(state).__name__}; {REMEDY}")
+    return state
 
 
 @contextlib.contextmanager

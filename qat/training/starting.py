@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -54,7 +54,7 @@ def checkpoint_start(
     check_recipe(init, description.recipe or RECIPES["none"], recipe)
     if description.classes is not None and description.classes != folder.classes:
         raise ValueError(f"{folder.root}: its classes are not those of {init}")
-    stage = "qat" if description.recipe else "float"
+    stage: Literal["float", "qat"] = "qat" if description.recipe else "float"
     return model, dataclasses.replace(description, stage=stage, classes=folder.classes, parent=sha256(init))
 
 

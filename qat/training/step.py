@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qswin.calib.validation import shown
 from qswin.qat.distributed import Ranks
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.qat.schema import TrainConfig
@@ -144,15 +145,48 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to what `state_dict` gave."""
-        self.done = state["step"]
+        """Goes back to what `state_dict` gave.
+
+        Raises:
+            ValueError: the state is of another model or training, or was not written by `state_dict`; what is wrong is
+                named. The model may have been changed.
+        """
+        step = state.get("step")
+        if type(step) is not int or not 0 <= step <= self.total:
+            raise ValueError(f"its step is {shown(step)}; this training has {self.total} steps")
+        try:
+            self._load_parts(state)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"it does not fit this training ({' '.join(str(error).split())[:200]})") from error
+        self.done = step
+
+    def _load_parts(self, state: dict[str, Any]) -> None:
+        configured = [_options(group) for group in self.optimizer.param_groups]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, configured, strict=True):
+            if _options(group) != options:
+                name = next(name for name in options if _options(group)[name] != options[name])
+                found = f"{name}={shown(_options(group)[name])}"
+                raise ValueError(f"its optimizer has {found}, the config's {name}={options[name]}")
+        self._check_moments()
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         if self.oscillations is not None:
             self.oscillations.load_state_dict(state["oscillations"])
+
+    def _check_moments(self) -> None:
+        """AdamW takes moments of any shape; they are used only at the next step."""
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments and moments[name].shape != parameter.shape:
+                    raise ValueError(f"its optimizer's {name} has shape {tuple(moments[name].shape)}")
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What the config decides of a parameter group; `lr` is set anew at each step."""
+    return {name: group.get(name) for name in ("base_lr", "weight_decay", "betas", "eps", "ranges")}
 
 
 def lr_factor(step: int, total: int, warmup: int, floor: float) -> float:

@@ -33,7 +33,7 @@ from qswin.qat.schema import Config
 from qswin.qat.training.data import TrainingData, check_decoder, choose_decoder, scan_folders
 from qswin.qat.training.images import Stream, seed_everything
 from qswin.qat.training.objective import Objective
-from qswin.qat.training.progress import LAST, Log, load_state, open_log, save_state
+from qswin.qat.training.progress import LAST, REMEDY, Log, load_state, open_log, save_state
 from qswin.qat.training.starting import checkpoint_start, float_start
 from qswin.qat.training.step import NonFiniteLoss, TrainStep
 from qswin.trt.evaluation.evaluate import evaluate, main_metric
@@ -182,16 +182,26 @@ class Trainer:
     def save(self) -> None:
         """Writes last.pt, on rank 0."""
         if self.ranks.main:
-            save_state(self.run_folder.folder, {**self.step.state_dict(), "parent": self.description.parent})
+            started = {"parent": self.description.parent, "data": self.data.fingerprints}
+            save_state(self.run_folder.folder, {**self.step.state_dict(), **started})
         self.last_save, self.saved_step = time.monotonic(), self.step.done
 
     def _resume(self) -> None:
-        """Goes back to last.pt, if any. Raises ValueError when it cannot be read, or began with another `init`."""
+        """Goes back to last.pt, if any.
+
+        Raises:
+            ValueError: it cannot be read, does not fit the model or the config, or began with another `init` or other
+                images.
+        """
         folder = self.run_folder.folder
         state = None if self.config.resume == "never" else load_state(folder, self.ranks.device)
         if state is not None:
             self._check_parent(state.get("parent", self.description.parent), folder / LAST)
-            self.step.load_state_dict(state)
+            try:
+                self.data.check_fingerprints(state.get("data"))
+                self.step.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"{folder / LAST}: {error}; {REMEDY}") from error
             self.saved_step = self.step.done
             logging.info("%s: going on at step %d of %d", folder / LAST, self.step.done, self.step.total)
 

@@ -64,7 +64,7 @@ def test_its_weights_with_the_other_activation_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"activation": "relu"}, "gelu or quick_gelu"), ({"widths": 3}, "'widths' is not a setting")],
+    [({"activation": "relu"}, "gelu or quick_gelu"), ({"widths": 3}, "'widths' is not a setting of the architecture")],
 )
 def test_wrong_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):

@@ -1,12 +1,14 @@
 """Model names and checkpoint files, the original repository's among them."""
 
 import importlib
+import time
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 
-from qswin.models import registry, swin, vit
+from qswin.models import limits, registry, swin, vit
 from qswin.models.discovery import offers
 from qswin.models.family import Family
 from qswin.models.registry import build_model, families, family_of, site_name
@@ -90,6 +92,62 @@ def test_settings_that_do_not_work_say_so(name, settings, words):
     with pytest.raises(ValueError, match=f"model '{name}': .*{words}") as error:
         build_model(name, **settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pretrained_cfg", {"url": "http://localhost:9/weights.pth"}),
+        ("pretrained_cfg_overlay", {"file": "/etc/passwd"}),
+        ("checkpoint_path", "/etc/passwd"),
+        ("cache_dir", "/tmp"),
+        ("device", "meta"),
+        ("dtype", "float16"),
+        ("file", "/etc/passwd"),
+        ("embed_layer", "x"),
+        ("block_fn", "x"),
+        ("name_or_path", "/etc"),
+    ],
+)
+@pytest.mark.parametrize("name", [V1, V2, VIT_NAME, UNET_NAME, "cvt-13"])
+def test_a_setting_chooses_nothing_but_the_architecture(name, key, value):
+    with pytest.raises(ValueError, match=f"model '{name}': '{key}' is not a setting of the architecture; there are "):
+        build_model(name, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        (V1, {"img_size": 10**6}, r"img_size=1e\+06 is not between -8192 and 8192; .*QSWIN_LIMITS=2 doubles"),
+        (V1, {"depths": [10**9]}, "depths=1e"),
+        (V1, {"depths": [2000, 2, 2, 2]}, "at most 512 blocks are built"),
+        (VIT_NAME, {"depth": 1000}, "depth=1000: at most 512 blocks are built"),
+        (V1, {"depths": [1] * 100}, "depths has 100 entries; give at most 64"),
+        (V1, {"num_classes": 10**9}, "num_classes=1000000000 is not supported; give 1 or more, to 1000000"),
+        (V1, {"num_classes": "5"}, "num_classes='5' is not supported"),
+        (V1, {"embed_dim": 8192}, r"would have more than 1.68e\+07 values; .*QSWIN_LIMITS=2"),
+        (V1, {"window_size": 8000, "img_size": 8000, "patch_size": 1}, "would have more than"),
+        (VIT_NAME, {"embed_dim": 8184, "depth": 512}, "would have more than"),
+        (UNET_NAME, {"embed_dim": 4096}, "would have more than"),
+        ("cvt-13", {"embed_dim": [64, 8192, 8192]}, "would have more than"),
+        (V1, {"drop_path_rate": float("nan")}, "drop_path_rate=nan is not between"),
+        (V1, {"mlp_ratio": {"a": 1}}, "mlp_ratio is a dict; give a number, text, or a list of them"),
+    ],
+)
+def test_a_model_that_is_too_large_is_refused_before_it_is_built(name, settings, words, monkeypatch):
+    begun = time.monotonic()
+    monkeypatch.setattr(limits, "MOST_VALUES", 2**24)
+    with pytest.raises(ValueError, match=f"model '{name}': .*{words}"):
+        build_model(name, **settings)
+    assert time.monotonic() - begun < 5
+
+
+def test_counting_a_models_values_does_not_change_them():
+    torch.manual_seed(0)
+    expected = timm.create_model(V1, num_classes=5, **SMALL).state_dict()
+    torch.manual_seed(0)
+    for name, tensor in build_model(V1, 5, **SMALL).state_dict().items():
+        assert torch.equal(tensor, expected[name])
 
 
 def test_settings_that_say_what_is_so_are_taken():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import torch
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import sidecar_path
 from qswin.models.state_dicts import read_state
-from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
+from qswin.qat import checkpoint
+from qswin.qat.checkpoint import Description, load_checkpoint, read_description, save_checkpoint
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
-from tests.helpers import SMALL, V1, V2, small_swin
+from tests.helpers import SMALL, V1, V2, fails, small_swin
 
 DESCRIPTION = Description(
     {"name": V1, "num_classes": 5, **SMALL},
@@ -151,6 +153,75 @@ def test_a_sidecar_of_another_architecture_is_refused(saved):
     sidecar.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="has shape"):
         load_checkpoint(saved)
+
+
+def places(value, path=()):
+    """The path of everything in plain data."""
+    yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield from places(inner, (*path, key))
+
+
+ODD = (None, True, 3, -1, 10**400, float("nan"), "x", "", [], [[]], {}, {"x": 1}, [None])
+
+
+def test_a_sidecar_with_anything_anywhere_is_read_or_refused_by_a_line(saved, capsys):
+    """Whatever a key's value is, `qswin inspect` reads it or ends in one line that names the file."""
+    sidecar = sidecar_path(saved)
+    whole = json.loads(sidecar.read_text())
+    for number, path in enumerate(place for place in places(whole) if place and "sha256" not in place):
+        values = json.loads(json.dumps(whole))
+        inner = values
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = ODD[number % len(ODD)]
+        sidecar.write_text(json.dumps(values))
+        try:
+            read_description(saved)
+        except ValueError as error:
+            assert str(error).startswith(str(saved.parent)) and "\n" not in str(error), path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": None}, "model is None: expected object, got null"),
+        ({"model": {"num_classes": 5}}, "model has no name"),
+        ({"model": {"name": ["a"]}}, "model has no name, or one that is not text"),
+        ({"model": {"name": "resnet50"}}, "model 'resnet50' is not known"),
+        ({"model": {**DESCRIPTION.model, "pretrained_cfg": {"url": "x"}}}, "'pretrained_cfg' is not a setting"),
+        ({"model": {**DESCRIPTION.model, "img_size": 10**6}}, "img_size=1e"),
+        ({"model": {**DESCRIPTION.model, "depths": [10**9]}}, "depths=1e"),
+        ({"model": {**DESCRIPTION.model, "patch_size": [[2]]}}, "settings do not work"),
+        ({"model": {**DESCRIPTION.model, "device": "meta"}}, "'device' is not a setting"),
+        ({"classes": "abcde"}, "classes is 'abcde': expected array"),
+        ({"stage": 3}, "stage is 3"),
+        ({"recipe": {"name": "x", "rules": [{"sites": 1}]}}, r"recipe.rules\[0\].sites is 1: expected str, got int"),
+        ({"recipe": "full"}, "recipe is 'full': expected object"),
+        ({"preprocessing": {"std": [0, 1, 1]}}, r"preprocessing.std\[0\] is 0: expected float > 0"),
+        ({"metrics": []}, r"metrics is \[\]: expected object, got array"),
+        ({"parent": 3}, "parent is 3: expected str"),
+        ({"surprise": 3}, "unknown key 'surprise'; the keys are model, stage"),
+    ],
+)
+def test_a_sidecar_of_other_types_is_refused_by_key_and_value(saved, capsys, changes, words):
+    sidecar = sidecar_path(saved)
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+    assert re.search(words, fails(capsys, "inspect", "--model", saved))
+
+
+def test_what_is_loaded_is_what_was_checked(saved, quantized, images, monkeypatch):
+    """A file that is swapped after its checksum was compared is not read again."""
+
+    def swap(path, *rest):
+        described = read_description(path, *rest)
+        saved.write_bytes(b"other")
+        return described
+
+    monkeypatch.setattr(checkpoint, "read_description", swap)
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(saved)[0](images), quantized(images))
 
 
 def test_ranges_of_pytorch_quantization_load_by_name():

@@ -131,6 +131,18 @@ def test_every_key_has_one_sentence():
         ("train.distill_weight=1.5", "train.distill_weight=1.5 is out of range; give 0 to 1"),
         ("train.lr=.nan", "train.lr=nan is out of range"),
         ("data.workers=-1", "data.workers=-1 is out of range; give 0 or more"),
+        ("train.batch_size=0", "train.batch_size=0 is out of range; give 1 or more"),
+        ("train.lr=0", "train.lr=0.0 is out of range; give 1e-12 to 10"),
+        ("train.lr=-1", "train.lr=-1.0 is out of range"),
+        ("train.min_lr=1", "train.min_lr=1.0 is above train.lr=0.001; lower it"),
+        ("train.ema_decay=2", "train.ema_decay=2.0 is out of range; give 0 to 1"),
+        ("train.augment.mixup=nan", "train.augment.mixup=nan is out of range"),
+        ("train.augment.mixup=.inf", "train.augment.mixup=inf is out of range"),
+        ("train.augment.scale=[1, 0]", "train.augment.scale=.* is out of range; give 0.0001 to 1"),
+        ("train.augment.scale=[1, 0.5]", "train.augment.scale=.*: give the smaller one first"),
+        ("train.save_minutes=.inf", "train.save_minutes=inf is out of range"),
+        ("recipe=${oc.env:HOME}", r"override .*: recipe: \${...} is not expanded; write the value out"),
+        ("model.kwargs={act_layer: '${oc.env:HOME}'}", r"model.kwargs: \${...} is not expanded"),
     ],
 )
 def test_values_that_are_not_allowed_are_refused(config_file, override, words):
@@ -150,9 +162,8 @@ def build(config_file, *overrides):
 
 
 def test_one_number_is_the_side_of_a_square(config_file):
-    assert (
-        build(config_file, "data.preprocessing.size=64")[1] == build(config_file, "data.preprocessing.size=[64, 64]")[1]
-    )
+    settings = "model.kwargs.img_size=64", "data.preprocessing.size=64", "data.preprocessing.size=[64, 64]"
+    assert build(config_file, *settings[:2])[1] == build(config_file, settings[0], settings[2])[1]
 
 
 @pytest.mark.parametrize(
@@ -160,13 +171,20 @@ def test_one_number_is_the_side_of_a_square(config_file):
     [
         ("model.kwargs.in_chans=1", "in_chans=1 is not supported: images have three channels"),
         ("model.kwargs.features_only=true", "features_only=True is not supported: only whole classifiers"),
-        ("data.preprocessing.size=[64]", r"data.preprocessing.size=\[64\]: give a number of pixels, or"),
-        ("data.preprocessing.size=large", "data.preprocessing.size=large: give a number of pixels"),
-        ("data.preprocessing.size=0", "data.preprocessing.size=0: give a number of pixels"),
-        ("data.preprocessing.mean=0.5", "data.preprocessing.mean=0.5: give three numbers"),
-        ("data.preprocessing.std=[1, 1]", "data.preprocessing.std=.*: give three numbers"),
-        ("data.preprocessing.crop_pct=all", "data.preprocessing.crop_pct=all: give a number above 0"),
-        ("data.preprocessing.interpolation=[1]", "interpolation"),
+        ("data.preprocessing.size=[64]", r"data.preprocessing: size is \[64\]: expected array of length 2, got 1"),
+        ("data.preprocessing.size=large", "data.preprocessing: size is 'large': expected array, got str"),
+        ("data.preprocessing.size=0", r"data.preprocessing: size\[0\] is 0: expected int >= 1"),
+        ("data.preprocessing.size=1000000", r"data.preprocessing: size\[0\] is 1000000: expected int <= 4096"),
+        ("data.preprocessing.mean=0.5", "data.preprocessing: mean is 0.5: expected array, got float"),
+        ("data.preprocessing.std=[1, 1]", "data.preprocessing: std is .*: expected array of length 3, got 2"),
+        ("data.preprocessing.std=[1, 1, 0]", r"data.preprocessing: std\[2\] is 0: expected float > 0"),
+        ("data.preprocessing.crop_pct=all", "data.preprocessing: crop_pct is 'all': expected float, got str"),
+        ("data.preprocessing.crop_pct=.nan", "data.preprocessing: crop_pct is nan: expected float >= 0.05"),
+        ("data.preprocessing.interpolation=[1]", r"interpolation is \[1\]: expected str, got array"),
+        ("data.preprocessing.interpolation=area", "interpolation is 'area': invalid enum value 'area'"),
+        ("data.preprocessing.size=31", r"size is \(31, 31\), but model .* takes \(32, 32\); set model.kwargs.img_size"),
+        ("model.kwargs.drop_path_rate=5", "drop_path_rate=5: give a share, 0 or more and below 1"),
+        ("model.kwargs.device=meta", "'device' is not a setting of the architecture"),
         ("data.preprocessing.sizes=64", "data.preprocessing.sizes is not known; the keys are size"),
     ],
 )
@@ -187,11 +205,12 @@ def test_published_weights_without_a_network_are_refused_at_once(monkeypatch):
     """Nothing listens at this address: the Hub's own client would ask again and again, with 46 s of sleep between."""
     slept = []
     monkeypatch.setattr(download.constants, "ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr(download.constants, "HF_HUB_CACHE", "/nonexistent")
     monkeypatch.setattr(time, "sleep", slept.append)
     with pytest.raises(
         ValueError, match=r"weights of swin_tiny_patch4_window7_224 cannot be downloaded.*model.checkpoint="
     ):
-        build_model("swin_tiny_patch4_window7_224", pretrained=True, cache_dir="/nonexistent")
+        build_model("swin_tiny_patch4_window7_224", pretrained=True)
     assert sum(slept) < 1 and not download.constants.HF_HUB_OFFLINE
 
 

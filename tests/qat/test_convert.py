@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import re
 
 import pytest
@@ -31,7 +32,7 @@ THEIRS = {
 
 
 def settings(config_file, path, recipe) -> list[str]:
-    return [f"model.checkpoint={path}", f"recipe={recipe}", f"run={config_file.parent / 'converted'}"]
+    return [f"model.checkpoint={path}", f"recipe={json.dumps(recipe)}", f"run={config_file.parent / 'converted'}"]
 
 
 def test_a_first_systems_checkpoint_computes_the_same(config_file, images, tmp_path):

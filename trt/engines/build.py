@@ -18,7 +18,7 @@ from qswin.trt.engines.network import DEFAULT_CAPABILITY, build_network
 from qswin.trt.engines.options import BuildOptions, check_possible
 from qswin.trt.engines.precision import not_honoured, resolve_overrides
 from qswin.trt.engines.version import TensorRT, find_tensorrt
-from qswin.trt.graphs.files import parse_metadata, properties, read_onnx
+from qswin.trt.graphs.files import check_interface, metadata_values, parse_metadata, properties, read_onnx
 from qswin.trt.graphs.half_precision import write_half_precision
 
 
@@ -34,7 +34,8 @@ def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, An
     """
     tensorrt, model = find_tensorrt(options.target), read_onnx(path)
     check_possible(path, model, options, tensorrt)
-    metadata = parse_metadata(path, properties(model))
+    check_interface(path, model)
+    parse_metadata(path, properties(model))  # what an engine could not be run with is not built
     model, overrides = prepare_graph(model, options, tensorrt)
     start = time.perf_counter()
     warm = options.timing_cache is not None and options.timing_cache.is_file()
@@ -42,7 +43,7 @@ def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, An
     gpu = find_gpu()
     built_for = gpu.capability if gpu and tensorrt.can.needs_gpu else options.capability or DEFAULT_CAPABILITY
     return engine, {
-        **metadata,
+        **metadata_values(path, properties(model)),
         "onnx": path.name,
         "onnx_sha256": sha256(path),
         "target": tensorrt.target,

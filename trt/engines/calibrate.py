@@ -23,7 +23,7 @@ from qswin.calib.trt_cache.offline import activation_ranges
 from qswin.trt.engines.network import build_network
 from qswin.trt.engines.options import BuildOptions, check_possible
 from qswin.trt.engines.version import find_tensorrt
-from qswin.trt.graphs.files import parse_metadata, properties, read_onnx
+from qswin.trt.graphs.files import check_interface, parse_metadata, properties, read_onnx
 from qswin.trt.graphs.half_precision import is_quantized
 
 
@@ -68,12 +68,13 @@ def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> di
     check_suffix("--cache", cache, (SUFFIX,))
     check_replaceable(sidecar_path(cache), KIND)
     start, model = time.perf_counter(), read_onnx(onnx)
+    check_interface(onnx, model)
     metadata = parse_metadata(onnx, properties(model))
     if is_quantized(model):
         raise ValueError(f"{onnx}: has Q/DQ nodes, whose ranges are in the graph; export with --precision fp32")
-    samples = draw_samples(scan_folder(metadata["task"], data), options.images, options.seed)
+    samples = draw_samples(scan_folder(metadata.task, data), options.images, options.seed)
     skipped: list[ImageFile] | None = [] if options.skip_unreadable else None
-    batches = calibration_batches(samples, Preprocessing(**metadata["preprocessing"]), options, skipped)
+    batches = calibration_batches(samples, metadata.preprocessing, options, skipped)
     if options.offline_for is None:
         stream = BatchStream(batches, options.batch_size)
         content = calibrate_with_tensorrt(onnx, model, options.algorithm, options.batch_size, stream)

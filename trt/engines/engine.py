@@ -3,32 +3,49 @@
 An engine is code: load only engines you built yourself.
 """
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qswin.calib.data.batches import fill_up
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import read_sidecar
+from qswin.calib.validation import Count, Task, take
 from qswin.trt.engines.cuda import Gpu, find_gpu
 from qswin.trt.engines.version import TensorRT, find_tensorrt
 
 KIND = "engine"
 SUFFIXES = (".engine", ".plan")
 REMEDY = "build it again with qswin build"
-KEYS = (  # that every sidecar of a built model has
-    *("target", "version", "capability", "profile"),
-    *("engine_precision", "preprocessing", "task", "classes"),
-)
 NO_RTX = ("9.0", "10.0", "10.3")  # compute capabilities of data-centre GPUs that TensorRT-RTX does not run on
 
 
-def check_fits(path: Path, sidecar: dict[str, Any], tensorrt: TensorRT, gpu: Gpu | None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What running a built model takes of its sidecar, which says more.
+
+    Attributes:
+        target: TensorRT, TensorRT-RTX or inductor, as `qswin build --target` calls it; `version` is the library's.
+        capability: the GPU's, "9.0".
+        profile: the smallest, the usual and the largest batch.
+    """
+
+    target: str
+    version: str
+    capability: str
+    profile: tuple[Count, Count, Count]
+    engine_precision: str
+    preprocessing: Preprocessing
+    task: Task
+    classes: list[str] | None
+
+
+def check_fits(path: Path, sidecar: Built, tensorrt: TensorRT, gpu: Gpu | None) -> None:
     """Raises ValueError when this TensorRT or this GPU cannot run the engine, before TensorRT's own error does."""
-    if tensorrt.version != sidecar["version"]:
+    if tensorrt.version != sidecar.version:
         raise ValueError(
-            f"{path}: built by {tensorrt.target} {sidecar['version']}, here is {tensorrt}; build it again here"
+            f"{path}: built by {tensorrt.target} {sidecar.version}, here is {tensorrt}; build it again here"
         )
     if gpu is None:
         raise ValueError(f"{path}: running an engine needs an NVIDIA GPU and its driver; evaluate the .onnx file here")
@@ -36,9 +53,9 @@ def check_fits(path: Path, sidecar: dict[str, Any], tensorrt: TensorRT, gpu: Gpu
         raise ValueError(
             f"{path}: {tensorrt} does not run on compute capability {gpu.capability}; build with --target tensorrt"
         )
-    if gpu.capability != sidecar["capability"]:
+    if gpu.capability != sidecar.capability:
         raise ValueError(
-            f"{path}: built for compute capability {sidecar['capability']}, {gpu.name} has {gpu.capability};"
+            f"{path}: built for compute capability {sidecar.capability}, {gpu.name} has {gpu.capability};"
             " build it again"
         )
 
@@ -48,9 +65,10 @@ class BuiltModel:
 
     Args:
         kind: of the file, as its sidecar says it: "engine" or "package".
+        data: the file's content, where it has been read.
 
     Attributes:
-        sidecar: all of it: precision, preprocessing, classes, the source's checksum, ...
+        sidecar: what running the model takes of it.
         smallest, largest: the batches that it takes.
 
     Raises:
@@ -58,14 +76,16 @@ class BuiltModel:
         ValueError: the sidecar is malformed, or it is another file's.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
-        self.sidecar = sidecar = read_sidecar(path, kind, KEYS, REMEDY)
-        self.smallest, _, self.largest = sidecar["profile"]
-        self.backend = f"{sidecar['target']} {sidecar['version']}"
-        self.precision: str = sidecar["engine_precision"]
-        self.preprocessing = Preprocessing(**sidecar["preprocessing"])
-        self.task: str = sidecar["task"]
-        self.classes: list[str] | None = sidecar["classes"]
+    def __init__(self, path: Path, kind: str, data: bytes | None = None) -> None:
+        keys = [field.name for field in dataclasses.fields(Built)]
+        values = read_sidecar(path, kind, keys, REMEDY, data)
+        self.sidecar = sidecar = take(values, Built, f"{path}: its sidecar", REMEDY)
+        self.smallest, _, self.largest = sidecar.profile
+        self.backend = f"{sidecar.target} {sidecar.version}"
+        self.precision = sidecar.engine_precision
+        self.preprocessing = sidecar.preprocessing
+        self.task: str = sidecar.task
+        self.classes: list[str] | None = sidecar.classes
         self.batch_size: int | None = self.largest
 
 
@@ -84,12 +104,13 @@ class Engine(BuiltModel):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        super().__init__(path, KIND)
-        check_fits(path, self.sidecar, find_tensorrt(self.sidecar["target"]), find_gpu())
+        data = path.read_bytes() if path.is_file() else b""
+        super().__init__(path, KIND, data)
+        check_fits(path, self.sidecar, find_tensorrt(self.sidecar.target), find_gpu())
         from polygraphy.backend.trt import engine_from_bytes
         from polygraphy.cuda import DeviceArray, Stream
 
-        self.engine = engine_from_bytes(path.read_bytes())
+        self.engine = engine_from_bytes(data)
         self.context = self.engine.create_execution_context()
         self._stream = Stream()
         self.stream: int = self._stream.ptr

@@ -108,8 +108,15 @@ def _nodes(described: str) -> tuple[str, ...]:
 
 
 def graph_layers(model: onnx.ModelProto) -> list[Layer]:
-    """The nodes of an ONNX graph with the types that shape inference gives their tensors."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    """The nodes of an ONNX graph with the types that shape inference gives their tensors.
+
+    Raises:
+        ValueError: the graph contradicts itself.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+    except (onnx.shape_inference.InferenceError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the graph contradicts itself ({' '.join(str(error).split())[:200]})") from error
     types = {
         info.name: info.type.tensor_type.elem_type for info in (*inferred.value_info, *inferred.input, *inferred.output)
     }

@@ -1,5 +1,6 @@
 """Where and how much two models differ: their logits, and activations of two graphs or of an engine and its graph."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import read_sidecar, sha256
 from qswin.calib.messages import text_of
 from qswin.calib.trt_cache.offline import activations, value_sources
+from qswin.calib.validation import Sha256, take
 from qswin.trt.engines.build import prepare_graph
-from qswin.trt.engines.engine import KEYS, KIND, REMEDY
+from qswin.trt.engines.engine import KIND, REMEDY
 from qswin.trt.engines.network import build_network
 from qswin.trt.engines.options import BuildOptions
 from qswin.trt.engines.version import find_tensorrt
@@ -134,6 +136,17 @@ def residual_stream(graph: onnx.ModelProto) -> list[str]:
     return [node.input[0] for node in graph.graph.node if node.op_type == "LayerNormalization"]
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineSource:
+    """Of an engine's sidecar: what it was built from, and how."""
+
+    onnx: str
+    onnx_sha256: Sha256
+    target: str
+    engine_precision: str
+    overrides: tuple[str, ...]
+
+
 def engine_activations(path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
     """{tensor of the reference: its values in an engine} of the residual stream.
 
@@ -145,17 +158,17 @@ def engine_activations(path: Path, reference: Path, images: np.ndarray) -> dict[
     """
     from polygraphy.backend.trt import TrtRunner, engine_from_bytes
 
-    sidecar = read_sidecar(path, KIND, KEYS, REMEDY)
-    if sidecar["onnx_sha256"] != sha256(reference):
+    source = take(read_sidecar(path, KIND, (), REMEDY), EngineSource, f"{path}: its sidecar", REMEDY)
+    if source.onnx_sha256 != sha256(reference):
         raise ValueError(
-            f"{path}: built from {sidecar['onnx']}, not from {reference}; --layers needs the file it was built from"
+            f"{path}: built from {source.onnx}, not from {reference}; --layers needs the file it was built from"
         )
-    graph, tensorrt, batch = read_onnx(reference), find_tensorrt(sidecar["target"]), len(images)
+    graph, tensorrt, batch = read_onnx(reference), find_tensorrt(source.target), len(images)
     options = BuildOptions(
-        target=sidecar["target"],
-        precision=sidecar["engine_precision"],
+        target=source.target,
+        precision=source.engine_precision,
         batch_sizes=(batch, batch, batch),
-        override=tuple(sidecar["overrides"]),
+        override=source.overrides,
     )
     prepared, overrides = prepare_graph(graph, options, tensorrt)
     engine, _ = build_network(reference, prepared, options, tensorrt, overrides, outputs=residual_stream(graph))

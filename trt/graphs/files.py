@@ -1,12 +1,19 @@
 """ONNX files as qswin writes them: the graph, and the metadata that makes evaluation need no config."""
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+from onnx.external_data_helper import uses_external_data
 
+from qswin.calib.data.images import Preprocessing
 from qswin.calib.reading import parse_json
+from qswin.calib.validation import Task, shown, take
+
+REMEDY = "export it with qswin export"
 
 
 def read_onnx(path: str | Path) -> onnx.ModelProto:
@@ -14,17 +21,56 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not an ONNX file.
+        ValueError: it is not an ONNX file, or keeps tensors in other files, which qswin's do not.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such ONNX file")
     try:
-        model = onnx.load(str(path))
-    except DecodeError as error:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not an ONNX file, or a truncated one; export it again") from error
     if not model.graph.node:
         raise ValueError(f"{path}: not an ONNX file, or an empty one; export it again")
+    external = next((tensor.name for tensor in _tensors(model) if uses_external_data(tensor)), None)
+    if external is not None:
+        raise ValueError(f"{path}: keeps {external!r} in another file, which is not read; {REMEDY}")
     return model
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """All constants of a model: initializers and attributes, in subgraphs and functions too."""
+    graphs, nodes = [model.graph], [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if not nodes:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes = list(graph.node)
+        for attribute in nodes.pop().attribute if nodes else ():
+            yield from (attribute.t, *attribute.tensors)
+            graphs += [graph for graph in (attribute.g, *attribute.graphs) if graph.node]
+
+
+def check_interface(path: str | Path, model: onnx.ModelProto) -> None:
+    """Raises ValueError unless a graph takes float32 `input` (N, 3, H, W) and gives float32 `logits`, (N, ...)."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    for name, values, rank in (("input", inputs, 4), ("logits", list(model.graph.output), None)):
+        if [value.name for value in values] != [name]:
+            found = shown([value.name for value in values])
+            raise ValueError(f"{path}: its {name} should be one tensor named {name!r}, it has {found}; {REMEDY}")
+        kind = values[0].type.WhichOneof("value")
+        tensor = values[0].type.tensor_type
+        ranks = len(tensor.shape.dim) if kind == "tensor_type" else 0
+        if (
+            kind != "tensor_type"
+            or tensor.elem_type != onnx.TensorProto.FLOAT
+            or ranks < 2
+            or rank not in (None, ranks)
+        ):
+            what = f"{onnx.TensorProto.DataType.Name(tensor.elem_type)}, of {ranks} dimensions"
+            raise ValueError(f"{path}: its {name} is {kind} {what}; qswin's is a float32 tensor (N, ...); {REMEDY}")
 
 
 def properties(model: onnx.ModelProto) -> dict[str, str]:
@@ -32,17 +78,35 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def parse_metadata(path: str | Path, properties: dict[str, str]) -> dict[str, Any]:
-    """What the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What running an exported graph takes of its metadata, which say more."""
+
+    task: Task
+    preprocessing: Preprocessing
+    classes: list[str] | None
+    precision: str = "as exported"
+
+
+def metadata_values(path: str | Path, properties: dict[str, str]) -> dict[str, Any]:
+    """All that the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
 
     Raises:
         ValueError: the file is not one of qswin's.
     """
     try:
-        metadata = parse_json(properties["qswin"], f"{path}: its metadata")
-        return {key: metadata[key] for key in ("task", "preprocessing", "classes")} | metadata
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: has no qswin metadata; export it with qswin export") from error
+        text = properties["qswin"]
+    except KeyError as error:
+        raise ValueError(f"{path}: has no qswin metadata; {REMEDY}") from error
+    values = parse_json(text, f"{path}: its qswin metadata")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: its qswin metadata are not a JSON object; {REMEDY}")
+    return values
+
+
+def parse_metadata(path: str | Path, properties: dict[str, str]) -> Metadata:
+    """Of what the exporter wrote, what running the graph takes. Raises ValueError where it is not that."""
+    return take(metadata_values(path, properties), Metadata, f"{path}: its qswin metadata", REMEDY)
 
 
 def opset(model: onnx.ModelProto) -> int:

@@ -11,8 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qswin.calib.data.batches import fill_up
-from qswin.calib.data.images import Preprocessing
-from qswin.trt.graphs.files import parse_metadata, read_onnx
+from qswin.trt.graphs.files import check_interface, parse_metadata, read_onnx
 from qswin.trt.graphs.half_precision import is_quantized
 
 LOAD_ERRORS = (
@@ -83,9 +82,6 @@ def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> 
 class OnnxRuntimePredictor:
     """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> logits, float32.
 
-    Attributes:
-        metadata: what the exporter wrote: preprocessing, classes, recipe, the checkpoint's checksum.
-
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an ONNX file, or not one of qswin's.
@@ -94,22 +90,21 @@ class OnnxRuntimePredictor:
     def __init__(self, path: str | Path, threads: int = 0) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such ONNX file")
+        model = read_onnx(path)
+        check_interface(path, model)
         self._session = start_session(path, threads)
         batch = self._session.get_inputs()[0].shape[0]
         self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
-        quantized = (self.batch_size or int8_sums_saturate()) and is_quantized(read_onnx(path))
+        quantized = (self.batch_size or int8_sums_saturate()) and is_quantized(model)
         if quantized and self.batch_size:
             self._session = start_session(path, threads, FLOAT_GEMMS)
         if quantized and int8_sums_saturate():
             logging.warning("%s: its results are wrong here: %s", path, SATURATES)
-        self.metadata = parse_metadata(path, read_properties(path, self._session))
-        self.backend, self.precision = (
-            f"onnxruntime {onnxruntime.__version__}",
-            self.metadata.get("precision", "as exported"),
-        )
-        self.preprocessing = Preprocessing(**self.metadata["preprocessing"])
-        self.task: str = self.metadata["task"]
-        self.classes: list[str] | None = self.metadata["classes"]
+        metadata = parse_metadata(path, read_properties(path, self._session))
+        self.backend, self.precision = f"onnxruntime {onnxruntime.__version__}", metadata.precision
+        self.preprocessing = metadata.preprocessing
+        self.task: str = metadata.task
+        self.classes: list[str] | None = metadata.classes
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         padded = fill_up(images, self.batch_size or 0)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from timm.data import create_transform
 
+from qswin.calib.data import images
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing, load_image, load_pixels
 
@@ -112,5 +113,40 @@ def test_a_photograph_of_64_megabytes_is_read(tmp_path):
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
     Image.new("RGB", (32, 32)).save(file := tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png: .*cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.png: has more than 16 pixels"):
         load_image(file, Preprocessing(size=(8, 8)))
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (40, 2), (3, 48)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_long_image_is_cropped_before_it_is_resized(tmp_path, monkeypatch, shape, interpolation):
+    """The pixels are almost those of the whole image resized: both passes of the filter round."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    preprocessing = Preprocessing(size=(32, 32), interpolation=interpolation)
+    monkeypatch.setattr(images, "LONGEST", 1000)
+    whole = load_pixels(tmp_path / "a.png", preprocessing).astype(int)
+    monkeypatch.setattr(images, "LONGEST", 4)
+    centre = load_pixels(tmp_path / "a.png", preprocessing).astype(int)
+    assert np.abs(centre - whole).max() <= 16 and np.abs(centre - whole).mean() < 1.5
+
+
+def test_the_memory_of_a_long_image_follows_the_output(tmp_path, monkeypatch):
+    Image.new("L", (1, 10**6), 77).save(tmp_path / "a.png")
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **k: sizes.append(size) or resize(self, size, *a, **k)
+    )
+    pixels = load_pixels(tmp_path / "a.png", Preprocessing())
+    assert sizes == [(224, 224)] and pixels.shape == (224, 224, 3) and (pixels == 77).all()
+
+
+def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    Image.new("L", (50, 50)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ValueError, match="a.png: has more than 2000 pixels"),
+    ):
+        load_pixels(tmp_path / "a.png", Preprocessing())

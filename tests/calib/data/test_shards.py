@@ -75,6 +75,7 @@ def test_classes_without_names_are_numbers(data, tmp_path):
         ([("a.cls", b"1")], "a lacks its .cls or its image"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "a.cls is not a class index"),
         ([("a.jpg", b"x"), ("a.cls", b"1" * 21)], "a.cls is not a class index"),
+        ([("a.jpg", b"x"), ("a.cls", b"999999999")], "a.cls is not a class index"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a occurs twice"),
     ],
 )

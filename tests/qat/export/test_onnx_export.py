@@ -284,3 +284,9 @@ def test_a_format_that_onnx_does_not_have_is_named(images, monkeypatch):
     with pytest.raises(ValueError, match=r"patch_embed\.weight: format 'int9' has no type in ONNX; export .* fp32"):
         export_onnx(twin, description)
     export_onnx(twin, description, "fp32")
+
+
+def test_an_opset_that_cannot_be_written_is_refused():
+    """The exporter would write 18 and say nothing."""
+    with pytest.raises(ValueError, match="opset 99 is too new: the newest that the installed onnx knows is"):
+        export_onnx(small_swin(), FLOAT, "fp32", 99)

@@ -9,6 +9,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 
+from qswin.calib.validation import validate
 from qswin.qat.ptq import verdict as verdict_module
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.ptq.verdict import Comparison, Verdict, kinds, tell
@@ -90,7 +91,7 @@ def test_a_good_one_is_said_and_a_bad_one_is_warned_of(caplog):
     with pytest.raises(ValueError, match="far from the float one: 85.0 %.*do this"):
         tell(bad, "do this", strict=True)
     assert not Verdict(64, 100.0, float("nan")).good
-    assert Verdict.from_dict(json.loads(json.dumps(bad.to_dict()))) == bad
+    assert validate(json.loads(json.dumps(bad.to_dict())), Verdict, "sidecar", beside=("good",)) == bad
 
 
 def test_a_site_may_be_left_in_float_by_its_name():

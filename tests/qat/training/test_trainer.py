@@ -26,6 +26,7 @@ from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.schema import AugmentConfig
 from qswin.qat.training import trainer as train
 from qswin.qat.training.images import Stream, epoch_batches, seed_everything, train_transform
+from qswin.qat.training.progress import load_state
 from qswin.qat.training.step import TrainStep, find_non_finite
 from tests.helpers import UNET, small_swin, write_masks, write_shards
 
@@ -407,6 +408,108 @@ def test_a_broken_last_pt_says_what_to_do(config_file, ptq):
     (path.parent / "last.pt").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match=r"last\.pt: cannot be read; delete it"):
         run(config_file, f"init={ptq}", "train.epochs=2")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: [state], "not the state of a training but a list"),
+        (lambda state: state | {"step": 7.0}, r"its step is 7\.0; this training has 10 steps"),
+        (lambda state: state | {"step": 11}, "its step is 11; this training has 10 steps"),
+        (lambda state: state | {"step": -1}, "its step is -1"),
+        (lambda state: state | {"model": {}}, "it does not fit this training"),
+        (lambda state: state | {"model": 3}, "it does not fit this training"),
+        (lambda state: state | {"optimizer": None}, "it does not fit this training"),
+        (
+            lambda state: {key: value for key, value in state.items() if key != "scaler"},
+            "it does not fit this training",
+        ),
+        (
+            lambda state: with_group(state, base_lr=1e6),
+            r"its optimizer has base_lr=1000000\.0, the config's base_lr=0.001",
+        ),
+        (lambda state: with_group(state, betas=(2.0, 2.0)), "its optimizer has betas="),
+        (lambda state: with_moments(state, torch.zeros(3)), r"its optimizer's exp_avg has shape \(3,\)"),
+        (lambda state: state | {"data": 3}, "it does not say which images"),
+        (
+            lambda state: state | {"data": state["data"] | {"train": state["data"]["train"] | {"images": 25}}},
+            r"images in train/ have changed since training began \(25 images, now 20\)",
+        ),
+    ],
+)
+def test_a_last_pt_that_is_not_this_trainings_is_refused(trained, change, words):
+    config_file, path = trained
+    state = torch.load(path.parent / "last.pt", weights_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_state", lambda folder, device: checked(folder, change(copy.deepcopy(state))))
+        with pytest.raises(ValueError, match=rf"last\.pt: .*{words}.*; delete it, or start over with resume=never"):
+            run(config_file, "recipe=none", "train.epochs=2")
+
+
+def checked(folder, state):
+    """What `load_state` says of a state that is in a file."""
+    torch.save(state, folder / "changed" / "last.pt")
+    return load_state(folder / "changed", torch.device("cpu"))
+
+
+def with_group(state, **options):
+    state["optimizer"]["param_groups"][0].update(options)
+    return state
+
+
+def with_moments(state, moments):
+    state["optimizer"]["state"][0]["exp_avg"] = moments
+    return state
+
+
+@pytest.fixture
+def trained(config_file):
+    path, _ = run(config_file, "recipe=none")
+    (path.parent / "changed").mkdir()
+    return config_file, path
+
+
+def swapped(root):
+    first, second = (sorted((root / "train" / f"class{label}").iterdir())[0] for label in (0, 1))
+    first.rename(first.with_name("renamed.png"))
+
+
+def emptied(root):
+    for file in sorted((root / "train").rglob("*.png"))[::2]:
+        file.unlink()
+
+
+def moved(root):
+    first, second = (sorted((root / "val" / f"class{label}").iterdir())[0] for label in (0, 1))
+    first.rename(second.with_name("more.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (swapped, r"train/ have changed since training began \(other files or labels\)"),
+        (moved, r"val/ have changed since training began \(other files or labels\)"),
+        (emptied, r"train/ have changed since training began \(20 images, now 10\)"),
+    ],
+)
+def test_training_does_not_go_on_with_other_images(config_file, data, change, words):
+    run(config_file, "recipe=none")
+    change(data)
+    with pytest.raises(ValueError, match=words):
+        run(config_file, "recipe=none", "train.epochs=2")
+
+
+def test_training_goes_on_where_its_images_were_moved_to(config_file, data):
+    run(config_file, "recipe=none")
+    data.rename(data.with_name("elsewhere"))
+    path, log = run(config_file, "recipe=none", "train.epochs=2", f"data.root={data.with_name('elsewhere')}")
+    assert max(losses(log)) == 9
+
+
+@pytest.mark.parametrize("policy", ["evil", "rand-m9-n1000000000", "augmix-w101", "rand-m9-xyz1"])
+def test_policies_that_timm_lacks_or_that_would_not_end_are_refused(policy):
+    with pytest.raises(ValueError, match=f"train.augment.auto_augment={policy}.*give one of timm"):
+        train_transform("classification", Preprocessing(size=(32, 32)), AugmentConfig(auto_augment=policy))
 
 
 def test_training_with_dali_follows_training_with_pillow(config_file, ptq, tmp_path):

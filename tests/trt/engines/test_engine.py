@@ -1,12 +1,13 @@
 """Whether an engine fits this machine is said before TensorRT is asked."""
 
+import dataclasses
 import json
 
 import pytest
 
 from qswin.calib.files import read_sidecar, sidecar_path, write_with_sidecar
 from qswin.trt.engines.cuda import Gpu
-from qswin.trt.engines.engine import KEYS, KIND, BuiltModel, check_fits
+from qswin.trt.engines.engine import KIND, Built, BuiltModel, check_fits
 from qswin.trt.engines.version import TensorRT, capabilities
 from tests.helpers import SIDECAR
 
@@ -37,16 +38,37 @@ def test_what_does_not_fit_says_why(engine):
     with pytest.raises(ValueError, match="built for compute capability 9.0, NVIDIA L40 has 8.9"):
         check_fits(engine, sidecar, TENSORRT86, L40)
     with pytest.raises(ValueError, match="TensorRT-RTX 1.7.1 does not run on compute capability 9.0"):
-        check_fits(engine, {**sidecar, "version": "1.7.1"}, RTX, H200)
+        check_fits(engine, dataclasses.replace(sidecar, version="1.7.1"), RTX, H200)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Built)])
 def test_a_sidecar_without_a_key_is_refused(engine, key):
     sidecar = sidecar_path(engine)
     sidecar.write_text(
         json.dumps({name: value for name, value in json.loads(sidecar.read_text()).items() if name != key})
     )
     with pytest.raises(ValueError, match=f"not the sidecar of a engine \\('{key}' is missing\\); build it again"):
+        BuiltModel(engine, KIND)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("profile", [1, 8], r"profile is \[1, 8\]: expected array of length 3, got 2"),
+        ("profile", "all", "profile is 'all': expected array, got str"),
+        ("profile", [0, 8, 64], r"profile\[0\] is 0: expected int >= 1"),
+        ("preprocessing", {"size": [10**6, 10**6]}, r"preprocessing.size\[0\] is 1000000: expected int <= 4096"),
+        ("preprocessing", {"std": [0, 1, 1]}, r"preprocessing.std\[0\] is 0: expected float > 0"),
+        ("preprocessing", {"sizes": 3}, "unknown key 'sizes' in preprocessing; the keys are size, mean"),
+        ("task", "detection", "task is 'detection': invalid enum value"),
+        ("classes", [1], r"classes\[0\] is 1: expected str, got int"),
+        ("version", 8.6, "version is 8.6: expected str, got float"),
+    ],
+)
+def test_a_sidecar_of_other_types_is_refused_by_key_and_value(engine, key, value, words):
+    sidecar = sidecar_path(engine)
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"a.engine: its sidecar: {words}.*; build it again with qswin build$"):
         BuiltModel(engine, KIND)
 
 
