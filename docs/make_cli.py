@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qswin import cli
+from qswin.qat.commands.arguments import above_zero, count, positive
 
 PAGE = Path(__file__).with_name("cli.md")
 HEAD = """\
@@ -14,10 +15,12 @@ HEAD = """\
 
 Written by `python docs/make_cli.py` from the parsers. `qswin COMMAND --help` says the same.
 
-Every command also takes absl's flags, such as `--verbosity=1`, which shows the traceback of an error.
+Every command also takes absl's flags, such as `--verbosity=1`, which shows the traceback of an error. `--flagfile` is
+off.
 
 """
 TYPES = {Path: "path", int: "integer", float: "number", None: "text", str: "text"}
+TYPES |= {count: "integer, 0 or more", positive: "integer, 1 or more", above_zero: "number above 0"}
 
 
 def takes(action: argparse.Action) -> str:

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SCALE = float(os.environ.get("QSWIN_LIMITS", "1"))
+
+def _scale() -> float:
+    text = os.environ.get("QSWIN_LIMITS", "1")
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 < scale < 1e6:
+        raise ValueError(f"QSWIN_LIMITS={text!r} in the environment is not a number above 0")
+    return scale
+
+
+SCALE = _scale()
 LARGEST_SETTING = int(8192 * SCALE)  # of a size, width or count of an architecture
 LARGEST_CLASSES = int(1_000_000 * SCALE)
 MOST_BLOCKS = int(512 * SCALE)  # of a model; `depth` or the sum of `depths`

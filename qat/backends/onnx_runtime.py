@@ -21,8 +21,8 @@ class OnnxSubject(Subject):
 
     cpu_warmup = 2
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self.predictor = predictor = OnnxRuntimePredictor(path, threads)
+    def __init__(self, path: Path, threads: int, timeout: float | None) -> None:
+        self.predictor = predictor = OnnxRuntimePredictor(path, threads, timeout)
         device = f"CPU, {threads or 'all'} threads"
         self.row = {"model": path.name, "backend": "onnxruntime", "precision": predictor.precision, "device": device}
         self.preprocessing = predictor.preprocessing
@@ -37,10 +37,10 @@ class OnnxRuntime(Backend):
     suffixes = (".onnx",)
 
     def open(self, path: Path, options: OpenOptions) -> OnnxRuntimePredictor:
-        return OnnxRuntimePredictor(path, options.threads)
+        return OnnxRuntimePredictor(path, options.threads, options.timeout)
 
     def subjects(self, path: Path, opening: OpenOptions, timing: TimingOptions) -> Iterator[Subject]:
-        yield OnnxSubject(path, opening.threads)
+        yield OnnxSubject(path, opening.threads, opening.timeout)
 
     def listing(self, path: Path, time: bool) -> Listing:
         if time:

@@ -30,12 +30,14 @@ class OpenOptions:
         device: of a checkpoint: auto, cpu, cuda, ...
         config: the YAML file that describes bare weights, which have no sidecar.
         overrides: settings over the config's, "KEY=VALUE".
+        timeout: seconds that a run in ONNX Runtime may take; None for any number.
     """
 
     threads: int = 0
     device: str = "auto"
     config: str | None = None
     overrides: tuple[str, ...] = ()
+    timeout: float | None = None
 
 
 class Listing(NamedTuple):

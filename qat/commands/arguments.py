@@ -1,7 +1,39 @@
 """Arguments that several commands share."""
 
 import argparse
+import math
 from pathlib import Path
+
+
+def count(text: str) -> int:
+    """A whole number that is not negative."""
+    return _at_least(0, text)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +57,23 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sample_arguments(parser: argparse.ArgumentParser, images: int, batch_size: int) -> None:
     """What the commands that draw images from a folder take; the numbers are defaults."""
     parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/train")
-    parser.add_argument("--images", type=int, default=images, help="how many are drawn at random")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="images of a batch")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--workers", type=int, default=4, help="decoding processes")
+    parser.add_argument("--images", type=count, default=images, help="how many are drawn at random")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="images of a batch")
+    parser.add_argument("--seed", type=count, default=0, help="of the drawing")
+    parser.add_argument("--workers", type=count, default=4, help="decoding processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
+
+
+def add_timeout_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=above_zero, help="seconds that a run in ONNX Runtime may take; default: any number"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What opens a model file of any kind: qswin.qat.backends.registry.OpenOptions."""
-    parser.add_argument("--threads", type=int, default=0, help="compute threads of ONNX Runtime; 0: all cores")
+    parser.add_argument("--threads", type=count, default=0, help="compute threads of ONNX Runtime; 0: all cores")
+    add_timeout_argument(parser)
     parser.add_argument("--device", default="auto", help="of a checkpoint: auto, cpu, cuda, ...")
     parser.add_argument("--config", help="for bare weights, which have no sidecar: the YAML file that describes them")
     parser.add_argument(

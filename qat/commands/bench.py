@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from qswin.calib.files import write_result
 from qswin.qat.backends.registry import OpenOptions, backend_of, time_model
-from qswin.qat.commands.arguments import add_model_arguments
+from qswin.qat.commands.arguments import add_model_arguments, count, positive
 from qswin.trt.evaluation.timing import TimingOptions, parse_batch_sizes, plot, table
 
 
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, nargs="+", type=Path, help="model files of any kind")
     parser.add_argument("--batch-sizes", default="1,4,8,16,32,64,256", help="a model skips those that it does not take")
     parser.add_argument(
-        "--warmup", type=int, default=20, help="runs that do not count; on a CPU 1 in torch, 2 in ONNX Runtime"
+        "--warmup", type=count, default=20, help="runs that do not count; on a CPU 1 in torch, 2 in ONNX Runtime"
     )
-    parser.add_argument("--repeats", type=int, default=100, help="runs that count")
-    parser.add_argument("--cpu-repeats", type=int, default=5, help="repeats at most, on a CPU")
+    parser.add_argument("--repeats", type=positive, default=100, help="runs that count")
+    parser.add_argument("--cpu-repeats", type=positive, default=5, help="repeats at most, on a CPU")
     parser.add_argument("--cuda-graph", action="store_true", help="also time engines and packages as CUDA graphs")
     parser.add_argument("--compile", action="store_true", help="also time checkpoints under torch.compile")
     parser.add_argument("--json", type=Path, help="write the rows here too; - is standard output")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    opening = OpenOptions(args.threads, args.device, args.config, tuple(args.overrides))
+    opening = OpenOptions(args.threads, args.device, args.config, tuple(args.overrides), args.timeout)
     timing = TimingOptions(args.warmup, args.repeats, args.cpu_repeats, args.cuda_graph, args.compile)
     batch_sizes = parse_batch_sizes(args.batch_sizes)
     for path in args.model:

@@ -7,7 +7,8 @@ from typing import Any
 
 from qswin.calib.files import write_result
 from qswin.calib.messages import printable
-from qswin.qat.backends.registry import backend_of, open_predictor
+from qswin.qat.backends.registry import OpenOptions, backend_of, open_predictor
+from qswin.qat.commands.arguments import above_zero, add_timeout_argument, count
 from qswin.trt.evaluation.compare import (
     first_parting,
     layer_errors,
@@ -27,17 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help="an engine, an ONNX file, a package or a checkpoint")
     parser.add_argument("--reference", required=True, type=Path, help="an ONNX file")
     parser.add_argument("--data", type=Path, help="folder of images; without it, random ones")
-    parser.add_argument("--images", type=int, default=16, help="how many, evenly spread over the folder")
+    parser.add_argument("--images", type=count, default=16, help="how many, evenly spread over the folder; 0: all")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
     parser.add_argument("--layers", action="store_true", help="every activation too, and where they part first")
     parser.add_argument(
-        "--tolerance", type=float, default=0.1, help="relative error of a tensor that counts as parting"
+        "--tolerance", type=above_zero, default=0.1, help="relative error of a tensor that counts as parting"
     )
+    add_timeout_argument(parser)
     parser.add_argument("--json", type=Path, help="write the errors here too; - is standard output")
 
 
 def main(args: argparse.Namespace) -> None:
-    ours, theirs = open_predictor(args.model), OnnxRuntimePredictor(args.reference)
+    ours, theirs = (
+        open_predictor(args.model, OpenOptions(timeout=args.timeout)),
+        OnnxRuntimePredictor(args.reference, timeout=args.timeout),
+    )
     images = read_images(args.data, args.images, theirs.task, theirs.preprocessing, args.skip_unreadable)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)
     errors = output_errors(*(logits_of(predictor, images, size) for predictor in (ours, theirs)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qswin.calib.files import write_result
 from qswin.qat.backends.registry import OpenOptions, open_predictor
-from qswin.qat.commands.arguments import add_model_arguments
+from qswin.qat.commands.arguments import add_model_arguments, count, positive
 from qswin.trt.evaluation.evaluate import EvaluationOptions, evaluate_folder
 
 
@@ -20,19 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help="a checkpoint, an ONNX file, an engine or a package")
     parser.add_argument("--data", required=True, type=Path, help="folder of images, e.g. DIR/val")
     parser.add_argument("--json", type=Path, help="write the result here too; - is standard output")
-    parser.add_argument("--images", type=int, default=0, help="evaluate this many, evenly spread; 0: all")
-    parser.add_argument("--batch-size", type=int, default=32, help="of models that take any")
-    parser.add_argument("--workers", type=int, default=4, help="decoding processes")
+    parser.add_argument("--images", type=count, default=0, help="evaluate this many, evenly spread; 0: all")
+    parser.add_argument("--batch-size", type=positive, default=32, help="of models that take any")
+    parser.add_argument("--workers", type=count, default=4, help="decoding processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="count and skip files that cannot be read")
     parser.add_argument(
         "--pictures", type=Path, help="folder for pictures of the worst images; of segmentation, with masks"
     )
-    parser.add_argument("--worst", type=int, default=8, help="how many pictures")
+    parser.add_argument("--worst", type=count, default=8, help="how many pictures")
     add_model_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    predictor = open_predictor(args.model, OpenOptions(args.threads, args.device, args.config, tuple(args.overrides)))
+    predictor = open_predictor(
+        args.model, OpenOptions(args.threads, args.device, args.config, tuple(args.overrides), args.timeout)
+    )
     options = EvaluationOptions(
         args.images, args.batch_size, args.workers, args.skip_unreadable, args.pictures, args.worst
     )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qswin.qat.commands.arguments import add_probe_arguments
+from qswin.qat.commands.arguments import add_probe_arguments, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime", choices=("onnxruntime", "tensorrt"), default="onnxruntime", help="where latency is measured"
     )
-    parser.add_argument("--latency-batch-size", type=int, default=1, help="batch size whose latency is measured")
+    parser.add_argument("--latency-batch-size", type=positive, default=1, help="batch size whose latency is measured")
     parser.add_argument("--json", type=Path, help="write which groups stay in float and which do not")
 
 

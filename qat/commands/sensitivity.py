@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qswin.qat.commands.arguments import add_probe_arguments
+from qswin.qat.commands.arguments import add_probe_arguments, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", choices=("site", "layer"), default="site", help="what is quantized at a time")
     parser.add_argument("--json", required=True, type=Path, help="the result; an interrupted run goes on from it")
     parser.add_argument("--plot", type=Path, help="write the ranking as a PNG of bars")
-    parser.add_argument("--top", type=int, default=40, help="rows of the table and the picture")
+    parser.add_argument("--top", type=positive, default=40, help="rows of the table and the picture")
 
 
 def main(args: argparse.Namespace) -> None:

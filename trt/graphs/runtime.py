@@ -1,7 +1,9 @@
 """ONNX files in ONNX Runtime, the engine that runs everywhere. No torch."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +81,49 @@ def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> 
         raise ValueError(f"{path}: its metadata is damaged ({error}); export it again") from error
 
 
+@contextlib.contextmanager
+def time_limit(path: str | Path, seconds: float | None) -> Iterator[onnxruntime.RunOptions]:
+    """Options of one run, which is stopped after so many seconds: a graph may hold a loop that does not end.
+
+    Raises:
+        ValueError: the run was stopped.
+    """
+    options, stopped = onnxruntime.RunOptions(), threading.Event()
+    options.log_severity_level = 4  # being stopped is no error of the graph's
+
+    def stop() -> None:
+        stopped.set()
+        options.terminate = True
+
+    timer = threading.Timer(seconds or 0, stop)
+    if seconds:
+        timer.start()
+    try:
+        yield options
+    except errors.Fail as error:
+        if stopped.is_set():
+            raise ValueError(f"{path}: a run took longer than {seconds:g} s; give a larger --timeout") from error
+        raise
+    finally:
+        timer.cancel()
+
+
 class OnnxRuntimePredictor:
     """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> logits, float32.
+
+    Args:
+        threads: of computing; 0 for all cores.
+        timeout: seconds that a run may take; None for any number.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an ONNX file, or not one of qswin's.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, threads: int = 0, timeout: float | None = None) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such ONNX file")
+        self.path, self.timeout = path, timeout
         model = read_onnx(path)
         check_interface(path, model)
         self._session = start_session(path, threads)
@@ -108,4 +142,5 @@ class OnnxRuntimePredictor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         padded = fill_up(images, self.batch_size or 0)
-        return self._session.run(["logits"], {"input": padded})[0][: len(images)]
+        with time_limit(self.path, self.timeout) as options:
+            return self._session.run(["logits"], {"input": padded}, options)[0][: len(images)]
