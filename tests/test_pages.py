@@ -145,7 +145,16 @@ def read_command_line(name: str, arguments: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [("docs/results.md", 10), ("docs/performance.md", 4), ("docs/moving.md", 1)]
+    ("page", "count"),
+    [
+        ("docs/results.md", 2),
+        ("docs/lab/accuracy.md", 7),
+        ("docs/lab/tensorrt.md", 4),
+        ("docs/lab/robustness.md", 3),
+        ("docs/performance.md", 4),
+        ("docs/moving.md", 1),
+        ("SECURITY.md", 1),
+    ],
 )
 def test_benchmarks_take_the_options_that_are_given(page, count, monkeypatch, capsys):
     """They take hours, or a GPU: what produced the figures is not run here."""
