@@ -81,6 +81,7 @@ data:
 calibration:
   images: 8
   batch_size: 4
+  equalize: false
 train:
   batch_size: 4
   lr: 1.0e-3

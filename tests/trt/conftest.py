@@ -36,9 +36,11 @@ class Graphs(dict[str, Path]):
     def __missing__(self, kind: str) -> Path:
         from qswin.qat.export.onnx_export import export_onnx, save_onnx
 
+        path = self[kind] = self.folder / f"{kind}.onnx"
+        if path.is_file():  # another worker's
+            return path
         precision, opset, batch = KINDS[kind]
         twin, description = self._calibrated("scaled" in kind)
-        path = self[kind] = self.folder / f"{kind}.onnx"
         metadata = {**description.to_dict(), "precision": precision}
         save_onnx(path, export_onnx(twin, description, precision, opset, batch), metadata)
         return path
@@ -64,7 +66,12 @@ class Graphs(dict[str, Path]):
 
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory) -> Graphs:
-    return Graphs(Path(os.environ.get("QSWIN_GRAPHS") or tmp_path_factory.mktemp("graphs")))
+    """In a folder that the workers of pytest-xdist share: an export takes ten seconds."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        (shared := tmp_path_factory.getbasetemp().parent / "graphs").mkdir(exist_ok=True)
+    else:
+        shared = tmp_path_factory.mktemp("graphs")
+    return Graphs(Path(os.environ.get("QSWIN_GRAPHS") or shared))
 
 
 if __name__ == "__main__":

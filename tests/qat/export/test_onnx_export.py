@@ -72,7 +72,9 @@ def run(model: onnx.ModelProto, images: torch.Tensor) -> np.ndarray:
     return session.run(["logits"], {"input": images.numpy()})[0]
 
 
-@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)])
+@pytest.mark.parametrize(
+    ("name", "opset"), [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)]
+)
 @torch.no_grad()
 def test_float_graphs_agree_with_torch(images, name, opset):
     model, graph = model_and_graph(name, "fp32", opset)
@@ -117,7 +119,7 @@ def test_channel_scales_are_one_mul_before_the_pair(images, name, opset):
     assert [readers[product] for product in products] == ["QuantizeLinear"] * len(scales)
 
 
-@pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), ("fp16", 0.02)])
+@pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), pytest.param("fp16", 0.02, marks=SLOW)])
 @torch.no_grad()
 def test_float_graphs_have_channel_scales_in_their_weights(images, precision, atol):
     twin, graph = model_and_graph(V1, precision, 20, SCALED[V1])
@@ -142,7 +144,7 @@ def test_fp16_takes_and_gives_float32(images):
     np.testing.assert_allclose(run(graph, images), model(images).numpy(), atol=0.02)
 
 
-@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), (V2, 20)])
+@pytest.mark.parametrize(("name", "opset"), [pytest.param(V1, 17, marks=SLOW), (V1, 20), (V2, 20)])
 def test_each_site_is_one_pair(name, opset):
     twin, graph = model_and_graph(name, "int8", opset)
     counts = Counter(node.op_type for node in graph.graph.node)

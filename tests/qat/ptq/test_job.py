@@ -21,7 +21,7 @@ from qswin.qat.quant.recipe import named_recipe
 
 
 def test_the_command_writes_a_checkpoint_that_loads(config_file, data):
-    config = load_config(config_file, [])
+    config = load_config(config_file, ["calibration.equalize=true"])
     with process_group("cpu") as ranks:
         path = run_calibration(config, ranks)
     model, description = load_checkpoint(path)
@@ -86,7 +86,8 @@ def test_reconstruction_needs_one_process(config_file):
 
 def test_two_ranks_find_the_ranges_of_one_process(config_file, tmp_path):
     """Two gloo processes under torchrun, three images in one and four in the other."""
-    overrides = ["calibration.images=7", "calibration.batch_size=2", "recipe=auto", "calibration.budget=1e-5"]
+    overrides = ["calibration.images=7", "calibration.batch_size=2", "recipe=auto"]
+    overrides += ["calibration.budget=1e-5", "calibration.equalize=true"]
     launch = {
         "one": [sys.executable, "-m", "qswin", "calibrate"],
         "two": [

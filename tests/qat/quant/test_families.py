@@ -19,6 +19,7 @@ from qswin.trt.graphs.files import read_onnx
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from tests.helpers import CVT, VARIANTS, Small
 
+SLOW = pytest.mark.slow
 ADDS = {f"{add}.{x}" for add in ("add1", "add2") for x in ("shortcut", "branch")}
 ATTENTION = {f"attn.{x}" for x in ("q", "k", "probs", "v", "proj")} | {"mlp.fc1", "mlp.fc2"} | ADDS
 
@@ -108,7 +109,9 @@ def test_it_trains(small):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("variant", ["vit, query and key norms", "cvt", "swin-unet"])
+@pytest.mark.parametrize(
+    "variant", ["vit, query and key norms", pytest.param("cvt", marks=SLOW), pytest.param("swin-unet", marks=SLOW)]
+)
 def test_torch_traces_it_without_a_break(variant):
     small = VARIANTS[variant]
     twin, images = quantize(small.build(), named_recipe("full")), small.images()
@@ -122,8 +125,8 @@ def test_torch_traces_it_without_a_break(variant):
     ("variant", "opset"),
     [
         ("vit, registers", 20),
-        pytest.param("cvt", 17, marks=pytest.mark.slow),
-        pytest.param("swin-unet", 17, marks=pytest.mark.slow),
+        pytest.param("cvt", 17, marks=SLOW),
+        pytest.param("swin-unet", 17, marks=SLOW),
     ],
 )
 def test_the_exported_graphs_are_right_and_build(variant, opset, tmp_path):

@@ -259,6 +259,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, sec
 PLAIN = ("train.augment.hflip=0", "train.augment.scale=[1, 1]", "train.augment.ratio=[1, 1]", "train.lr=1e-5")
 
 
+@SLOW
 def test_two_nodes_of_two_ranks_train_as_one_process(config_file, ptq, tmp_path):
     """DDP averages gradients: four ranks of batch 1, met through a rendezvous, follow one process of batch 4."""
     same = (f"init={ptq}", *PLAIN)

@@ -68,7 +68,10 @@ def test_tf32_is_what_was_asked_for(rtx, tf32):
     assert config.get_flag(tensorrt.BuilderFlag.TF32) is tf32
 
 
-@pytest.mark.parametrize("scaled", [(), ("qkv", "fc1", "fc2", "reduction", "head.fc")], ids=["", "channel scales"])
+SCALED = ("qkv", "fc1", "fc2", "reduction", "head.fc")
+
+
+@pytest.mark.parametrize("scaled", [(), pytest.param(SCALED, marks=SLOW)], ids=["", "channel scales"])
 def test_swin_v2_builds(rtx, tmp_path, images, scaled):
     twin = quantize(small_swin(V2), named_recipe("full"))
     find_ranges(twin, [images])
