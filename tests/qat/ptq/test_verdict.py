@@ -113,7 +113,14 @@ def test_the_job_writes_it_and_strict_refuses(config_file, tmp_path, capsys, mon
     export = ["export", "--checkpoint", tmp_path / "bad" / "ptq.safetensors", "--onnx", tmp_path / "x.onnx"]
     assert "far from the float one" in fails(capsys, *export, "--strict")
     assert not (tmp_path / "x.onnx").exists()
-    line = fails(capsys, *command, f"run={tmp_path / 'strict'}", "recipe=full", "calibration.strict=true")
+    line = fails(
+        capsys,
+        *command,
+        f"run={tmp_path / 'strict'}",
+        "recipe=full",
+        "calibration.strict=true",
+        "calibration.equalize=true",
+    )
     assert "far from the float one" in line and "recipe=auto" in line
     assert not list((tmp_path / "strict").glob("*.safetensors"))
 
