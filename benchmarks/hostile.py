@@ -23,7 +23,7 @@ from benchmarks.hostile_cases import CASES, Case
 from benchmarks.hostile_world import World, make_world
 from benchmarks.results import commit, device_name
 
-LOG = re.compile(r"^[IWEF]\d{4} ")  # a line of absl's log; an error has none
+LOG = re.compile(r"^[IWEF]\d{4} |^usage: | ")  # a line of absl's log, or of how a command is used
 MEMORY = 4 << 30  # bytes of a process's own
 
 
@@ -57,14 +57,22 @@ def execute(case: Case, command: list[str], folder: Path) -> Found:
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.DEVNULL if case.closed else errors,
+            stderr=errors,
             start_new_session=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
+            preexec_fn=lambda: _limit(case.closed),
         )
         code, usage = _wait(process, case, start)
     text = (folder / "stderr").read_text(errors="backslashreplace")
     lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip() and not LOG.match(line)]
     return Found(code, time.perf_counter() - start, usage.ru_maxrss << 10, lines, text)
+
+
+def _limit(closed: bool) -> None:
+    """In the child: its memory has a bound, and a Ctrl-C reaches it, also from the background."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if closed:
+        os.close(2)
 
 
 def _wait(process: subprocess.Popen, case: Case, start: float) -> tuple[int | None, resource.struct_rusage]:
@@ -94,7 +102,7 @@ def complaint(case: Case, found: Found, world: World) -> str:
         return f"exit code {found.code}"
     if "Traceback" in found.log:
         return "a traceback"
-    if case.code == 2 and len(found.errors) != 1:
+    if case.code == 2 and len(found.errors) != (not case.closed):
         return f"{len(found.errors)} lines"
     if case.words and not re.search(case.words, found.log):
         return f"not a word of {case.words!r}"

@@ -82,7 +82,7 @@ def _link_followed(world: World) -> str | None:
 
 @case(1, "--json through a symbolic link", code=0, check=_link_followed)
 def _(world: World) -> Command:
-    (world.folder / "target.json").write_text("{}")
+    (world.folder / "target.json").write_text('{"kind": "evaluation"}')
     (world.folder / "link.json").symlink_to("target.json")
     return world.evaluate("--json", world.folder / "link.json")
 
@@ -119,7 +119,11 @@ def _setting(name: str, value: Any) -> None:
         return ["inspect", "--model", world.model(**{name: value})]
 
 
-_setting("pretrained", True)
+@case(2, "a sidecar with pretrained, which is not looked at", code=0)
+def _(world: World) -> Command:
+    return ["inspect", "--model", world.model(pretrained=True)]
+
+
 _setting("pretrained_cfg", {"url": "http://127.0.0.1:9/x.pth"})
 _setting("pretrained_cfg_overlay", {"file": "/etc/passwd"})
 _setting("checkpoint_path", "/etc/passwd")
@@ -270,7 +274,7 @@ def _(world: World) -> Command:
 @case(5, "an override of exponential time", code=2)
 def _(world: World) -> Command:
     graph = onnx.load(world.onnx)
-    graph.graph.node[0].name = "a" * 60
+    graph.graph.node[0].name = "a" * 60 + "!"
     onnx.save(graph, world.onnx)
     engine = world.folder / "x.engine"
     return ["build", "--onnx", world.onnx, "--engine", engine, "--target", "tensorrt-rtx", "--override", "(a+)+$=fp32"]
@@ -389,8 +393,8 @@ _sidecar("stage is a list", stage=[])
 _sidecar("metrics are text", metrics="x")
 
 
-def _setting_of_config(rule: int, setting: str, words: str, command: str = "train") -> None:
-    @case(rule, f"{command} {setting}", words)
+def _setting_of_config(rule: int, setting: str, words: str, command: str = "train", code: int = 2) -> None:
+    @case(rule, f"{command} {setting}", words, code=code)
     def _(world: World) -> Command:
         return world.train(setting) if command == "train" else world.calibrate(setting)
 
@@ -403,7 +407,7 @@ for key, value in {
     "train.workers": -1,
 }.items():
     _setting_of_config(7, f"{key}={value}", key.rpartition(".")[2])
-_setting_of_config(7, "model.kwargs.img_size=33", "33", "calibrate")
+_setting_of_config(7, "model.kwargs.img_size=33", "", "calibrate", code=0)  # 8 x 8 patches of 4
 _setting_of_config(7, "device=meta", "meta", "calibrate")
 _setting_of_config(7, "calibration.batch_size=0", "batch_size", "calibrate")
 _setting_of_config(8, "train.lr=-1", "lr")
@@ -412,10 +416,12 @@ _setting_of_config(8, "train.augment.scale=[1,0]", "scale")
 _setting_of_config(8, "data.preprocessing.std=[0,1,1]", "std", "calibrate")
 
 
-def _graph(what: str, make: Callable[[], onnx.ModelProto]) -> None:
+def _graph(what: str, make: Callable[[], onnx.ModelProto], listed: bool = False) -> None:
+    """To be listed, to be built from and to be run; `inspect` lists what is no model of this project's too."""
     for command in ("inspect", "build", "evaluate"):
+        code = 0 if listed and command == "inspect" else 2
 
-        @case(7, f"{command} of an ONNX graph {what}", "x.onnx")
+        @case(7, f"{command} of an ONNX graph {what}", "x.onnx" if code else "", code=code)
         def _(world: World, command: str = command) -> Command:
             onnx.save(make(), world.folder / "x.onnx")
             if command == "inspect":
@@ -466,10 +472,10 @@ def _external() -> onnx.ModelProto:
     return _model(values[:1], [helper.make_node("Add", ["input", "w"], ["logits"])], values[1:], [tensor])
 
 
-_graph("without inputs", _without_inputs)
-_graph("with a float16 input", _half)
-_graph("with a scalar input", _scalar)
-_graph("with a sequence as input", _sequence)
+_graph("without inputs", _without_inputs, listed=True)
+_graph("with a float16 input", _half, listed=True)
+_graph("with a scalar input", _scalar, listed=True)
+_graph("with a sequence as input", _sequence, listed=True)
 _graph("whose weights are in /etc/passwd", _external)
 
 

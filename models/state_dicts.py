@@ -4,6 +4,7 @@ import io
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -69,7 +70,9 @@ def read_state(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
             state: Any = safetensors.torch.load(data)
         else:
             _check_stored(data)
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); copy it again") from error
     except pickle.UnpicklingError as error:
