@@ -24,6 +24,9 @@ from benchmarks.hostile_world import World, make_world
 from benchmarks.results import commit, device_name
 
 LOG = re.compile(r"^[IWEF]\d{4} |^usage: | ")  # a line of absl's log, or of how a command is used
+HEAD = """\
+`python -m benchmarks.hostile` gives each to the real command, under limits of memory and time. The rules are in
+[SECURITY.md](../../SECURITY.md). *Refused* is one line and exit code 2."""
 MEMORY = 4 << 30  # bytes of a process's own
 
 
@@ -142,7 +145,7 @@ def main() -> None:
             lines.append(line)
             good += as_expected
             print(line, flush=True)
-    head = ["# Hostile files and settings", "", f"{good} of {len(chosen)} are as expected. {' '.join(__doc__.split())}"]
+    head = ["# Hostile files and settings", "", HEAD, "", f"{good} of {len(chosen)} are as expected."]
     head += ["", f"Commit {commit()}, {time.strftime('%Y-%m-%d')}, {device_name('cpu')}.", ""]
     head += ["| rule | case | expected | found | time, memory | the line |", "| --- | --- | --- | --- | --- | --- |"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
