@@ -1,4 +1,4 @@
-"""Kills calibration, training, sensitivity and cache building by SIGKILL at random moments, and starts them again.
+"""Kills commands that write something by SIGKILL at random moments, and starts them again.
 
     make demo                                                    (its digits, weights and graphs are what this works on)
     python -m benchmarks.kills --out docs/results/kills.json [--jobs train ...] [--kills 50]
@@ -47,7 +47,12 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     qat = ["train.epochs=3", "train.lr=1e-4", "train.distill_weight=0.5", "train.save_minutes=0.01"]
     images = ["--data", str(data / "train"), "--images", "64"]
     ptq, graph = str(RUN / "ptq.safetensors"), str(RUN / "fp32.onnx")
+    compared = ["--model", str(RUN / "int8.onnx"), "--reference", graph, "--data", str(data / "val"), "--images", "64"]
     return {
+        "convert": (["qswin", "convert", *common, f"model.checkpoint={ptq}"], "ptq.safetensors"),
+        "export": (["qswin", "export", "--checkpoint", ptq, "--onnx", str(folder / "x.onnx")], "x.onnx"),
+        "compare": (["qswin", "compare", *compared, "--layers", "--json", str(folder / "c.json")], "c.json"),
+        "report": (["qswin", "report", str(RUN), "--out", str(folder / "report.html")], "report.html"),
         "calibrate": (["qswin", "calibrate", *common], "ptq.safetensors"),
         "train": (["qswin", "train", *common, *qat, f"init={ptq}"], "qat.safetensors"),
         "sensitivity": (
