@@ -5,8 +5,10 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import stat
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,15 +299,11 @@ def _(world: World) -> Command:
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
-    import zlib
-
     return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
 
 @case(6, "a shard's label of 999999999", megabytes=1000)
 def _(world: World) -> Command:
-    import shutil
-
     png = (world.images / "val" / "a" / "0.png").read_bytes()
     shutil.rmtree(world.images / "val")
     (world.images / "val").mkdir()

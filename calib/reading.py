@@ -142,19 +142,19 @@ def read_yaml(path: Path) -> Any:
 
 def compose_yaml(path: Path) -> yaml.Node | None:
     """The nodes of a YAML file, with their lines; None of an empty one. Raises as `read_yaml` does."""
-    try:
-        return BoundedLoader(read_regular(path, YAML_BYTES).decode()).get_single_node()
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    return _compose(read_regular(path, YAML_BYTES), str(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
     """The value of a YAML text. Raises ValueError, which names it by `name`."""
+    return construct_yaml(_compose(text, name), name)
+
+
+def _compose(text: str | bytes, name: str) -> yaml.Node | None:
     try:
-        node = BoundedLoader(text).get_single_node()
-    except (yaml.YAMLError, RecursionError) as error:
+        return BoundedLoader(text if isinstance(text, str) else text.decode()).get_single_node()
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{name}: not YAML ({' '.join(str(error).split())})") from error
-    return construct_yaml(node, name)
 
 
 def construct_yaml(node: yaml.Node | None, name: str) -> Any:

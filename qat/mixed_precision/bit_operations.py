@@ -25,7 +25,7 @@ def bit_operations(model: nn.Module, image: Tensor) -> dict[str, tuple[float, fl
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         for quantizer, operations, bits in _operations(layer, inputs, output):
-            site = quantizer.site.removesuffix(".weight")
+            site = quantizer.recipe_site
             counts[site][0] += operations * bits
             counts[site][1] += operations * (FLOAT_BITS if isinstance(layer, QuantAdd) else FLOAT_BITS**2)
 

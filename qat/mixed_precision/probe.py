@@ -94,7 +94,7 @@ def group_quantizers(model: nn.Module, by: str) -> Groups:
     for path, module in model.named_modules():
         for child in module.children():
             if isinstance(child, TensorQuantizer):
-                groups[child.site.removesuffix(".weight") if by == "site" else path].append(child)
+                groups[child.recipe_site if by == "site" else path].append(child)
     return dict(groups)
 
 

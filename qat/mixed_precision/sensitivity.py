@@ -96,7 +96,7 @@ def measure_groups(probe: Probe, groups: Groups, report: dict[str, Any], path: P
         if name in done:
             continue
         others = [quantizer for quantizer in everything if quantizer not in groups[name]]
-        sites = sorted({quantizer.site.removesuffix(".weight") for quantizer in groups[name]})
+        sites = sorted({quantizer.recipe_site for quantizer in groups[name]})
         row = {"name": name, "sites": sites, "alone": probe.measure(groups[name]), "without": probe.measure(others)}
         report["rows"] = sorted([*report["rows"], row], key=lambda row: -row["alone"]["kl"])
         write_result(path, KIND, report)

@@ -46,7 +46,7 @@ def costly_sites(comparison: Comparison, budget: float) -> tuple[str, ...]:
 def _by_site(group: Sequence[TensorQuantizer]) -> dict[str, list[TensorQuantizer]]:
     sites: dict[str, list[TensorQuantizer]] = {}
     for quantizer in group:
-        sites.setdefault(quantizer.site.removesuffix(".weight"), []).append(quantizer)
+        sites.setdefault(quantizer.recipe_site, []).append(quantizer)
     return sites
 
 

@@ -111,7 +111,7 @@ def kinds(model: nn.Module) -> dict[str, list[TensorQuantizer]]:
     """The quantizers by what recipes call their sites in all blocks: qkv, fc2, attn.probs, add1, ..."""
     groups: dict[str, list[TensorQuantizer]] = defaultdict(list)
     for quantizer in quantizers(model):
-        parts = quantizer.site.removesuffix(".weight").split(".")
+        parts = quantizer.recipe_site.split(".")
         if parts[-1] in ("shortcut", "branch"):
             parts.pop()
         kind = ".".join(parts[-2:]) if parts[-1] in ("q", "k", "v", "probs") else parts[-1]

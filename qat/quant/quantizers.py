@@ -87,6 +87,11 @@ class TensorQuantizer(nn.Module):
         self._log_gain: nn.Parameter | None = None
 
     @property
+    def recipe_site(self) -> str:
+        """The site as recipes name it: a weight's is its layer's, which is its input's too."""
+        return self.site.removesuffix(".weight")
+
+    @property
     def amax(self) -> Tensor:
         """The range, float32, of `_amax`'s shape."""
         return self._amax if self._log_gain is None else self._amax * self._log_gain.exp()

@@ -114,7 +114,8 @@ def leave_in_float(model: nn.Module, sites: Iterable[str]) -> None:
         sites: whole names: an activation's, which is also its weight's, or a residual add's, which is of both branches.
     """
     sites = tuple(sites)
-    vars(_recipes_holder(model))["recipe"] = recipe_of(model).leaving(sites)
+    holder = vars(_recipes_holder(model))
+    holder["recipe"] = holder["recipe"].leaving(sites)
     names = {f"{site}{end}" for site in sites for end in ("", ".weight", ".shortcut", ".branch")}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -2,11 +2,13 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from qswin.calib.reading import JSON_BYTES
 
+T = TypeVar("T")
 LARGEST = {  # bytes of a file, by its suffix
     ".json": JSON_BYTES,
     ".jsonl": JSON_BYTES,
@@ -47,6 +49,16 @@ class RunFolder:
                 yield path
             else:
                 self.skip(path, reason)
+
+    def read(self, pattern: str, reader: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+        """The files of a pattern and what a reader makes of each; those that it refuses are skipped."""
+        for path in self.files(pattern):
+            try:
+                found = reader(path)
+            except (ValueError, OSError) as error:
+                self.skip(path, error)
+            else:
+                yield path, found
 
     def _unreadable(self, path: Path) -> str | None:
         """Why a file is not read; None for one that is."""

@@ -46,12 +46,7 @@ Results = dict[str, dict[str, Values]]  # {kind: {file: what it holds}}
 def read_results(folder: RunFolder) -> Results:
     """The results below a folder. JSON that is not a result, or not a whole one, is skipped."""
     results: Results = {}
-    for path in folder.files("**/*.json"):
-        try:
-            values = read_json(path)
-        except (ValueError, OSError) as error:
-            folder.skip(path, error)
-            continue
+    for path, values in folder.read("**/*.json", read_json):
         kind = values.get("kind")
         if isinstance(kind, str) and kind in (*LISTED, *SHAPES):
             if (problem := problem_of(kind, values)) is None:

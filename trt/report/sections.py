@@ -48,12 +48,7 @@ def report(run: Path) -> Sections:
 def verdicts(folder: RunFolder) -> list[Part]:
     """How far each checkpoint is from the float model, from the sidecars."""
     rows = []
-    for path in folder.files("**/*.safetensors.json"):
-        try:
-            found = read_json(path)
-        except (ValueError, OSError) as error:
-            folder.skip(path, error)
-            continue
+    for path, found in folder.read("**/*.safetensors.json", read_json):
         metrics = found.get("metrics") if found.get("kind") == "checkpoint" else None
         verdict = metrics.get("verdict") if isinstance(metrics, dict) else None
         if isinstance(verdict, dict):
@@ -66,12 +61,7 @@ def verdicts(folder: RunFolder) -> list[Part]:
 def training(folder: RunFolder) -> list[Part]:
     """The loss of each step and the metric of each epoch, from every log.jsonl."""
     parts: list[Part] = []
-    for path in folder.files("**/log.jsonl"):
-        try:
-            lines = read_log(path)
-        except (ValueError, OSError) as error:
-            folder.skip(path, error)
-            continue
+    for path, lines in folder.read("**/log.jsonl", read_log):
         steps = [line for line in lines if "loss" in line]
         epochs = [line for line in lines if "epoch" in line]
         if not steps:
