@@ -37,11 +37,8 @@ def stage_ranges(folder: RunFolder) -> Stages:
     """The ranges of `ptq.safetensors` and `qat.safetensors`, by stage, of those that the folder holds."""
     found: Stages = {}
     for stage in STAGES:
-        for path in folder.files(f"{stage}.safetensors"):
-            try:
-                found[stage] = read_ranges(path)
-            except ValueError as error:
-                folder.skip(path, error)
+        for _, ranges in folder.read(f"{stage}.safetensors", read_ranges):
+            found[stage] = ranges
     return found
 
 
@@ -107,11 +104,8 @@ def range_table(stages: Stages) -> list[Part]:
 def histograms(folder: RunFolder, stages: Stages) -> list[Part]:
     """What calibration saw at each quantizer, with the range of each calibrator and of each checkpoint."""
     found: list[tuple[str, Observation]] = []
-    for path in folder.files(HISTOGRAMS):
-        try:
-            found = list(load_histograms(path).items())
-        except ValueError as error:
-            folder.skip(path, error)
+    for path, observations in folder.read(HISTOGRAMS, load_histograms):
+        found = list(observations.items())
         if len(found) > MOST_HISTOGRAMS:
             folder.skip(path, f"it has more than {MOST_HISTOGRAMS} histograms")
             return []
