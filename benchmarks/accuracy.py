@@ -56,6 +56,9 @@ class Row:
 
 
 def recipe_at(recipe: Recipe, bits: str, **changes: Any) -> Recipe:
+    """A recipe at "W4A8" or in "FP8"."""
+    if bits == "FP8":
+        return recipe.in_format("fp8")
     weights, activations = widths(bits)
     return dataclasses.replace(recipe, weight_format=f"int{weights}", activation_format=f"int{activations}", **changes)
 
@@ -78,8 +81,18 @@ def our_recipe(name: str, bits: str) -> Recipe:
     return recipe_at(RECIPES[name], bits, weight_calibrator=weight_calibrator)
 
 
+def unsigned_probabilities(recipe: Recipe) -> Recipe:
+    """Softmax's levels are 0 to 255, at 8 bits; otherwise the recipe as it is."""
+    if recipe.activation_format != "int8":
+        return recipe
+    return dataclasses.replace(recipe, rules=(*recipe.rules, Rule("attn.probs", activation_format="uint8")))
+
+
 def our_rows(bits: str) -> dict[str, Make]:
-    """The recipes as `qswin calibrate` does them, and with one piece less or more."""
+    """The recipes as `qswin calibrate` does them, and with one piece less or more; in FP8 their ranges alone."""
+    if bits == "FP8":  # with max ranges, and nothing else
+        recipes = {name: our_recipe(name, bits) for name in ("gemm", "attention", "full")}
+        return {name: functools.partial(_ranges_alone, recipe=recipe) for name, recipe in recipes.items()}
     plain, reconstructed = CalibrationConfig(equalize=False), CalibrationConfig(reconstruct_steps=RECONSTRUCT_STEPS)
     gemm, attention, full, auto = (our_recipe(name, bits) for name in ("gemm", "attention", "full", "auto"))
     variants = {
@@ -87,6 +100,7 @@ def our_rows(bits: str) -> dict[str, Make]:
         "gemm": (gemm, CalibrationConfig()),
         "attention": (attention, CalibrationConfig()),
         "full": (full, CalibrationConfig()),
+        "attention, unsigned probabilities": (unsigned_probabilities(attention), CalibrationConfig()),
         "gemm, not equalized": (gemm, plain),
         "attention, not equalized": (attention, plain),
         "gemm, reconstructed": (gemm, reconstructed),
@@ -211,7 +225,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--config", default="configs/swin_tiny_tinyimagenet.yaml")
     parser.add_argument("--name", help="the model's name in the rows, where it is not the config's")
-    parser.add_argument("--bits", nargs="*", default=["W8A8", "W4A4", "W6A6", "W4A8"])
+    parser.add_argument("--bits", nargs="*", default=["W8A8", "W4A4", "W6A6", "W4A8", "FP8"])
     parser.add_argument("--toolkits", nargs="*", default=list(TOOLKITS), choices=TOOLKITS)
     parser.add_argument("--only", default="", help="a regular expression over 'TOOLKIT RECIPE BITS'")
     parser.add_argument("--images", type=int, default=512, help="calibration images")

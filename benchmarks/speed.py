@@ -1,8 +1,8 @@
-"""Swin in INT8 by the project's kernels beside PyTorch in FP16, on a GPU: images/s, and what each kernel takes.
+"""Swin in INT8 and FP8 by the project's kernels beside PyTorch in FP16, on a GPU: images/s, what each kernel takes.
 
     python -m benchmarks.speed --out speed.json [--models swin_tiny_patch4_window7_224 ...] [--batch-sizes 1 64 256]
 
-Weights are random: time does not depend on them. Before anything is timed, the INT8 model on the GPU is compared with
+Weights are random: time does not depend on them. Before anything is timed, a lowered model on the GPU is compared with
 its kernels' references on the CPU. Times are medians by CUDA events; inputs rotate, so they do not stay in the cache.
 """
 
@@ -34,15 +34,21 @@ Run = Callable[[Tensor], Any]
 ROTATED = 4  # inputs that take turns
 
 
-def pair(name: str, device: str) -> tuple[nn.Module, nn.Module]:
-    """The float model in FP16, and the INT8 one, calibrated on noise."""
+FORMATS = {"int8": "attention", "fp8": "attention-fp8"}  # and the recipe of each
+
+
+def pair(name: str, formats: list[str], device: str) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The float model in FP16, and {format: the lowered one}, calibrated on noise."""
     torch.manual_seed(0)
     model = build_model(name).to(device).eval()
     size = model.patch_embed.img_size
     images = torch.randn(16, 3, *size, device=device)
-    twin = quantize(model, named_recipe("attention")).eval()
-    find_ranges(twin, [images])
-    return copy.deepcopy(model).half(), lower(twin, images[:1], torch.float16)
+    lowered = {}
+    for each in formats:
+        twin = quantize(model, named_recipe(FORMATS[each])).eval()
+        find_ranges(twin, [images])
+        lowered[each] = lower(twin, images[:1], torch.float16)
+    return copy.deepcopy(model).half(), lowered
 
 
 @torch.inference_mode()
@@ -80,15 +86,16 @@ def time_calls(run: Run, inputs: list[Tensor], warmup: int, repeats: int) -> flo
 
 
 def backends(
-    model: nn.Module, lowered: nn.Module, images: Tensor, modes: list[str]
+    model: nn.Module, lowered: dict[str, nn.Module], images: Tensor, modes: list[str]
 ) -> Iterator[tuple[str, str, Callable[[], Run]]]:
     """(backend, precision, what makes the function that runs a batch)."""
     for mode in modes:
         yield f"torch.compile {mode}, CUDA graph", "fp16", lambda: captured(compiled(model, images, mode), images)  # noqa: B023
     yield "torch eager", "fp16", lambda: model
     yield "torch eager, CUDA graph", "fp16", lambda: captured(model, images)
-    yield "qswin kernels", "int8", lambda: lowered
-    yield "qswin kernels, CUDA graph", "int8", lambda: captured(lowered, images)
+    for precision, twin in lowered.items():
+        yield "qswin kernels", precision, lambda: twin  # noqa: B023
+        yield "qswin kernels, CUDA graph", precision, lambda: captured(twin, images)  # noqa: B023
     if importlib.util.find_spec("torchao"):
         name = f"torch.compile {modes[0]} + torchao, CUDA graph"
         yield name, "int8", lambda: captured(torchao(model, images, modes[0]), images)
@@ -115,7 +122,7 @@ def torchao(model: nn.Module, images: Tensor, mode: str) -> nn.Module:
 
 
 def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
-    """Each operator of the INT8 model by shape: calls, GPU time, and what it achieves."""
+    """Each operator of a lowered model by shape: calls, GPU time, and what it achieves."""
     with (
         torch.inference_mode(),
         profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as trace,
@@ -135,7 +142,7 @@ def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
 
 
 def cost(operator: str, shapes: list[list[int]]) -> tuple[float, float]:
-    """Bytes that a call must move, the residual stream being FP16, and integer operations (two a product)."""
+    """Bytes that a call must move, the residual stream being FP16, and operations (two a product)."""
     first, second = shapes[:2]
     size = math.prod(first)
     if operator == "patch_embed":  # (B, 3, H, W), (C, 3, side, side)
@@ -161,6 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", default=["max-autotune-no-cudagraphs", "default"], help="of torch.compile"
     )
+    parser.add_argument("--formats", nargs="+", default=["int8", "fp8"], choices=FORMATS)
     parser.add_argument("--only", default="", help="backends whose names hold this")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=50)
@@ -169,9 +177,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     kernels: dict[str, list[dict[str, Any]]] = {}
     for name in args.models:
-        model, lowered = pair(name, "cuda")
+        model, lowered = pair(name, args.formats, "cuda")
         size = model.patch_embed.img_size
-        print(name, "relative errors against the references:", json.dumps(check(lowered, size)), flush=True)
+        for precision, twin in lowered.items():
+            errors = json.dumps(check(twin, size))
+            print(name, precision, "relative errors against the references:", errors, flush=True)
         for batch in args.batch_sizes:
             inputs = [torch.randn(batch, 3, *size, device="cuda", dtype=torch.float16) for _ in range(ROTATED)]
             with torch.inference_mode():
@@ -182,15 +192,20 @@ def main() -> None:
                     what = {"model": name, "backend": backend, "precision": precision, "batch": batch}
                     rates = {"ms": round(ms, 4), "images_per_second": round(1000 * batch / ms, 1)}
                     rows.append({**what, **rates, "device": device_name("cuda"), "commit": args.commit})
-                    print(f"{batch:4d} {backend:<44} {ms:9.3f} ms {1000 * batch / ms:9.1f} images/s", flush=True)
+                    print(
+                        f"{batch:4d} {backend:<44} {precision} {ms:9.3f} ms {1000 * batch / ms:9.1f} images/s",
+                        flush=True,
+                    )
                     write_json(args.out, {"rows": rows, "kernels": kernels})
-            kernels[f"{name}@{batch}"] = kernel_times(lowered, inputs[0])
-            for row in kernels[f"{name}@{batch}"]:
-                print(
-                    f"     {row['operator']:<24} {row['calls']:3d} {row['ms']:8.3f} ms {row['tb_per_second']:6.2f} TB/s"
-                    f" {row['tops']:6.0f} TOPS {row['shapes']}",
-                    flush=True,
-                )
+            for precision, twin in lowered.items():
+                key = f"{name}@{batch}" if precision == "int8" else f"{name}@{batch}, {precision}"
+                kernels[key] = kernel_times(twin, inputs[0])
+                for row in kernels[key]:
+                    print(
+                        f"     {precision} {row['operator']:<24} {row['calls']:3d} {row['ms']:8.3f} ms"
+                        f" {row['tb_per_second']:6.2f} TB/s {row['tops']:6.0f} TOPS {row['shapes']}",
+                        flush=True,
+                    )
             write_json(args.out, {"rows": rows, "kernels": kernels})
 
 

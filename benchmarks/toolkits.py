@@ -34,7 +34,9 @@ def widths(bits: str) -> tuple[int, int]:
 
 
 def modelopt_rows(bits: str) -> dict[str, Make]:
-    """Its INT8 configurations, with other widths put in; it quantizes the weighted layers."""
+    """Its INT8 configurations, with other widths put in, or its FP8 one; it quantizes the weighted layers."""
+    if bits == "FP8":
+        return {"max": functools.partial(_modelopt, bits=bits, published="FP8_DEFAULT_CFG", algorithm="max")}
     histograms: dict[str, dict[str, Any]] = {"entropy": {}, "percentile 99.99": {"percentile": 99.99}}
     configured = {
         "max": ("INT8_DEFAULT_CFG", "max"),
@@ -89,7 +91,9 @@ def _modelopt_histograms(
 
 
 def modelopt_config(published: dict[str, Any], bits: str) -> dict[str, Any]:
-    """One of ModelOpt's INT8 configurations with other widths."""
+    """One of ModelOpt's configurations, with other widths where it is an integer one."""
+    if bits == "FP8":
+        return copy.deepcopy(published)
     weights, activations = widths(bits)
     config = json.loads(json.dumps(published))
     for entry in _entries(config["quant_cfg"]):

@@ -177,7 +177,12 @@ def entropy_range(histogram: Histogram, grid: Grid, bins: int = 2048, start_bin:
 
     Spread evenly, Q is constant within a level, so KL(P, Q) = sum_j p_j log p_j - sum_k P_k log q_k needs only prefix
     sums: 2**(bits - 1) terms a candidate instead of i.
+
+    Raises:
+        ValueError: the grid's levels are not evenly spaced, as those of FP8.
     """
+    if not grid.even:
+        raise ValueError(f"calibrator 'entropy' is for evenly spaced levels, not for {grid.name}; choose max or mse")
     counts = histogram.rebinned(bins)
     counts[0] = counts[1]
     divergences = [_kl_divergence(counts, i, 2 ** (grid.bits - 1)) for i in range(start_bin, bins + 1)]

@@ -25,7 +25,7 @@ from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model, input_size, model_arguments
 from qswin.qat.quant.layers import check_channel_scales
 from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
-from qswin.qat.quant.recipe import Recipe, todays_keys
+from qswin.qat.quant.recipe import Recipe, plain_keys
 from qswin.qat.quant.rewrite import enable, rewrite
 
 KIND = "checkpoint"
@@ -78,7 +78,7 @@ class Description:
         Raises:
             ValueError: a key is missing or unknown, or a value is of another type or out of range.
         """
-        values = values | {"recipe": todays_keys(values.get("recipe"))}
+        values = values | {"recipe": plain_keys(values.get("recipe"))}
         return validate(values, cls, where, beside=("kind", "task", "sha256"), remedy=REMEDY)
 
 

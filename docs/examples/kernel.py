@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qswin.qat.kernels.arithmetic import to_int8, to_int8_reference
+from qswin.qat.kernels.arithmetic import to_int8, to_levels_reference
 
 
 @triton.jit
@@ -35,4 +35,4 @@ def add_quantize(x: Tensor, y: Tensor, x_scale: float, y_scale: float) -> Tensor
 @add_quantize.register_kernel("cpu")
 def add_quantize_reference(x: Tensor, y: Tensor, x_scale: float, y_scale: float) -> Tensor:
     """`add_quantize` in plain torch."""
-    return to_int8_reference(x.float() * x_scale + y.float() * y_scale)
+    return to_levels_reference(x.float() * x_scale + y.float() * y_scale, torch.int8)

@@ -1,4 +1,4 @@
-"""The target `inductor`: a calibrated checkpoint as an AOTInductor package (.pt2) that runs the project's INT8 kernels.
+"""The target `inductor`: a calibrated checkpoint as an AOTInductor package (.pt2) that runs the project's kernels.
 
 A package holds compiled code and integer weights: running it needs torch and a GPU of its compute capability, but
 neither qswin nor timm. It is code: load only packages you built yourself.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SUFFIX = ".pt2"
 TARGET = "inductor"
 KIND = "package"
-OLDEST_CAPABILITY = (8, 0)  # of the kernels' INT8 instructions
+OLDEST_CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}  # of the kernels' instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PackageOptions:
     """How to build a package. The names are those of the flags of `qswin build`.
 
     Attributes:
-        precision: int8, or best, which is the same here.
+        precision: int8 or fp8, of which the checkpoint must be; best stands for the checkpoint's.
         batch_sizes: smallest, usual and largest batch. One fixed batch runs faster: tiles are then chosen for it.
     """
 
@@ -47,9 +47,9 @@ class PackageOptions:
     batch_sizes: tuple[int, int, int] = (1, 8, 64)
 
     def __post_init__(self) -> None:
-        if self.precision not in ("int8", "best"):
+        if self.precision not in (*OLDEST_CAPABILITY, "best"):
             raise ValueError(
-                f"--precision {self.precision} is not for --target {TARGET}, which builds INT8 from a --checkpoint"
+                f"--precision {self.precision} is not for --target {TARGET}, which builds int8 or fp8 of a --checkpoint"
             )
 
 
@@ -91,23 +91,32 @@ def check_linkage(package: bytes) -> None:
                 )
 
 
-def build_package(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:
-    """Builds a package from a checkpoint that was calibrated with recipe `attention`.
+def build_package(path: Path, precision: str, profile: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:
+    """Builds a package from a checkpoint that was calibrated with recipe `attention` or `attention-fp8`.
+
+    Args:
+        precision: int8, fp8 or best; see `PackageOptions`.
+        profile: smallest, usual and largest batch.
 
     Returns:
         The package, and what its sidecar says of it.
 
     Raises:
         FileNotFoundError: the checkpoint or its sidecar is missing.
-        ValueError: there is no GPU that can run it, or the kernels lack what the checkpoint needs (it is named).
+        ValueError: there is no GPU that can run it, the checkpoint is of another precision, or the kernels lack what it
+            needs (it is named).
     """
     import torch
 
     from qswin.qat.checkpoint import load_checkpoint
     from qswin.qat.lowering.lower import lower
+    from qswin.qat.quant.quantizers import own_precision
 
-    capability = check_gpu()
     model, description = load_checkpoint(path)
+    own = own_precision(model)
+    if precision not in (own, "best"):
+        raise ValueError(f"{path}: quantized to {own}, not {precision}; leave --precision out")
+    capability = check_gpu(own)
     start, size = time.perf_counter(), description.preprocessing.size
     lowered = lower(model.cuda(), torch.zeros(1, 3, *size, device="cuda"), torch.float16)
     package = compile_package(lowered, size, profile)
@@ -119,14 +128,14 @@ def build_package(path: Path, profile: tuple[int, int, int]) -> tuple[bytes, dic
         "version": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
         "capability": capability,
-        "engine_precision": "int8",
+        "engine_precision": own,
         "profile": profile,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def check_gpu() -> str:
-    """The GPU's compute capability, "9.0". Raises ValueError without a GPU, and for one that is too old."""
+def check_gpu(precision: str) -> str:
+    """The GPU's compute capability, "9.0". Raises ValueError without a GPU, and for one that is too old for it."""
     import torch
 
     if not torch.cuda.is_available():
@@ -134,10 +143,11 @@ def check_gpu() -> str:
             "--target inductor needs an NVIDIA GPU, and torch finds none; --target tensorrt-rtx builds without"
         )
     capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
-        raise ValueError(
-            f"--target inductor needs compute capability 8.0, {torch.cuda.get_device_name()} has {capability}"
-        )
+    oldest = OLDEST_CAPABILITY[precision]
+    if capability < oldest:
+        needed, found = ("{}.{}".format(*each) for each in (oldest, capability))
+        device = torch.cuda.get_device_name()
+        raise ValueError(f"{precision} on --target inductor needs compute capability {needed}; {device} has {found}")
     return "{}.{}".format(*capability)
 
 
@@ -155,7 +165,7 @@ class Package(BuiltModel):
         from torch._inductor import aoti_load_package
 
         capability, version = self.sidecar.capability, self.sidecar.version
-        if (found := check_gpu()) != capability:
+        if (found := check_gpu(self.precision)) != capability:
             raise ValueError(f"{path}: built for compute capability {capability}, here is {found}; build it again")
         if torch.__version__ != version:
             raise ValueError(f"{path}: built by torch {version}, here is {torch.__version__}; build it again here")
@@ -206,7 +216,7 @@ class Inductor(Backend):
         yield PackageSubject(path)
 
     def build(self, source: Path, output: Path, options: PackageOptions) -> tuple[bytes, dict[str, Any]]:
-        return build_package(source, options.batch_sizes)
+        return build_package(source, options.precision, options.batch_sizes)
 
     def findings(self) -> list[Finding]:
         return [library("triton", "build --target inductor")]

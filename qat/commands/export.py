@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-PRECISIONS = ("int8", "fp32", "fp16")
+PRECISIONS = ("int8", "fp8", "fp32", "fp16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint, or bare weights with --config")
     parser.add_argument("--onnx", required=True, type=Path, help="the file to write")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="int8", help="int8 has Q/DQ nodes; the others have none"
+        "--precision",
+        choices=PRECISIONS,
+        help="int8 and fp8, of which the checkpoint's is the default, have Q/DQ nodes; the others have none",
     )
     parser.add_argument("--opset", type=int, default=20, help="17 for TensorRT 8.x, else 18 or newer")
     parser.add_argument("--batch-size", default="dynamic", help="a number, or dynamic")

@@ -8,8 +8,9 @@ from typing import Any
 from qswin.calib.files import check_suffix, sha256
 from qswin.calib.validation import validate
 from qswin.qat.checkpoint import load_model
-from qswin.qat.export.onnx_export import export_onnx, save_onnx
+from qswin.qat.export.onnx_export import QUANTIZED, export_onnx, save_onnx
 from qswin.qat.ptq.verdict import Verdict, tell
+from qswin.qat.quant.quantizers import own_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def parse_batch_size(text: str) -> int | None:
 def export_checkpoint(
     checkpoint: Path,
     path: Path,
-    precision: str,
+    precision: str | None,
     opset: int,
     batch_size: int | None,
     config_file: str | None = None,
@@ -59,7 +60,8 @@ def export_checkpoint(
     """
     check_suffix("--onnx", path, (".onnx",))
     model, description = load_model(checkpoint, config_file, list(overrides))
-    if precision == "int8" and "verdict" in description.metrics:
+    precision = precision or own_precision(model)
+    if precision in QUANTIZED and "verdict" in description.metrics:
         verdict = validate(description.metrics["verdict"], Verdict, f"{checkpoint}: metrics.verdict", beside=("good",))
         tell(verdict, "calibrate again, with recipe=auto", strict)
     graph = export_onnx(model, description, precision, opset, batch_size)

@@ -18,11 +18,12 @@ from qswin.calib.files import write_atomic
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_passes import finish_weights, lower_to_opset_17
 from qswin.qat.quant.layers import undo_channel_scales
-from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.quantizers import own_precision, quantizers
 from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.rewrite import clip_weights, disable, enable, fold_biases, quantize
 
-PRECISIONS = ("int8", "fp32", "fp16")
+QUANTIZED = ("int8", "fp8")
+PRECISIONS = (*QUANTIZED, "fp32", "fp16")
 OLDEST_OPSET = 17  # TensorRT 8.6's newest
 DEFAULT_OPSET = 20  # the first in which Gelu is one node
 
@@ -41,27 +42,28 @@ class _HalfPrecision(nn.Module):
 def export_onnx(
     model: nn.Module,
     description: Description,
-    precision: str = "int8",
+    precision: str | None = None,
     opset: int = DEFAULT_OPSET,
     batch: int | None = None,
 ) -> ir.Model:
     """Exports a float or quantized model to an ONNX graph with input `input` (N, 3, H, W) and output `logits`.
 
-    Each quantized site is exactly one QuantizeLinear and DequantizeLinear pair; weights are INT8 initializers with a
-    DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. A site with channel
-    scales has one Mul before its pair. Position biases and shift masks are one constant a block.
+    Each quantized site is exactly one QuantizeLinear and DequantizeLinear pair; weights are INT8 or FP8 initializers
+    with a DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. A site with
+    channel scales has one Mul before its pair. Position biases and shift masks are one constant a block.
 
     Args:
         model: is left as it is.
-        precision: int8 keeps the quantizers; fp32 and fp16 export the same weights without them, and take channel
-            scales back into the weights.
+        precision: int8 and fp8 keep the quantizers; None is the one of the two that is the model's (`own_precision`).
+            fp32 and fp16 export the same weights without them, and take channel scales back into the weights.
         opset: 17 or newer. The exporter writes 18 and newer; for 17 the reductions, which changed since, are rewritten.
         batch: a fixed batch size; None leaves it free.
 
     Raises:
-        ValueError: int8 of a model that is not quantized or not calibrated, or whose format ONNX lacks (the site is
-            named); a wrong precision or opset; or the description is not this model's.
+        ValueError: int8 or fp8 of a model that is not quantized, not calibrated or of another format, or whose format
+            the opset lacks (the site is named); a wrong precision or opset; or the description is not this model's.
     """
+    precision = precision or own_precision(model)
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not known; choose {', '.join(PRECISIONS)}")
     if opset < OLDEST_OPSET:
@@ -71,7 +73,7 @@ def export_onnx(
     newest = onnx.defs.onnx_opset_version()
     if opset > newest:
         raise ValueError(f"opset {opset} is too new: the newest that the installed onnx knows is {newest}")
-    twin = _prepare(model, description, precision)
+    twin = _prepare(model, description, precision, opset)
     check_fits(twin, description)
     if precision == "fp16":
         twin = _HalfPrecision(twin)
@@ -80,22 +82,26 @@ def export_onnx(
     if graph.opset_imports.get("") != max(opset, 18):
         written = graph.opset_imports.get("")
         raise ValueError(f"opset {opset} cannot be written, the exporter gives {written}; choose --opset {written}")
-    finish_weights(graph, int8=opset > OLDEST_OPSET)
+    finish_weights(graph, store=opset > OLDEST_OPSET)
     if opset == OLDEST_OPSET:
         lower_to_opset_17(graph)
     return graph
 
 
-def _prepare(model: nn.Module, description: Description, precision: str) -> nn.Module:
+def _prepare(model: nn.Module, description: Description, precision: str, opset: int) -> nn.Module:
     """The twin to trace: a copy, in evaluation mode on the CPU, with everything constant folded into tensors."""
     twin = quantize(model, RECIPES["none"]) if description.recipe is None else copy.deepcopy(model)
     twin = twin.cpu().eval()
-    if precision == "int8":
+    if precision in QUANTIZED:
         if not any(quantizers(twin)):
             raise ValueError(
                 "the checkpoint is not quantized: run qswin calibrate first, or export with --precision fp32"
             )
-        check_formats(twin)
+        if precision != own_precision(twin):
+            raise ValueError(
+                f"the checkpoint is quantized to {own_precision(twin)}, not {precision}; leave --precision out"
+            )
+        check_formats(twin, opset)
         enable(twin)
         clip_weights(twin)
     else:
@@ -105,13 +111,18 @@ def _prepare(model: nn.Module, description: Description, precision: str) -> nn.M
     return twin
 
 
-def check_formats(model: nn.Module) -> None:
-    """Raises ValueError, naming the first site at fault, unless ONNX has a type for every quantizer's format."""
+def check_formats(model: nn.Module, opset: int) -> None:
+    """Raises ValueError, naming the first site at fault, unless the opset has a type for every quantizer's format."""
     for quantizer in quantizers(model):
         grid = quantizer.spec.grid
         if grid.onnx_type is None or grid.torch_dtype is None:
             raise ValueError(
                 f"{quantizer.site}: format {grid.name!r} has no type in ONNX; export with --precision fp32"
+            )
+        if opset < grid.opset:
+            raise ValueError(
+                f"{quantizer.site}: format {grid.name!r} needs opset {grid.opset} or newer, not {opset}; "
+                "TensorRT 8.x, which reads opset 17, lacks it"
             )
 
 

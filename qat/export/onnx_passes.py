@@ -6,15 +6,18 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qswin.calib.grid import INT8
+from qswin.calib.grid import FP8, INT8, Grid
+
+STORED = {grid.onnx_type: grid for grid in (INT8, FP8)}  # formats of weights, by their type in ONNX
 
 
-def finish_weights(model: ir.Model, int8: bool) -> None:
-    """Transposes quantized weights ahead of time and, with `int8`, stores them as INT8.
+def finish_weights(model: ir.Model, store: bool) -> None:
+    """Transposes quantized weights ahead of time and, with `store`, stores their levels.
 
     The exporter leaves weight -> Q -> DQ -> Transpose -> MatMul. Then the weight is stored transposed with its scales
-    along axis 1, so that DQ feeds MatMul itself, as fusions to INT8 kernels want it; with `int8` Q is computed here, by
-    QuantizeLinear's definition: saturate(round_half_even(x / scale)). A Q that is not INT8 is left to the runtime.
+    along axis 1, so that DQ feeds MatMul itself, as fusions to INT8 kernels want it; with `store` Q is computed here,
+    by QuantizeLinear's definition: saturate(round_half_even(x / scale)). A Q to a type that is not `STORED` is left to
+    the runtime.
     """
     for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         weight = quantize.inputs[0]
@@ -22,8 +25,9 @@ def finish_weights(model: ir.Model, int8: bool) -> None:
             continue
         _transpose_ahead(model.graph, weight, quantize, quantize.outputs[0].consumers()[0])
         zero_point = quantize.inputs[2]
-        if int8 and zero_point is not None and str(zero_point.dtype) == INT8.onnx_type:
-            _quantize_ahead(model.graph, weight, quantize)
+        grid = None if zero_point is None else STORED.get(str(zero_point.dtype))
+        if store and grid is not None:
+            _quantize_ahead(model.graph, weight, quantize, grid)
 
 
 def _transpose_ahead(graph: ir.Graph, weight: ir.Value, quantize: ir.Node, dequantize: ir.Node) -> None:
@@ -39,11 +43,11 @@ def _transpose_ahead(graph: ir.Graph, weight: ir.Value, quantize: ir.Node, dequa
     graph.remove(consumers[0], safe=True)
 
 
-def _quantize_ahead(graph: ir.Graph, weight: ir.Value, quantize: ir.Node) -> None:
+def _quantize_ahead(graph: ir.Graph, weight: ir.Value, quantize: ir.Node, grid: Grid) -> None:
     values, scale = _array(weight), _array(quantize.inputs[1])
     if "axis" in quantize.attributes:
         scale = np.expand_dims(scale, [d for d in range(values.ndim) if d != quantize.attributes["axis"].as_int()])
-    _store(weight, INT8.codes(values / scale))
+    _store(weight, grid.codes(values / scale))
     quantize.outputs[0].replace_all_uses_with(weight)
     graph.remove(quantize, safe=True)
 

@@ -1,4 +1,4 @@
-"""Arithmetic that the kernels share: rounding to INT8, GELU.
+"""Arithmetic that the kernels share: rounding to INT8 or FP8, GELU.
 
 On a GPU each is a few machine instructions, written out as PTX: they run once for every value that a layer computes,
 and in Triton's own form took longer than the matrix products. Triton's interpreter, which tests use, cannot run PTX:
@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qswin.calib.grid import INT8
+from qswin.calib.grid import FP8, INT8
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 QMIN, QMAX = tl.constexpr(float(INT8.qmin)), tl.constexpr(float(INT8.qmax))  # int8's own limits, at which PTX saturates
+FP8_MAX = tl.constexpr(FP8.qmax)
 # Added to a float32 below 2**22 and subtracted again, it leaves the nearest integer, ties to even. This is rint, which
 # Triton's interpreter lacks.
 ROUNDING = tl.constexpr(1.5 * 2**23)
+SMALLEST_NORMAL, SUBNORMAL_ROUNDING = tl.constexpr(2.0**-6), tl.constexpr(1.5 * 2**14)  # of E4M3; to steps of 2**-9
 
 # Phi(y) = 1 / (1 + 2**(y * p(y**2))), where p is this polynomial in min(y**2, 40), highest power first. It is the
 # minimax fit of y * Phi(y) on [-6.5, 6.5] with three coefficients; the largest error is 2.6e-5.
@@ -48,6 +50,29 @@ def to_int8(x):
 
 
 @triton.jit
+def _round_to_e4m3(x):
+    """float32 -> the nearest value of E4M3, in float32: the interpreter's own conversion loses the carry to 2**n."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < SMALLEST_NORMAL, (x + SUBNORMAL_ROUNDING) - SUBNORMAL_ROUNDING, rounded)
+
+
+@triton.jit
+def to_levels(x, dtype: tl.constexpr):
+    """float32 in units of the scale -> the nearest level of a format, int8 or float8e4nv, saturated.
+
+    For FP8 the clamp is no instruction of its own: the conversion saturates on a GPU, two values at a time.
+    """
+    if dtype == tl.int8:
+        levels = to_int8(x)
+    elif INTERPRETED:
+        levels = _round_to_e4m3(tl.minimum(tl.maximum(x, -FP8_MAX), FP8_MAX)).to(dtype)
+    else:
+        levels = x.to(dtype)
+    return levels
+
+
+@triton.jit
 def gelu(y):
     """y * Phi(y) of float32, with an error below 3e-5."""
     square = tl.minimum(y * y, GELU_MAX_SQUARE)
@@ -61,6 +86,6 @@ def gelu(y):
     return value
 
 
-def to_int8_reference(x: Tensor) -> Tensor:
-    """`to_int8` in plain torch."""
-    return INT8.nearest(x).to(torch.int8)
+def to_levels_reference(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`to_levels` in plain torch."""
+    return (INT8 if dtype == torch.int8 else FP8).nearest(x).to(dtype)

@@ -1,4 +1,4 @@
-"""INT8 linear layers whose epilogue does what comes next: requantization, with GELU or without, or the residual add."""
+"""Linear layers in INT8 or FP8 whose epilogue does what comes next: requantization, after GELU or not, or an add."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
-from qswin.qat.kernels.arithmetic import gelu, to_int8, to_int8_reference
+from qswin.qat.kernels.arithmetic import gelu, to_levels, to_levels_reference
 
 MULTIPROCESSORS = 132  # of an H100 or H200, on which the tiles were chosen
 GROUP_M = 8  # rows of tiles that share the weight's tiles in the L2 cache
@@ -37,7 +37,8 @@ def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: 
     """
     offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x_ptr += start_m.to(tl.int64) * K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
     for start_k in range(0, K, BLOCK_K):
         x_mask, weight_mask = (start_m + offs_m < M)[:, None], (offs_n < N)[None, :]
         if K % BLOCK_K:
@@ -45,10 +46,10 @@ def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: 
                 x_mask & (start_k + offs_k < K)[None, :],
                 weight_mask & (start_k + offs_k < K)[:, None],
             )
-        x = tl.load(x_ptr + offs_m[:, None] * K + (start_k + offs_k)[None, :], mask=x_mask, other=0)
+        x = tl.load(x_ptr + offs_m[:, None] * K + (start_k + offs_k)[None, :], mask=x_mask, other=0.0)
         weight_ptrs = weight_ptr + offs_n[None, :] * K + (start_k + offs_k)[:, None]
-        weight = tl.load(weight_ptrs, mask=weight_mask, other=0)
-        acc = tl.dot(x, weight, acc, out_dtype=tl.int32)
+        weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
+        acc = tl.dot(x, weight, acc, out_dtype=SUM)
     scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
     return acc.to(tl.float32) * scale[None, :] + bias[None, :]
@@ -66,8 +67,8 @@ def _linear_kernel(
     out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
     if GELU:
         y = gelu(y) * tl.load(inv_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
-    if out_ptr.dtype.element_ty == tl.int8:
-        y = to_int8(y)
+    if out_ptr.dtype.element_ty == x_ptr.dtype.element_ty:
+        y = to_levels(y, out_ptr.dtype.element_ty)
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
@@ -132,29 +133,29 @@ def _launch(
 
 @triton_op("qswin::linear_quantize", mutates_args={})
 def linear_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """int8(x @ weight.T * scale + bias).
+    """The levels, in the format of x, nearest to x @ weight.T * scale + bias.
 
     Args:
-        x: (M, K) int8.
-        weight: (N, K) int8.
+        x: (M, K) int8 or float8_e4m3fn.
+        weight: (N, K) of the same dtype.
         scale: (N,) float32: the scale of x times that of each of the weight's rows, over that of the result.
         bias: (N,) float32, over the scale of the result.
 
     Returns:
-        (M, N) int8.
+        (M, N) of x's dtype.
     """
-    return _launch(x, weight, scale, bias, torch.int8)
+    return _launch(x, weight, scale, bias, x.dtype)
 
 
 @triton_op("qswin::linear_gelu_quantize", mutates_args={})
 def linear_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor) -> Tensor:
-    """int8(GELU(x @ weight.T * scale + bias) * inv_scale), (M, N).
+    """The levels, in the format of x, nearest to GELU(x @ weight.T * scale + bias) * inv_scale, (M, N).
 
     The arguments are those of `linear_quantize`, but scale and bias are not over the scale of the result. inv_scale,
     (N,) float32, is what each channel is multiplied by: 1 / that scale, times the channel's own scale where the next
     layer has one.
     """
-    return _launch(x, weight, scale, bias, torch.int8, inv_scale)
+    return _launch(x, weight, scale, bias, x.dtype, inv_scale)
 
 
 @triton_op("qswin::linear_float", mutates_args={})
@@ -168,7 +169,7 @@ def linear_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut:
     """shortcut + (x @ weight.T * scale + bias), each row being added to its token.
 
     Args:
-        x: (B * R, K) int8; weight: (N, K) int8; scale, bias: (N,) float32.
+        x: (B * R, K) int8 or float8_e4m3fn; weight: (N, K) of the same; scale, bias: (N,) float32.
         shortcut: (B, L, N) float16 or float32.
         token_ids: (R,) int32: the token of an image, 0..L-1, that each of its R rows of x belongs to, each token once;
             -1 for a row of padding, which is dropped.
@@ -186,20 +187,20 @@ def linear_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut:
 
 
 def _matmul_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight.T * scale + bias in plain torch: the integer sums are exact in float64."""
+    """x @ weight.T * scale + bias in plain torch: the sums are exact in float64."""
     return (x.double() @ weight.double().T).float() * scale + bias
 
 
 @linear_quantize.register_kernel("cpu")
 def linear_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """`linear_quantize` in plain torch."""
-    return to_int8_reference(_matmul_reference(x, weight, scale, bias))
+    return to_levels_reference(_matmul_reference(x, weight, scale, bias), x.dtype)
 
 
 @linear_gelu_quantize.register_kernel("cpu")
 def linear_gelu_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor) -> Tensor:
     """`linear_gelu_quantize` in plain torch, GELU being exact."""
-    return to_int8_reference(F.gelu(_matmul_reference(x, weight, scale, bias)) * inv_scale)
+    return to_levels_reference(F.gelu(_matmul_reference(x, weight, scale, bias)) * inv_scale, x.dtype)
 
 
 @linear_float.register_kernel("cpu")

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qswin.qat.kernels.arithmetic import to_int8, to_int8_reference
+from qswin.qat.kernels.arithmetic import to_levels, to_levels_reference
 from qswin.qat.kernels.layer_norm import layer_norm
 
 
@@ -48,12 +48,14 @@ def _norm_quantize_kernel(
     out_ptrs = (
         out_ptr + start_row.to(tl.int64) * (TOKENS * CHANNELS) + offs_r[:, None, None] * (TOKENS * CHANNELS) + cols
     )
-    tl.store(out_ptrs, to_int8(x), mask=row_mask[:, None, None] & channel_mask)
+    tl.store(out_ptrs, to_levels(x, out_ptr.dtype.element_ty), mask=row_mask[:, None, None] & channel_mask)
 
 
 @triton_op("qswin::norm_quantize", mutates_args={})
-def norm_quantize(x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float) -> Tensor:
-    """int8(LayerNorm(x[token_ids]) * inv_scale).
+def norm_quantize(
+    x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The levels of a format nearest to LayerNorm(x[token_ids]) * inv_scale.
 
     Args:
         x: (B, L, C), float16 or float32.
@@ -62,30 +64,38 @@ def norm_quantize(x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, ep
             padded behind the norm; with more tokens it is a token of zeros.
         weight, bias: (T * C,) float32.
         inv_scale: 1 / the scale of the result.
+        dtype: of the levels, int8 or float8_e4m3fn.
 
     Returns:
-        (B * R, T * C) int8.
+        (B * R, T * C) of dtype.
     """
-    return _launch(x, token_ids, weight, bias, eps, inv_scale, norm=True)
+    return _launch(x, token_ids, weight, bias, eps, inv_scale, dtype, norm=True)
 
 
 @triton_op("qswin::gather_quantize", mutates_args={})
-def gather_quantize(x: Tensor, token_ids: Tensor, inv_scale: Tensor) -> Tensor:
-    """int8(x[token_ids] * inv_scale).
+def gather_quantize(x: Tensor, token_ids: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The levels of a format nearest to x[token_ids] * inv_scale.
 
     Arguments and result are those of `norm_quantize`, but inv_scale is (T * C,) float32, what each channel is
     multiplied by: 1 / the scale of the result, times the channel's own scale where the next layer has one.
     """
-    return _launch(x, token_ids, inv_scale, inv_scale, 0.0, 1.0, norm=False)
+    return _launch(x, token_ids, inv_scale, inv_scale, 0.0, 1.0, dtype, norm=False)
 
 
 def _launch(
-    x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float, norm: bool
+    x: Tensor,
+    token_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    inv_scale: float,
+    dtype: torch.dtype,
+    norm: bool,
 ) -> Tensor:
     batch, num_tokens, channels = x.shape
     rows_per_image, tokens = token_ids.shape
     num_rows = batch * rows_per_image
-    out = torch.empty((num_rows, tokens * channels), dtype=torch.int8, device=x.device)
+    out = torch.empty((num_rows, tokens * channels), dtype=dtype, device=x.device)
     block_channels = triton.next_power_of_2(channels)
     # Values that a program holds, and its warps: the fastest of a sweep on an H200.
     tile_size, num_warps = (2048, 1) if tokens == 1 else (4096, 4)
@@ -100,19 +110,19 @@ def _launch(
 
 @norm_quantize.register_kernel("cpu")
 def norm_quantize_reference(
-    x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float
+    x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float, dtype: torch.dtype
 ) -> Tensor:
     """`norm_quantize` in plain torch."""
     y = F.layer_norm(_gather(x, token_ids), weight.shape, weight, bias, eps)
     if token_ids.shape[1] == 1:
         y = y.masked_fill((token_ids < 0)[None], 0.0)
-    return to_int8_reference(y * inv_scale).flatten(0, 1)
+    return to_levels_reference(y * inv_scale, dtype).flatten(0, 1)
 
 
 @gather_quantize.register_kernel("cpu")
-def gather_quantize_reference(x: Tensor, token_ids: Tensor, inv_scale: Tensor) -> Tensor:
+def gather_quantize_reference(x: Tensor, token_ids: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`gather_quantize` in plain torch."""
-    return to_int8_reference(_gather(x, token_ids) * inv_scale).flatten(0, 1)
+    return to_levels_reference(_gather(x, token_ids) * inv_scale, dtype).flatten(0, 1)
 
 
 def _gather(x: Tensor, token_ids: Tensor) -> Tensor:

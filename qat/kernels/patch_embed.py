@@ -1,4 +1,4 @@
-"""INT8 patch embedding: quantization of the image, convolution as a matrix product and its LayerNorm in one pass."""
+"""Patch embedding in INT8 or FP8: quantization of the image, a matrix product and LayerNorm in one pass."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from qswin.qat.kernels.arithmetic import to_int8, to_int8_reference
+from qswin.qat.kernels.arithmetic import to_levels, to_levels_reference
 from qswin.qat.kernels.layer_norm import layer_norm
 
 BLOCK_M = 64  # patches that a program takes
@@ -36,8 +36,10 @@ def _patch_embed_kernel(
     image_ptrs = image_ptr + patch_offsets[:, None] + pixel_offsets[None, :]
     x = tl.load(image_ptrs, mask=m_mask[:, None] & k_mask[None, :], other=0.0)
     weight_ptrs = weight_ptr + offs_n[None, :] * K + offs_k[:, None]
-    weight = tl.load(weight_ptrs, mask=n_mask[None, :] & k_mask[:, None], other=0)
-    acc = tl.dot(to_int8(x.to(tl.float32) * tl.cast(inv_scale, tl.float32)), weight, out_dtype=tl.int32)
+    weight = tl.load(weight_ptrs, mask=n_mask[None, :] & k_mask[:, None], other=0.0)
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
+    q_x = to_levels(x.to(tl.float32) * tl.cast(inv_scale, tl.float32), weight_ptr.dtype.element_ty)
+    acc = tl.dot(q_x, weight, out_dtype=SUM)
     scale, bias = (
         tl.load(scale_ptr + offs_n, mask=n_mask, other=0.0),
         tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0),
@@ -61,11 +63,13 @@ def patch_embed(
     inv_scale: float,
     eps: float,
 ) -> Tensor:
-    """LayerNorm(conv(int8(image * inv_scale)) * scale + bias); the convolution's stride is its kernel size P.
+    """LayerNorm(conv(q) * scale + bias), q being the levels nearest to image * inv_scale in the format of the weight.
+
+    The convolution's stride is its kernel size P.
 
     Args:
         image: (B, in_channels, H, W), float16 or float32; H and W are multiples of P.
-        weight: (C, in_channels, P, P) int8.
+        weight: (C, in_channels, P, P) int8 or float8_e4m3fn.
         scale: (C,) float32: the scale of the image times that of each channel's weights.
         bias, norm_weight, norm_bias: (C,) float32.
         inv_scale: 1 / the scale of the image.
@@ -97,7 +101,7 @@ def patch_embed_reference(
     inv_scale: float,
     eps: float,
 ) -> Tensor:
-    """`patch_embed` in plain torch: the integer sums are exact in float64."""
-    q_image = to_int8_reference(image.float() * inv_scale).double()
+    """`patch_embed` in plain torch: the sums are exact in float64."""
+    q_image = to_levels_reference(image.float() * inv_scale, weight.dtype).double()
     sums = F.conv2d(q_image, weight.double(), stride=weight.shape[2]).flatten(2).transpose(1, 2)
     return F.layer_norm(sums.float() * scale + bias, scale.shape, norm_weight, norm_bias, eps).to(image.dtype)

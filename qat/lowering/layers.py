@@ -1,11 +1,10 @@
-"""INT8 layers: linear, LayerNorm, patch embedding, head. Each is built from its calibrated twin."""
+"""Lowered layers, in INT8 or FP8: linear, LayerNorm, patch embedding, head. Each is built from its calibrated twin."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qswin.calib.grid import INT8
 from qswin.qat.kernels.linear import linear_add, linear_float, linear_gelu_quantize, linear_quantize
 from qswin.qat.kernels.norm_add import norm_add
 from qswin.qat.kernels.norm_quantize import gather_quantize, norm_quantize
@@ -14,10 +13,9 @@ from qswin.qat.quant.quantizers import TensorQuantizer
 
 
 def scale_of(quantizer: Any, site: str) -> Tensor:
-    """A site's scale, amax / 127. Raises ValueError unless it is quantized to INT8 and calibrated."""
-    if not isinstance(quantizer, TensorQuantizer) or quantizer.spec.grid.name != INT8.name:
-        kind = quantizer.spec.grid.name if isinstance(quantizer, TensorQuantizer) else "float"
-        raise ValueError(f"{site} is in {kind}; the INT8 kernels need it in int8: calibrate with recipe=attention")
+    """A site's scale. Raises ValueError unless it is quantized and calibrated."""
+    if not isinstance(quantizer, TensorQuantizer):
+        raise ValueError(f"{site} is in float; the kernels need it quantized: calibrate with recipe=attention")
     quantizer.check_range()
     return quantizer.scale.detach()
 
@@ -26,7 +24,7 @@ def refuse_channel_scales(quantizer: TensorQuantizer, site: str) -> None:
     """Raises ValueError, naming the site, where a quantizer scales its input's channels, for kernels that do not."""
     if quantizer._pre_quant_scale is not None:
         raise ValueError(
-            f"{site} scales its input's channels, which its INT8 kernel cannot do: "
+            f"{site} scales its input's channels, which its kernel cannot do: "
             "calibrate without channel scales there, or fold them into the layer before"
         )
 
@@ -38,10 +36,11 @@ def channel_scale_of(layer: Any) -> Tensor:
     return ones if scale is None else ones * scale.detach().to(ones)
 
 
-class Int8Weight(nn.Module):
-    """The int8 weight, scale and bias of a QuantLinear or QuantConv2d, apart from channel scales of its input.
+class LoweredWeight(nn.Module):
+    """The weight, scale and bias of a QuantLinear or QuantConv2d, apart from channel scales of its input.
 
-    `scale` (N,) is the input's scale times each output channel's weight scale: what the integer sums are multiplied by.
+    `weight` holds levels, int8 or float8_e4m3fn. `scale` (N,) is the input's scale times each output channel's weight
+    scale: what the sums of levels are multiplied by.
     """
 
     def __init__(self, layer: Any, site: str) -> None:
@@ -51,7 +50,8 @@ class Int8Weight(nn.Module):
         scale = scale_of(layer._weight_quantizer, site).to(weight.device).reshape(-1, *[1] * (weight.ndim - 1))
         refuse_channel_scales(layer._weight_quantizer, f"{site}.weight")
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().clone()
-        self.register_buffer("weight", INT8.of_weights.nearest(weight / scale).to(torch.int8))
+        grid = layer._weight_quantizer.spec.grid
+        self.register_buffer("weight", grid.nearest(weight / scale).to(getattr(torch, grid.torch_dtype)))
         self.register_buffer("scale", (scale.flatten() * self.input_scale).expand(len(weight)).contiguous())
         self.register_buffer("bias", bias)
         self.weight: Tensor
@@ -59,8 +59,8 @@ class Int8Weight(nn.Module):
         self.bias: Tensor
 
 
-class Int8Linear(Int8Weight):
-    """A linear layer. x: (M, K) int8 in units of `input_scale`; a method for each of the kernels' epilogues.
+class LoweredLinear(LoweredWeight):
+    """A linear layer. x: (M, K) levels in units of `input_scale`; a method for each of the kernels' epilogues.
 
     `inv_scale` (K,) is what each channel of a float input is multiplied by before it is rounded to such an x.
     """
@@ -71,16 +71,16 @@ class Int8Linear(Int8Weight):
         self.inv_scale: Tensor
 
     def fold_output_scale(self, output_scale: Tensor) -> None:
-        """Divides scale and bias by each output channel's scale, (N,), so `requantize` gives int8 in units of it."""
+        """Divides scale and bias by each output channel's scale, (N,), so `requantize` gives levels in units of it."""
         self.scale /= output_scale
         self.bias /= output_scale
 
     def requantize(self, x: Tensor) -> Tensor:
-        """(M, N) int8, in units of the scale given to `fold_output_scale`."""
+        """(M, N) levels, in units of the scale given to `fold_output_scale`."""
         return linear_quantize(x, self.weight, self.scale, self.bias)
 
     def gelu_requantize(self, x: Tensor, inv_scale: Tensor) -> Tensor:
-        """(M, N) int8: the result of GELU times inv_scale, (N,), the next layer's."""
+        """(M, N) levels: the result of GELU times inv_scale, (N,), the next layer's."""
         return linear_gelu_quantize(x, self.weight, self.scale, self.bias, inv_scale)
 
     def dequantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,7 +92,7 @@ class Int8Linear(Int8Weight):
         return linear_add(x, self.weight, self.scale, self.bias, shortcut, token_ids.flatten())
 
 
-class Int8Norm(nn.Module):
+class LoweredNorm(nn.Module):
     """A LayerNorm, and the tokens that its rows are read from or added to: token_ids (R, T); see `norm_quantize`."""
 
     def __init__(self, norm: Any, token_ids: Tensor) -> None:
@@ -110,23 +110,24 @@ class Int8Norm(nn.Module):
         self.weight = self.weight * channel_scale
         self.bias = self.bias * channel_scale
 
-    def norm_quantize(self, x: Tensor, scale: float) -> Tensor:
-        """(B, L, C) float -> (B * R, T * C) int8 in units of scale."""
-        return norm_quantize(x, self.token_ids, self.weight, self.bias, self.eps, 1 / scale)
+    def norm_quantize(self, x: Tensor, reader: LoweredLinear) -> Tensor:
+        """(B, L, C) float -> (B * R, T * C) levels for the layer that reads them."""
+        scale, dtype = 1 / reader.input_scale, reader.weight.dtype
+        return norm_quantize(x, self.token_ids, self.weight, self.bias, self.eps, scale, dtype)
 
-    def gather_quantize(self, x: Tensor, inv_scale: Tensor) -> Tensor:
-        """(B, L, C) float -> (B * R, T * C) int8: x times inv_scale, (T * C,), the next layer's.
+    def gather_quantize(self, x: Tensor, reader: LoweredLinear) -> Tensor:
+        """(B, L, C) float -> (B * R, T * C) levels of x itself for the layer that reads them.
 
         There is no norm: Swin V2 normalizes behind attention and MLP.
         """
-        return gather_quantize(x, self.token_ids, inv_scale)
+        return gather_quantize(x, self.token_ids, reader.inv_scale, reader.weight.dtype)
 
     def add(self, y: Tensor, shortcut: Tensor) -> Tensor:
         """shortcut (B, L, C) plus the norm of y (B * R, C), each row being added to its token."""
         return norm_add(y, shortcut, self.token_ids.flatten(), self.weight, self.bias, self.eps)
 
 
-class Int8PatchEmbed(Int8Weight):
+class LoweredPatchEmbed(LoweredWeight):
     """timm's PatchEmbed with its norm. (B, 3, H, W) -> (B, H / patch, W / patch, C)."""
 
     def __init__(self, embed: Any, site: str) -> None:
@@ -143,16 +144,17 @@ class Int8PatchEmbed(Int8Weight):
         return patch_embed(x, *weights, 1 / self.input_scale, self.eps).view(x.shape[0], *self.grid_size, -1)
 
 
-class Int8Head(Int8Linear):
+class LoweredHead(LoweredLinear):
     """The classifier. (B, C) float -> (B, classes)."""
 
     def __init__(self, layer: Any, site: str) -> None:
         super().__init__(layer, site)
         self.register_buffer("channel_scale", channel_scale_of(layer))
         self.channel_scale: Tensor
+        self.grid = layer._input_quantizer.spec.grid
 
     def forward(self, x: Tensor) -> Tensor:
-        q_x = INT8.nearest(x.float() * self.channel_scale / self.input_scale).to(torch.int8)
+        q_x = self.grid.nearest(x.float() * self.channel_scale / self.input_scale).to(self.weight.dtype)
         return self.dequantize(q_x, x.dtype)
 
 

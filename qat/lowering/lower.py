@@ -1,7 +1,8 @@
-"""A calibrated model lowered to integer arithmetic: blocks, patch mergings, stem and classifier become kernels.
+"""A calibrated model lowered to INT8 or FP8 arithmetic: blocks, patch mergings, stem and classifier become kernels.
 
-The lowered model computes what the fake-quantized one does, in INT8: weights are stored as integers, activations
-between the kernels are integers, and the residual stream is float. Recipe `attention` has the sites that it needs.
+The lowered model computes what the fake-quantized one does: weights, and activations between the kernels, are stored as
+levels of the format, and the residual stream is float. Recipe `attention`, or `attention-fp8`, has the sites that it
+needs.
 """
 
 import copy
@@ -12,10 +13,12 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from qswin.calib.grid import FP8, INT8, UINT8
 from qswin.models.discovery import offers
 from qswin.qat import lowering
-from qswin.qat.lowering.layers import Int8Head, Int8PatchEmbed
+from qswin.qat.lowering.layers import LoweredHead, LoweredPatchEmbed
 from qswin.qat.quant.layers import QuantLinear
+from qswin.qat.quant.quantizers import quantizers
 
 
 @functools.cache
@@ -31,35 +34,49 @@ def parts() -> dict[type, Any]:
 
 
 def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A copy that computes in INT8.
+    """A copy that computes in the twin's format, INT8 or FP8.
 
     Args:
-        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2), calibrated with recipe `attention`
-            (8 bits).
+        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2), calibrated with recipe `attention` or
+            `attention-fp8`.
         image: (1, 3, H, W) float32 of the size that the model is for: each block's place in it becomes an index.
         dtype: of the images that it will get, of the residual stream and of what is not lowered (last norm, pooling).
 
     Raises:
-        ValueError: a site that the kernels need is in float, of other bits or not calibrated, a site that they lack is
-            quantized, or one scales channels that they do not (it is named); or no block of the model is among `parts`.
+        ValueError: a site that the kernels need is in float, of another format or not calibrated, a site that they lack
+            is quantized, or one scales channels that they do not (it is named); or no block is among `parts`.
     """
+    check_formats(twin)
     lowered = copy.deepcopy(twin).eval()
     sizes = _input_sizes(lowered, image)
     if not sizes:
         known = ", ".join(kind.__name__ for kind in parts())
-        raise ValueError(
-            f"this model has no block that the INT8 kernels are for; those are {known} (of Swin V1 and V2)"
-        )
+        raise ValueError(f"this model has no block that the kernels are for; those are {known} (of Swin V1 and V2)")
     for name, module in list(lowered.named_modules()):
         if name in sizes:
             _replace(lowered, name, parts()[type(module)](module, name, *sizes[name]))
         elif isinstance(module, PatchEmbed) and isinstance(module.norm, nn.LayerNorm):
-            _replace(lowered, name, Int8PatchEmbed(module, name))
+            _replace(lowered, name, LoweredPatchEmbed(module, name))
         elif name == "head.fc" and isinstance(module, QuantLinear):
-            _replace(lowered, name, Int8Head(module, name))
+            _replace(lowered, name, LoweredHead(module, name))
     for parameter in lowered.parameters():  # not the buffers: the kernels' scales stay float32
         parameter.data = parameter.data.to(dtype)
     return lowered
+
+
+def check_formats(twin: nn.Module) -> None:
+    """Raises ValueError, naming the first site at fault, unless all sites are in INT8, or all in FP8.
+
+    With INT8, the probabilities of attention may be unsigned.
+    """
+    kept = {quantizer.site: quantizer.spec.grid.name for quantizer in quantizers(twin)}
+    first = next(iter(kept.values()), INT8.name)
+    for site, name in kept.items():
+        allowed = {first} & {INT8.name, FP8.name}
+        if first == INT8.name and site.endswith("attn.probs"):
+            allowed.add(UINT8.name)
+        if name not in allowed:
+            raise ValueError(f"{site} is in {name}; the kernels need all sites in int8, or all in fp8")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

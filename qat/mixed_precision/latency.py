@@ -12,7 +12,7 @@ from torch import nn
 from qswin.qat.backends.registry import OpenOptions, build, time_model
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import DEFAULT_OPSET, OLDEST_OPSET, export_onnx, save_onnx
-from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.quantizers import own_precision, quantizers
 from qswin.qat.quant.rewrite import leave_in_float
 from qswin.trt.evaluation.timing import TimingOptions
 
@@ -34,14 +34,14 @@ def measure_latency(
         ValueError: TensorRT is asked for and is not there.
     """
     mixed = without_quantizers(model, floats)
-    precision = "int8" if any(quantizers(mixed)) else "fp32"
+    precision = own_precision(mixed) if any(quantizers(mixed)) else "fp32"
     opset = OLDEST_OPSET if runtime == "tensorrt" else DEFAULT_OPSET
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mixed.onnx"
         save_onnx(path, export_onnx(mixed, description, precision, opset, batch), description.to_dict())
         if runtime == "tensorrt":
             onnx, path = path, path.with_suffix(".engine")
-            engine_precision = "int8" if precision == "int8" else "fp16"
+            engine_precision = "fp16" if precision == "fp32" else precision
             sizes = (batch, batch, batch)
             given = {"onnx": onnx, "precision": engine_precision, "batch_sizes": sizes, "timing_cache": timing_cache}
             build("tensorrt", path, given)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qswin.calib.calibrators import BINS, Histogram, find_range, parse_calibrator
-from qswin.calib.grid import INT8, Grid
+from qswin.calib.grid import FP8, INT8, Grid
 from qswin.qat.quant.fake_quantize import fake_quantize, quantize_dequantize, scale_gradient
 from qswin.qat.quant.weight_ranges import weight_ranges
 
@@ -267,6 +267,11 @@ def _rows(x: Tensor) -> int:
 def quantizers(model: nn.Module) -> Iterator[TensorQuantizer]:
     """Every TensorQuantizer of a model, in the order of its modules."""
     return (module for module in model.modules() if isinstance(module, TensorQuantizer))
+
+
+def own_precision(model: nn.Module) -> str:
+    """What an exported or built model with its quantizers is called: fp8 where a site is in FP8, else int8."""
+    return "fp8" if any(quantizer.spec.grid.name == FP8.name for quantizer in quantizers(model)) else "int8"
 
 
 def table(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qswin.calib.calibrators import parse_calibrator
-from qswin.calib.grid import grid_of
+from qswin.calib.grid import formats, grid_of
 from qswin.calib.validation import NotNegative, Positive, validate
 from qswin.qat.quant.quantizers import QuantSpec, TensorQuantizer
 
@@ -44,7 +44,8 @@ class Recipe:
 
     Formats are names that `grid_of` knows. Weights have a range for each output channel, unless `per_channel` is false,
     from `weight_calibrator`: "max" is the largest magnitude, "mse" pays below 8 bits. Activations have one range a
-    site, from `calibrator`. `dead_range` stands in for a range of 0, which is an error without it.
+    site, from `calibrator`; None stands for the format's own, mse for integers and max for FP8. `dead_range` stands in
+    for a range of 0, which is an error without it.
     `budget` is the largest mean KL from the float model that is accepted: calibration leaves the fewest sites in float
     that keep it. None quantizes every site. `in_float` names sites, as rules do, that stay in float whatever the rules
     say: those that calibration left there.
@@ -56,7 +57,7 @@ class Recipe:
     activation_format: str = "int8"
     per_channel: bool = True
     weight_calibrator: str = "max"
-    calibrator: str = "mse"
+    calibrator: str | None = None
     dead_range: Positive | None = None
     budget: NotNegative | None = None
     in_float: tuple[str, ...] = ()
@@ -77,6 +78,17 @@ class Recipe:
         left = any(Rule(name).matches(site) for name in self.in_float)
         return merged if merged["quantize"] and not left else None
 
+    def in_format(self, name: str) -> "Recipe":
+        """The same sites in another number format. Calibrators, which were chosen for this one, become the format's.
+
+        Raises:
+            ValueError: the format is not known, or is none for weights.
+        """
+        grid_of(name).of_weights  # noqa: B018 (it raises)
+        own: dict[str, Any] = {"weight_format": None, "activation_format": None, "calibrator": None}
+        rules = tuple(dataclasses.replace(rule, **own) for rule in self.rules)
+        return dataclasses.replace(self, rules=rules, weight_format=name, activation_format=name, calibrator=None)
+
     def leaving(self, sites: Iterable[str]) -> "Recipe":
         """The same recipe with these sites in float too."""
         return dataclasses.replace(self, in_float=(*self.in_float, *sites))
@@ -92,7 +104,7 @@ class Recipe:
             spec = QuantSpec(grid, 0 if self.per_channel else None, calibrator)
             return TensorQuantizer(spec, f"{site}.weight", weight.shape).to(weight.device)
         grid = grid_of(settings.get("activation_format", self.activation_format))
-        calibrator = settings.get("calibrator", self.calibrator)
+        calibrator = settings.get("calibrator") or self.calibrator or grid.calibrator
         return TensorQuantizer(QuantSpec(grid, calibrator=calibrator, amax=settings.get("amax")), site)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +114,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> "Recipe":
-        """The recipe of plain data. The old keys, `weight_bits: 4`, stand for `weight_format: int4`.
+        """The recipe of plain data. `format: fp8`, of a recipe or a rule, stands for both formats, weights' and
+        activations'; the old keys, `weight_bits: 4`, for `weight_format: int4`.
 
         Args:
             where: what the data come from; messages begin with it.
@@ -111,7 +124,7 @@ class Recipe:
             ValueError: a key is not a setting of a recipe or of a rule, a value is of another type, or a format or
                 calibrator is not known.
         """
-        return validate(todays_keys(values), cls, where)
+        return validate(plain_keys(values), cls, where)
 
 
 def _check(settings: Rule | Recipe) -> None:
@@ -124,16 +137,19 @@ def _check(settings: Rule | Recipe) -> None:
             parse_calibrator(calibrator)
 
 
-def todays_keys(values: Any) -> Any:
-    """A recipe's plain data, with formats where it was written before formats had names; what is none is left alone."""
+def plain_keys(values: Any) -> Any:
+    """A recipe's plain data with each format under its own key; see `Recipe.from_dict`. What is none is left alone."""
     if not isinstance(values, Mapping):
         return values
     values = dict(values)
     for old, new in (("weight_bits", "weight_format"), ("activation_bits", "activation_format")):
         if old in values and new not in values:
             values[new] = f"int{values.pop(old)}"
+        if "format" in values:
+            values.setdefault(new, values["format"])
+    values.pop("format", None)
     if isinstance(values.get("rules"), list | tuple):
-        values["rules"] = [todays_keys(rule) for rule in values["rules"]]
+        values["rules"] = [plain_keys(rule) for rule in values["rules"]]
     return values
 
 
@@ -156,9 +172,21 @@ RECIPES = {
 
 
 def named_recipe(name: str) -> Recipe:
-    """A recipe by name. Raises ValueError, listing the names, when there is none of that name."""
-    if name not in RECIPES:
+    """A recipe by name: one of RECIPES, or one of them in another number format, as "attention-fp8".
+
+    Raises:
+        ValueError: there is none of that name; the names are listed.
+    """
+    base, dash, number_format = name.partition("-")
+    if base not in RECIPES:
         raise ValueError(
-            f"recipe {name!r} is not known; choose {', '.join(RECIPES)}, or write the recipe out as a mapping"
+            f"recipe {name!r} is not known; choose {', '.join(RECIPES)}, one of them with a format behind it, as "
+            "attention-fp8, or write the recipe out as a mapping"
         )
-    return RECIPES[name]
+    return dataclasses.replace(RECIPES[base].in_format(number_format), name=name) if dash else RECIPES[base]
+
+
+def is_named(recipe: Recipe) -> bool:
+    """Whether a recipe's name is one of `named_recipe`'s, whose rules may be for sites that a model lacks."""
+    base, _, number_format = recipe.name.partition("-")
+    return base in RECIPES and number_format in ("", *formats())

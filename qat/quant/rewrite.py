@@ -14,7 +14,7 @@ from qswin.qat.quant.blocks import FoldingBlock
 from qswin.qat.quant.coverage import coverage
 from qswin.qat.quant.layers import MakeQuantizer, QuantConv2d, QuantLinear, undo_channel_scales, weight_quantizers
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
-from qswin.qat.quant.recipe import RECIPES, Recipe
+from qswin.qat.quant.recipe import Recipe, is_named
 
 # What makes a twin of a float module whose children are twins by now: twin(module, site, quantizer).
 MakeTwin = Callable[..., nn.Module]
@@ -80,7 +80,7 @@ def rewrite(model: nn.Module, recipe: Recipe) -> nn.Module:
     twin = _rewrite(model, "", quantizer)
     # A named recipe serves every family and may name sites that this model lacks; a written one is meant for it.
     for rule in recipe.rules:
-        if recipe.name not in RECIPES and rule.quantize and not any(map(rule.matches, sites)):
+        if not is_named(recipe) and rule.quantize and not any(map(rule.matches, sites)):
             raise ValueError(f"recipe {recipe.name!r}: {rule.sites!r} matches no site of this model")
     vars(twin)["recipe"] = recipe
     return twin

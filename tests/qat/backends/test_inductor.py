@@ -42,7 +42,7 @@ def checkpoint(tmp_path, images):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_building_needs_a_gpu(checkpoint):
     with pytest.raises(ValueError, match="needs an NVIDIA GPU.*tensorrt-rtx"):
-        inductor.build_package(checkpoint, (4, 4, 4))
+        inductor.build_package(checkpoint, "best", (4, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_packages_of_other_machines_are_refused(tmp_path, monkeypatch, key, valu
     path = tmp_path / "x.pt2"
     built = {"target": "inductor", "version": torch.__version__, "capability": "9.0", "profile": [1, 1, 1]}
     write_with_sidecar(path, b"package", inductor.KIND, {**SIDECAR, **built, key: value})
-    monkeypatch.setattr(inductor, "check_gpu", lambda: "9.0")
+    monkeypatch.setattr(inductor, "check_gpu", lambda precision: "9.0")
     with pytest.raises(ValueError, match=f"built .* {value}, here is"):
         inductor.Package(path)
 

@@ -16,9 +16,31 @@ pytestmark = pytest.mark.skipif(
 from qswin.qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed  # noqa: E402
 from qswin.qat.kernels.arithmetic import gelu  # noqa: E402
 
+FORMATS = pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+
+
+def random_levels(dtype, *shape):
+    """Of all magnitudes that the format has."""
+    if dtype == torch.int8:
+        return torch.randint(-128, 128, shape, dtype=torch.int8)
+    return (torch.randn(shape) * 2.0 ** torch.randint(-7, 7, shape)).clamp(-448, 448).to(dtype)
+
 
 def random_int8(*shape):
-    return torch.randint(-128, 128, shape, dtype=torch.int8)
+    return random_levels(torch.int8, *shape)
+
+
+def unit(dtype):
+    """What makes sums of products of random levels, for a K of about 100, a few times the format's step."""
+    return 1e-3 if dtype == torch.int8 else 2e-3
+
+
+def order(levels):
+    """Which level of its format each is, counted from the lowest, so that neighbours are 1 apart."""
+    if levels.dtype == torch.int8:
+        return levels.int()
+    codes = levels.view(torch.uint8).int()
+    return torch.where(codes < 128, codes, 128 - codes)
 
 
 def compare(operator, reference, *arguments):
@@ -27,40 +49,44 @@ def compare(operator, reference, *arguments):
     return operator._init_fn(*moved).cpu(), reference(*arguments)
 
 
-def assert_int8_close(ours, expected, share=0.002):
-    """INT8 results: equal but for few ties that the order of float sums decides, by one level."""
-    difference = (ours.int() - expected.int()).abs()
+def assert_levels_close(ours, expected, share=0.002):
+    """Equal but for few ties that the order of float sums decides, by one level."""
+    assert ours.dtype == expected.dtype
+    difference = (order(ours) - order(expected)).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() <= share
 
 
 @pytest.mark.parametrize(("rows", "channels", "parts"), [(49, 96, 1), (5, 20, 1), (7, 24, 4), (3, 192, 4)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_norm_quantize(rows, channels, parts, padded):
+@FORMATS
+def test_norm_quantize(rows, channels, parts, padded, dtype):
     x = torch.randn(2, rows * parts, channels) * 3 + 1
     token_ids = torch.randperm(rows * parts).int().view(rows, parts)
     if padded:
         token_ids[1, 0] = -1
     weight, bias = torch.randn(parts * channels), torch.randn(parts * channels)
-    ours, expected = compare(
-        norm_quantize.norm_quantize, norm_quantize.norm_quantize_reference, x, token_ids, weight, bias, 1e-5, 40.0
-    )
+    arguments = (x, token_ids, weight, bias, 1e-5, 40.0, dtype)
+    ours, expected = compare(norm_quantize.norm_quantize, norm_quantize.norm_quantize_reference, *arguments)
     assert ours.shape == (2 * rows, parts * channels)
-    assert_int8_close(ours, expected)
+    assert_levels_close(ours, expected)
     if padded and parts == 1:
-        assert not ours[1].any() and not ours[rows + 1].any()
+        assert not ours[1].float().any() and not ours[rows + 1].float().any()
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_gather_quantize(parts):
+@FORMATS
+def test_gather_quantize(parts, dtype):
     x, token_ids = torch.randn(2, 7 * parts, 20), torch.randperm(7 * parts).int().view(7, parts)
     token_ids[2, 0] = -1
     inv_scale = torch.rand(parts * 20) * 80
-    arguments = (x, token_ids, inv_scale)
+    arguments = (x, token_ids, inv_scale, dtype)
     ours, expected = compare(norm_quantize.gather_quantize, norm_quantize.gather_quantize_reference, *arguments)
-    assert torch.equal(ours, expected)
+    assert torch.equal(ours.float(), expected.float())
     row = torch.cat([x[1, token] if token >= 0 else torch.zeros(20) for token in token_ids[2]])
-    assert torch.equal(expected.view(2, 7, -1)[1, 2], (row * inv_scale).clamp(-128, 127).round().to(torch.int8))
+    row = row * inv_scale
+    levels = row.clamp(-128, 127).round() if dtype == torch.int8 else row.clamp(-448, 448)
+    assert torch.equal(expected.view(2, 7, -1)[1, 2].float(), levels.to(dtype).float())
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -79,8 +105,9 @@ def test_norm_add(padded):
 
 
 @pytest.mark.parametrize(("side", "channels"), [(4, 96), (2, 16)])
-def test_patch_embed(side, channels):
-    image, weight = torch.randn(2, 3, 8 * side, 9 * side), random_int8(channels, 3, side, side)
+@FORMATS
+def test_patch_embed(side, channels, dtype):
+    image, weight = torch.randn(2, 3, 8 * side, 9 * side), random_levels(dtype, channels, 3, side, side)
     scale, bias, norm = torch.rand(channels) * 1e-4, torch.randn(channels), torch.randn(2, channels)
     arguments = (image, weight, scale, bias, norm[0], norm[1], 40.0, 1e-5)
     ours, expected = compare(patch_embed.patch_embed, patch_embed.patch_embed_reference, *arguments)
@@ -90,7 +117,9 @@ def test_patch_embed(side, channels):
 
 def test_norm_quantize_is_layer_norm():
     x, weight, bias = torch.randn(1, 10, 32), torch.randn(32), torch.randn(32)
-    q_out = norm_quantize.norm_quantize_reference(x, torch.arange(10).int()[:, None], weight, bias, 1e-5, 30.0)
+    q_out = norm_quantize.norm_quantize_reference(
+        x, torch.arange(10).int()[:, None], weight, bias, 1e-5, 30.0, torch.int8
+    )
     expected = torch.nn.functional.layer_norm(x.double(), (32,), weight.double(), bias.double(), 1e-5)
     torch.testing.assert_close(
         q_out.double() / 30, expected[0].clamp(-128 / 30, 127 / 30), rtol=0, atol=0.5 / 30 + 1e-6
@@ -101,21 +130,30 @@ SIZES = pytest.mark.parametrize(("m", "n", "k"), [(100, 96, 96), (64, 32, 200), 
 
 
 @SIZES
-def test_linear_quantize(m, n, k):
-    x, weight, scale, bias = random_int8(m, k), random_int8(n, k), torch.rand(n) * 1e-3, torch.randn(n) * 20
+@FORMATS
+def test_linear_quantize(m, n, k, dtype):
+    x, weight = random_levels(dtype, m, k), random_levels(dtype, n, k)
+    scale, bias = torch.rand(n) * unit(dtype), torch.randn(n) * 20
     ours, expected = compare(linear.linear_quantize, linear.linear_quantize_reference, x, weight, scale, bias)
-    assert_int8_close(ours, expected)
+    assert_levels_close(ours, expected)
 
 
 @SIZES
-def test_linear_gelu_quantize(m, n, k):
-    x, weight, scale, bias = random_int8(m, k), random_int8(n, k), torch.rand(n) * 1e-4, torch.randn(n)
+@FORMATS
+def test_linear_gelu_quantize(m, n, k, dtype):
+    x, weight = random_levels(dtype, m, k), random_levels(dtype, n, k)
+    scale, bias = torch.rand(n) * unit(dtype) / 10, torch.randn(n)
     inv_scale = torch.rand(n) * 60  # each channel's own
     arguments = (x, weight, scale, bias, inv_scale)
     ours, expected = compare(linear.linear_gelu_quantize, linear.linear_gelu_quantize_reference, *arguments)
-    assert_int8_close(ours, expected, share=0.005)  # GELU's error is a thousandth of a level here
+    near_zero = 0.05 if dtype == torch.float8_e4m3fn else 0.005  # where GELU's error is as large as FP8's small steps
+    assert_levels_close(ours[ours.float().abs() > 0.05], expected[ours.float().abs() > 0.05], share=near_zero)
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=0.15, atol=0.02 if dtype != torch.int8 else 1.0)
     column = torch.nn.functional.gelu((x.double() @ weight[-1].double()) * scale[-1] + bias[-1]) * inv_scale[-1]
-    assert (expected[:, -1].double() - column.clamp(-128, 127)).abs().max() <= 0.5001
+    if dtype == torch.int8:
+        assert (expected[:, -1].double() - column.clamp(-128, 127)).abs().max() <= 0.5001
+    else:  # half a step: 2**-4 of the value, or 2**-10
+        torch.testing.assert_close(expected[:, -1].double(), column.clamp(-448, 448), rtol=2**-4, atol=2**-9)
 
 
 @triton.jit
@@ -157,8 +195,10 @@ def test_ties_go_to_even():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_linear_float(dtype):
-    x, weight, scale, bias = random_int8(70, 384), random_int8(96, 384), torch.rand(96) * 1e-4, torch.randn(96)
+@pytest.mark.parametrize("levels", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_linear_float(dtype, levels):
+    x, weight = random_levels(levels, 70, 384), random_levels(levels, 96, 384)
+    scale, bias = torch.rand(96) * 1e-4, torch.randn(96)
     ours, expected = compare(linear.linear_float, linear.linear_float_reference, x, weight, scale, bias, dtype)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, expected)
@@ -166,13 +206,15 @@ def test_linear_float(dtype):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_linear_add(padded):
+@FORMATS
+def test_linear_add(padded, dtype):
     batch, rows, n, k = 2, 37, 64, 96
-    x, weight, scale, bias = random_int8(batch * rows, k), random_int8(n, k), torch.rand(n) * 1e-4, torch.randn(n)
+    x, weight = random_levels(dtype, batch * rows, k), random_levels(dtype, n, k)
+    scale, bias = torch.rand(n) * 1e-4, torch.randn(n)
     token_ids = torch.randperm(rows).int()
     if padded:
         token_ids = torch.cat([token_ids[:20], torch.tensor([-1], dtype=torch.int32), token_ids[20:]])
-        x = random_int8(batch * (rows + 1), k)
+        x = random_levels(dtype, batch * (rows + 1), k)
     shortcut = torch.randn(batch, rows, n)
     ours, expected = compare(
         linear.linear_add, linear.linear_add_reference, x, weight, scale, bias, shortcut, token_ids
@@ -183,17 +225,27 @@ def test_linear_add(padded):
     torch.testing.assert_close(expected[1, 5].double(), one, rtol=1e-5, atol=1e-5)
 
 
+# The format, whether probabilities have levels of 0 to 255, and the level of probability 1.
+PROBABILITIES = pytest.mark.parametrize(
+    ("dtype", "unsigned", "top"),
+    [(torch.int8, False, 127.0), (torch.int8, True, 255.0), (torch.float8_e4m3fn, False, 448.0)],
+    ids=["int8", "uint8", "fp8"],
+)
+
+
 @pytest.mark.parametrize(
     ("windows", "masks", "heads", "tokens"), [(9, 1, 3, 49), (4, 2, 2, 49), (3, 3, 1, 16), (1, 1, 2, 64)]
 )
-def test_window_attention(windows, masks, heads, tokens):
-    qkv, bias = random_int8(windows * tokens, 3 * heads * 32), torch.randn(masks, heads, tokens, tokens)
+@PROBABILITIES
+def test_window_attention(windows, masks, heads, tokens, dtype, unsigned, top):
+    qkv, bias = random_levels(dtype, windows * tokens, 3 * heads * 32), torch.randn(masks, heads, tokens, tokens)
     if masks > 1:
         bias[1, :, : tokens // 2, tokens // 2 :] = -100.0
-    arguments = (qkv, attention.padded_bias(bias), tokens, torch.rand(heads) * 3e-4, 127.0, 0.007)
+    scales = (torch.rand(heads) * 3e-4, top, 0.9 / top)
+    arguments = (qkv, attention.padded_bias(bias), tokens, *scales, unsigned)
     ours, expected = compare(attention.window_attention, attention.window_attention_reference, *arguments)
     assert ours.shape == (windows * tokens, heads * 32)
-    assert_int8_close(ours, expected, share=0.01)
+    assert_levels_close(ours, expected, share=0.01 if dtype == torch.int8 else 0.02)
 
 
 def test_window_attention_is_attention():
@@ -202,7 +254,7 @@ def test_window_attention_is_attention():
     q, k, v = (qkv.float() / 127).view(2, 49, 3, 2, 32).permute(2, 0, 3, 1, 4)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q_out = attention.window_attention_reference(
-        qkv, attention.padded_bias(bias), 49, torch.full((2,), 32**-0.5 / 127**2), 127.0, 1 / 127.0
+        qkv, attention.padded_bias(bias), 49, torch.full((2,), 32**-0.5 / 127**2), 127.0, 1 / 127.0, False
     )
     found = q_out.float().view(2, 49, 2, 32).transpose(1, 2) / 127
     bound = v.abs().sum(dim=-2, keepdim=True) / 254 + 0.5 / 127 + 1e-5  # of rounding each probability, and the result
@@ -210,7 +262,8 @@ def test_window_attention_is_attention():
     assert (found - expected).abs().mean() < 0.01
 
 
-def test_cosine_window_attention():
+@PROBABILITIES
+def test_cosine_window_attention(dtype, unsigned, top):
     qkv, bias = torch.randn(9 * 49, 3 * 2 * 32) * 3, torch.randn(3, 2, 49, 49)
     qkv[5] = 0.0  # a token whose q and k have no direction
     arguments = (
@@ -221,11 +274,13 @@ def test_cosine_window_attention():
         250.0,
         250.0,
         12.0,
-        127.0,
-        0.007,
+        top,
+        0.9 / top,
+        dtype,
+        unsigned,
     )
     ours, expected = compare(attention.cosine_window_attention, attention.cosine_window_attention_reference, *arguments)
-    assert_int8_close(ours, expected, share=0.01)
+    assert_levels_close(ours, expected, share=0.01 if dtype == torch.int8 else 0.02)
 
 
 def test_cosine_window_attention_is_attention():
@@ -235,7 +290,7 @@ def test_cosine_window_attention_is_attention():
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=7.0)
     scale = torch.full((2,), 7.0 / 127**2)
     q_out = attention.cosine_window_attention_reference(
-        qkv, attention.padded_bias(bias), 49, scale, 127.0, 127.0, 30.0, 127.0, 50 / 127 / 30
+        qkv, attention.padded_bias(bias), 49, scale, 127.0, 127.0, 30.0, 127.0, 50 / 127 / 30, torch.int8, False
     )
     found = q_out.float().view(2, 49, 2, 32).transpose(1, 2) / 50
     assert (found - expected).abs().mean() < 0.02

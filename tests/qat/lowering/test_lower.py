@@ -12,11 +12,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from qswin.models.registry import build_model  # noqa: E402
-from qswin.qat.lowering.layers import Float32Interface, Int8Head, Int8PatchEmbed  # noqa: E402
+from qswin.qat.lowering.layers import Float32Interface, LoweredHead, LoweredPatchEmbed  # noqa: E402
 from qswin.qat.lowering.lower import lower  # noqa: E402
-from qswin.qat.lowering.swin import Int8Block, Int8PatchMerging, window_token_ids  # noqa: E402
+from qswin.qat.lowering.swin import LoweredBlock, LoweredPatchMerging, window_token_ids  # noqa: E402
 from qswin.qat.ptq.ranges import find_ranges  # noqa: E402
-from qswin.qat.quant.recipe import named_recipe  # noqa: E402
+from qswin.qat.quant.recipe import Rule, named_recipe  # noqa: E402
 from qswin.qat.quant.rewrite import quantize  # noqa: E402
 from tests.helpers import V1, V2, scale_channels, twin_of  # noqa: E402
 
@@ -30,6 +30,24 @@ def test_the_lowered_model_computes_what_the_twin_does(name, settings):
     images = torch.randn(6, 3, settings.get("img_size", 32), settings.get("img_size", 32))
     twin = twin_of(images, name=name, **settings)
     assert_computes_the_same(lower(twin, images[:1]), twin, images)
+
+
+def unsigned_probabilities():
+    attention = named_recipe("attention")
+    rule = Rule("attn.probs", quantize=True, activation_format="uint8")
+    return dataclasses.replace(attention, rules=(*attention.rules, rule))
+
+
+@pytest.mark.parametrize("name", [V1, V2])
+@pytest.mark.parametrize("recipe", ["attention-fp8", unsigned_probabilities()], ids=["fp8", "unsigned probabilities"])
+def test_other_formats_are_computed_as_the_twin_does(name, recipe):
+    images = torch.randn(6, 3, 32, 32)
+    twin = twin_of(images, recipe, name=name)
+    lowered = lower(twin, images[:1])
+    assert_computes_the_same(lowered, twin, images, flips=0.05)
+    block = next(module for module in lowered.modules() if isinstance(module, LoweredBlock))
+    assert block.fc1.weight.dtype == (torch.float8_e4m3fn if recipe == "attention-fp8" else torch.int8)
+    assert block.unsigned == (recipe != "attention-fp8")
 
 
 @pytest.mark.parametrize("name", [V1, V2])
@@ -53,7 +71,7 @@ def assert_computes_the_same(lowered, twin, images, flips=0.01):
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
     with torch.inference_mode():
         expected, found = twin(images), lowered(images)
-        kinds = Int8Block | Int8PatchMerging | Int8PatchEmbed | Int8Head
+        kinds = LoweredBlock | LoweredPatchMerging | LoweredPatchEmbed | LoweredHead
         replaced = [name for name, module in lowered.named_modules() if isinstance(module, kinds)]
         assert len(replaced) == 7  # four blocks, a merging, the stem, the classifier
         for name in replaced:
@@ -87,7 +105,7 @@ def test_the_interface_in_float32_leaves_the_scales_alone(images):
 
 def test_weights_are_stored_as_integers(images):
     lowered = lower(twin_of(images), images[:1])
-    block = next(module for module in lowered.modules() if isinstance(module, Int8Block))
+    block = next(module for module in lowered.modules() if isinstance(module, LoweredBlock))
     assert block.fc1.weight.dtype == torch.int8 and block.fc1.weight.abs().max() == 127
     assert [name for name, _ in lowered.named_parameters()] == ["norm.weight", "norm.bias"]
 
@@ -115,7 +133,10 @@ def test_channel_scales_that_a_kernel_lacks_are_refused_by_name(images, site):
     [
         ("gemm", r"attn\.q is in float; .*recipe=attention"),
         ("full", r"add1 is quantized; .*recipe=attention"),
-        (dataclasses.replace(named_recipe("attention"), weight_format="int4"), r"patch_embed\.proj is in int4"),
+        (
+            dataclasses.replace(named_recipe("attention"), weight_format="int4"),
+            r"patch_embed\.weight is in int4; .* all sites in int8",
+        ),
     ],
 )
 def test_sites_that_do_not_fit_are_named(images, recipe, message):
@@ -126,7 +147,7 @@ def test_sites_that_do_not_fit_are_named(images, recipe, message):
 def test_other_models_are_refused(images):
     twin = quantize(build_model("deit_tiny_patch16_224", img_size=32), named_recipe("attention"))
     find_ranges(twin, [images])
-    with pytest.raises(ValueError, match="no block that the INT8 kernels are for.*QuantSwinBlock"):
+    with pytest.raises(ValueError, match="no block that the kernels are for.*QuantSwinBlock"):
         lower(twin, images[:1])
 
 
