@@ -41,7 +41,7 @@ def calibrate(
         options: the section `calibration` of a config. Its number of images, its batch size and what goes over the
             recipe's are the caller's matter.
         dead_range: stands in for ranges that come out as 0.
-        seed: of the reconstruction's random numbers; all else draws none.
+        seed: of the random numbers that equalization and reconstruction draw.
 
     Returns:
         The number of images seen by this rank.
@@ -56,7 +56,7 @@ def calibrate(
     check_count(model, len(first))
     few = gathered(torch.cat(first)[:FEW_IMAGES])[:FEW_IMAGES].split(BATCH)
     if options.equalize:
-        equalize(model, few)
+        equalize(model, few, seed)
     again = needs_images_again(options)
     kept = [*first, *images] if again else itertools.chain(first, images)
     total = find_ranges(model, kept, dead_range)

@@ -2,7 +2,9 @@
 
 A layer computes (x * s) @ (W / s).T in place of x @ W.T, as in Xiao et al., "SmoothQuant", ICML 2023, section 4. The
 factors and their search are those of Lin et al., "AWQ", MLSys 2024, section 3.2: s is the channel's largest magnitude
-to the power of -strength. Each layer has the strength whose quantization changes the output of its block the least.
+to the power of -strength. Each layer has the strength whose quantization changes the output of its block the least,
+each element of the output weighted by what it matters to the prediction (qat/ptq/fisher.py): in plain squared error,
+the few tokens with massive activations would outweigh all others.
 """
 
 import sys
@@ -11,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qswin.qat.ptq.fisher import squared_gradients
 from qswin.qat.ptq.ranks import reduced
 from qswin.qat.quant.blocks import Arguments, Fold, block_arguments, blocks
 from qswin.qat.quant.layers import QuantConv2d, QuantLinear, channel_shape, scale_channels, undo_channel_scales
@@ -24,12 +26,13 @@ from qswin.qat.quant.rewrite import disable
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEWEST_CHANNELS = 8  # an image's three need no factors
 TRIAL_IMAGES = 16  # of the first batch: five passes over a block for each of its layers
+DRAWS = 4  # of classes an image, for the Fisher weights
 SPREAD = 1e4  # of a layer's factors, at most: a channel that is never used would get an infinite one
 Layer = Any  # QuantLinear or QuantConv2d
 
 
 @torch.no_grad()
-def equalize(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
+def equalize(model: nn.Module, batches: Sequence[Tensor], seed: int = 0) -> dict[str, float]:
     """Scales the channels that layers read, in place. In float, the model computes what it did.
 
     A twin says what can take a layer's factors over (`Fold`). Where nothing can, they stay before the layer's
@@ -39,6 +42,8 @@ def equalize(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
         model: made by `quantize`.
         batches: (N, 3, H, W) each, on the model's device. Strengths are tried on the first images of the
             first. Under torch.distributed all ranks pass the same.
+        seed: of the classes that are drawn for the weights of errors. The caller's random numbers go on as if nothing
+            had been drawn.
 
     Returns:
         {site: strength} of the layers whose inputs and weights are quantized; 0 where scaling does not help.
@@ -47,13 +52,16 @@ def equalize(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
     strengths: dict[str, float] = {}
     undo_channel_scales(model)
     layers = equalizable(model)
-    amax = channel_amax(model, layers, batches)
+    amax = channel_amax(model, layers, batches) if layers else {}
     reached = [layer for layer in layers if amax[layer].any()]
-    images = batches[0][:TRIAL_IMAGES]
-    for block, layers in tqdm(_by_block(model, reached), "equalize", disable=not sys.stderr.isatty()):
+    if not reached:
+        return strengths
+    images, groups = batches[0][:TRIAL_IMAGES], _by_block(model, reached)
+    weights = _error_weights(model, [block for block, _ in groups], images, seed)
+    for block, layers in tqdm(groups, "equalize", disable=not sys.stderr.isatty()):
         arguments = block_arguments(model, block, images)
         for layer in layers:
-            trial = Trial(block, layer, arguments)
+            trial = Trial(block, layer, arguments, weights[block])
             site, largest = layer._input_quantizer.site, amax[layer]
             errors = torch.stack([trial.error(channel_factors(largest, strength)) for strength in STRENGTHS])
             strengths[site] = STRENGTHS[int(reduced(errors, dist.ReduceOp.SUM).argmin())]
@@ -63,7 +71,11 @@ def equalize(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
 
 
 def equalizable(model: nn.Module) -> list[Layer]:
-    """The layers with quantized inputs and weights, apart from those that read an image or share their weight."""
+    """The layers with quantized inputs and weights that gain from it.
+
+    Left out are those that read an image, those that share their weight, and those whose inputs are of a format that
+    holds large and small values side by side.
+    """
     layers = [module for module in model.modules() if type(module) in (QuantLinear, QuantConv2d)]
     owners = [layer.weight for layer in layers]
     return [layer for layer in layers if _is_equalizable(layer) and sum(layer.weight is w for w in owners) == 1]
@@ -71,7 +83,8 @@ def equalizable(model: nn.Module) -> list[Layer]:
 
 def _is_equalizable(layer: Layer) -> bool:
     pair = (layer._input_quantizer, layer._weight_quantizer)
-    return all(isinstance(each, TensorQuantizer) for each in pair) and channel_shape(layer)[0] >= FEWEST_CHANNELS
+    quantized = all(isinstance(each, TensorQuantizer) for each in pair)
+    return quantized and pair[0].spec.grid.even and channel_shape(layer)[0] >= FEWEST_CHANNELS
 
 
 def channel_amax(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Tensor]) -> dict[Layer, Tensor]:
@@ -108,15 +121,26 @@ def _by_block(model: nn.Module, layers: list[Layer]) -> list[tuple[nn.Module, li
     return [group for group in groups if group[1]] + [(layer, [layer]) for layer in layers if layer not in inside]
 
 
+def _error_weights(model: nn.Module, modules: list[nn.Module], images: Tensor, seed: int) -> dict[nn.Module, Tensor]:
+    """{module: Fisher weights of its output}; 1 where the prediction does not depend on it, as with a single class."""
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        torch.manual_seed(seed)
+        squares = squared_gradients(model, modules, images, DRAWS)
+    informed = [bool(square.isfinite().all()) and bool(square.any()) for square in squares]
+    pairs = zip(squares, informed, strict=True)
+    return dict(zip(modules, [square if known else torch.ones_like(square) for square, known in pairs], strict=True))
+
+
 class Trial:
     """A layer of a block, quantized with one set of factors after another, all else in float.
 
     Args:
         arguments: of the block.
+        weights: of the squared errors of the block's output, of its shape.
     """
 
-    def __init__(self, block: nn.Module, layer: Layer, arguments: Arguments) -> None:
-        self.block, self.layer, self.arguments = block, layer, arguments
+    def __init__(self, block: nn.Module, layer: Layer, arguments: Arguments, weights: Tensor) -> None:
+        self.block, self.layer, self.arguments, self.weights = block, layer, arguments, weights
         self.weight = layer.weight.detach().clone()
         self.inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
@@ -124,7 +148,7 @@ class Trial:
         handle.remove()
 
     def error(self, factors: Tensor | None) -> Tensor:
-        """(), float64: the squared error of the block's output, with ranges from the recipe's calibrators."""
+        """(), float64: the weighted squared error of the block's output, with ranges from the recipe's calibrators."""
         self._set(factors)
         taken, weighed = self.layer._input_quantizer, self.layer._weight_quantizer
         taken.observe(quiet=True)
@@ -135,7 +159,7 @@ class Trial:
         for quantizer in (taken, weighed):
             quantizer._amax[quantizer._amax == 0] = 1.0  # of zeros alone; find_ranges will see to them
             quantizer.enable()
-        error = F.mse_loss(self.block(*self.arguments), self.target, reduction="sum").double()
+        error = (self.weights * (self.block(*self.arguments) - self.target).square()).sum().double()
         for quantizer in (taken, weighed):
             quantizer.disable(quiet=True)
         return error

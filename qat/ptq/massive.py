@@ -42,7 +42,7 @@ def _site(add: QuantAdd) -> str:
 
 def _is_massive(quantizer: TensorQuantizer) -> bool:
     histogram = quantizer.histogram
-    return histogram is not None and float(quantizer.amax) > RATIO * median(histogram)
+    return histogram is not None and quantizer.spec.grid.even and float(quantizer.amax) > RATIO * median(histogram)
 
 
 def median(histogram: Histogram) -> float:

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qswin.qat.ptq.fisher import fisher_weights
 from qswin.qat.quant.blocks import Arguments, block_arguments, block_output, blocks
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.rewrite import disable
@@ -72,45 +72,6 @@ def _float_copy(model: nn.Module) -> nn.Module:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     disable(teacher, quiet=True)
     return teacher
-
-
-def fisher_weights(model: nn.Module, block: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    """How much each element of a block's output matters to the model's prediction; the mean over all batches is 1.
-
-    They are the diagonal of the Fisher information: the squared gradient of the cross entropy with respect to the
-    output (Li et al., "BRECQ", ICLR 2021, eq. 10; Wu et al., "FIMA-Q", CVPR 2025, for vision transformers). Each image,
-    in segmentation each pixel, has one class drawn from the model's own prediction; no label is needed.
-
-    Args:
-        model: gives logits, (N, C) or (N, C, H, W); no parameter needs a gradient.
-        block: one of its modules, whose output is a tensor.
-
-    Returns:
-        For each batch, a tensor of the shape of the block's output.
-
-    Raises:
-        ValueError: the gradients are all 0, or one is not finite.
-    """
-    squares = [_output_gradient(model, block, batch).square() for batch in batches]
-    mean = sum(square.sum().item() for square in squares) / sum(square.numel() for square in squares)
-    if not 0 < mean < float("inf"):
-        raise ValueError(
-            f"the cross entropy of the float model has a mean squared gradient of {mean:g} at a block's output; "
-            "reconstruction needs two classes or more and logits that are not saturated; set reconstruct_steps to 0"
-        )
-    return [square.div_(mean) for square in squares]
-
-
-def _output_gradient(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:
-    """The gradient of the cross entropy, summed over images and pixels, with respect to a block's output."""
-    found: list[Tensor] = []
-    handle = block.register_forward_hook(lambda _, arguments, output: found.append(output.requires_grad_()))
-    try:
-        logits = model(batch)
-    finally:
-        handle.remove()
-    drawn = torch.distributions.Categorical(logits=logits.detach().movedim(1, -1)).sample()
-    return torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), found)[0]
 
 
 def _train(block: nn.Module, examples: Sequence[_Example], steps: int, lr: float, range_lr: float) -> float:

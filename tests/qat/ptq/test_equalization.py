@@ -126,3 +126,38 @@ def test_ranges_must_be_found_anew(images):
     assert {q.site for q in stale} <= {"patch_embed", "patch_embed.weight"}
     with pytest.raises(ValueError, match="never calibrated"):
         enable(twin)
+
+
+def test_errors_count_by_what_they_matter_to_the_prediction():
+    """A channel that the head does not read is as large as can be and must not choose the strengths."""
+
+    def strengths(read: float) -> dict[str, float]:
+        torch.manual_seed(0)
+        model = small_swin(V1)
+        with torch.no_grad():
+            for block in (module for module in model.modules() if type(module).__name__ == "SwinTransformerBlock"):
+                block.mlp.fc2.weight[0] *= 1000 * read
+        return equalize(quantize(model, RECIPES["gemm"]), [torch.randn(8, 3, 32, 32)])
+
+    assert strengths(1.0) != strengths(0.0)
+
+
+def test_random_numbers_go_on_as_if_none_had_been_drawn(images):
+    twin = quantize(small_swin(V1), RECIPES["gemm"])
+    state = torch.get_rng_state()
+    equalize(twin, [images], seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fp8_needs_no_factors(images):
+    twin = quantize(small_swin(V1), named_recipe("gemm-fp8"))
+    assert equalize(twin, [images]) == {}
+
+
+def test_a_model_of_one_class_is_equalized_too():
+    """Its prediction depends on nothing; errors count alike then."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 1))
+    rules = {"rules": [{"sites": "*", "quantize": True}], "name": "all"}
+    twin = quantize(model, type(RECIPES["gemm"]).from_dict(rules))
+    x = torch.randn(64, 16) * torch.logspace(-2, 2, 16)
+    assert any(equalize(twin, [x]).values())

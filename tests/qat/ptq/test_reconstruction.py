@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
 from qswin.qat.ptq import reconstruction
 from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.ptq.ranges import find_ranges
-from qswin.qat.ptq.reconstruction import fisher_weights, reconstruct
+from qswin.qat.ptq.reconstruction import reconstruct
 from qswin.qat.quant.blocks import block_arguments, block_output, blocks
 from qswin.qat.quant.quantizers import Mode, quantizers
 from qswin.qat.quant.recipe import RECIPES
@@ -65,34 +64,6 @@ def test_half_of_the_activations_may_stay_in_float_in_training_alone(images):
         quantizer.register_forward_pre_hook(lambda module, _: seen.add((module.training, module.keep_float)))
     reconstruct(twin, [images], steps=1, lr=1e-3, range_lr=1e-2)
     assert seen == {(False, 0.0), (True, 0.5)}
-
-
-@pytest.mark.parametrize("shape", [(), (4, 4)], ids=["classes", "pixels"])
-def test_weights_are_the_squared_gradients_of_drawn_classes(shape):
-    """By hand: logits W y + b have the gradient W^T (p - one hot) in y; which class was drawn is found by trial."""
-    layer = (lambda i, o: nn.Conv2d(i, o, 1)) if shape else nn.Linear
-    model = nn.Sequential(layer(3, 8), layer(8, 4)).requires_grad_(False)
-    batches = [torch.randn(count, 3, *shape) for count in (400, 1000)]
-    weights = fisher_weights(model, model[0], batches)
-    outputs = [model[0](batch) for batch in batches]
-    assert [weight.shape for weight in weights] == [output.shape for output in outputs]
-    flat, y = (torch.cat([part.movedim(1, -1).reshape(-1, 8) for part in parts]) for parts in (weights, outputs))
-    matrix = model[1].weight.reshape(4, 8)
-    probabilities = torch.softmax(y @ matrix.T + model[1].bias, -1)
-    of_each_class = ((probabilities[:, None] - torch.eye(4)) @ matrix).square()  # (N, class, 8)
-    directions = nn.functional.normalize(of_each_class, dim=-1)
-    drawn = (directions * nn.functional.normalize(flat, dim=-1)[:, None]).sum(-1).argmax(-1)
-    expected = of_each_class[torch.arange(len(drawn)), drawn]
-    torch.testing.assert_close(flat, expected / expected.mean(), rtol=1e-4, atol=1e-5)
-    assert flat.mean().item() == pytest.approx(1, rel=1e-4)
-    shares = torch.bincount(drawn, minlength=4) / len(drawn)
-    torch.testing.assert_close(shares, probabilities.mean(0), rtol=0, atol=0.06)
-
-
-def test_a_model_of_one_class_has_no_weights():
-    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 1)).requires_grad_(False)
-    with pytest.raises(ValueError, match="two classes or more"):
-        fisher_weights(model, model[0], [torch.randn(4, 3)])
 
 
 def test_what_has_no_weight_is_not_trained(images, monkeypatch):
