@@ -25,7 +25,8 @@ from qswin.qat.quant.rewrite import disable
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEWEST_CHANNELS = 8  # an image's three need no factors
-TRIAL_IMAGES = 16  # of the first batch: five passes over a block for each of its layers
+TRIAL_IMAGES = 32  # five passes over a block for each of its layers
+TRIAL_BATCH = 16  # of these: what a pass and its gradients hold at a time
 DRAWS = 4  # of classes an image, for the Fisher weights
 SPREAD = 1e4  # of a layer's factors, at most: a channel that is never used would get an infinite one
 Layer = Any  # QuantLinear or QuantConv2d
@@ -40,8 +41,8 @@ def equalize(model: nn.Module, batches: Sequence[Tensor], seed: int = 0) -> dict
 
     Args:
         model: made by `quantize`.
-        batches: (N, 3, H, W) each, on the model's device. Strengths are tried on the first images of the
-            first. Under torch.distributed all ranks pass the same.
+        batches: (N, 3, H, W) each, on the model's device. Strengths are tried on the first images. Under
+            torch.distributed all ranks pass the same.
         seed: of the classes that are drawn for the weights of errors. The caller's random numbers go on as if nothing
             had been drawn.
 
@@ -56,12 +57,14 @@ def equalize(model: nn.Module, batches: Sequence[Tensor], seed: int = 0) -> dict
     reached = [layer for layer in layers if amax[layer].any()]
     if not reached:
         return strengths
-    images, groups = batches[0][:TRIAL_IMAGES], _by_block(model, reached)
+    images, groups = torch.cat(list(batches))[:TRIAL_IMAGES].split(TRIAL_BATCH), _by_block(model, reached)
     weights = _error_weights(model, [block for block, _ in groups], images, seed)
     for block, layers in tqdm(groups, "equalize", disable=not sys.stderr.isatty()):
-        arguments = block_arguments(model, block, images)
+        examples = [
+            (block_arguments(model, block, part), each[block]) for part, each in zip(images, weights, strict=True)
+        ]
         for layer in layers:
-            trial = Trial(block, layer, arguments, weights[block])
+            trial = Trial(block, layer, examples)
             site, largest = layer._input_quantizer.site, amax[layer]
             errors = torch.stack([trial.error(channel_factors(largest, strength)) for strength in STRENGTHS])
             strengths[site] = STRENGTHS[int(reduced(errors, dist.ReduceOp.SUM).argmin())]
@@ -121,30 +124,33 @@ def _by_block(model: nn.Module, layers: list[Layer]) -> list[tuple[nn.Module, li
     return [group for group in groups if group[1]] + [(layer, [layer]) for layer in layers if layer not in inside]
 
 
-def _error_weights(model: nn.Module, modules: list[nn.Module], images: Tensor, seed: int) -> dict[nn.Module, Tensor]:
-    """{module: Fisher weights of its output}; 1 where the prediction does not depend on it, as with a single class."""
-    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+def _error_weights(
+    model: nn.Module, modules: list[nn.Module], batches: Sequence[Tensor], seed: int
+) -> list[dict[nn.Module, Tensor]]:
+    """For each batch {module: Fisher weights of its output}; 1 where all are 0, as with a single class."""
+    with torch.random.fork_rng([batches[0].device] if batches[0].is_cuda else []):
         torch.manual_seed(seed)
-        squares = squared_gradients(model, modules, images, DRAWS)
-    informed = [bool(square.isfinite().all()) and bool(square.any()) for square in squares]
-    pairs = zip(squares, informed, strict=True)
-    return dict(zip(modules, [square if known else torch.ones_like(square) for square, known in pairs], strict=True))
+        found = [dict(zip(modules, squared_gradients(model, modules, part, DRAWS), strict=True)) for part in batches]
+    for module in modules:
+        if not sum(float(weights[module].sum()) for weights in found) > 0:
+            for weights in found:
+                weights[module] = torch.ones_like(weights[module])
+    return found
 
 
 class Trial:
     """A layer of a block, quantized with one set of factors after another, all else in float.
 
     Args:
-        arguments: of the block.
-        weights: of the squared errors of the block's output, of its shape.
+        examples: of each batch the block's arguments, and the weights of the squared errors of its output.
     """
 
-    def __init__(self, block: nn.Module, layer: Layer, arguments: Arguments, weights: Tensor) -> None:
-        self.block, self.layer, self.arguments, self.weights = block, layer, arguments, weights
+    def __init__(self, block: nn.Module, layer: Layer, examples: Sequence[tuple[Arguments, Tensor]]) -> None:
+        self.block, self.layer, self.examples = block, layer, examples
         self.weight = layer.weight.detach().clone()
         self.inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
-        self.target = block(*arguments)
+        self.targets = [block(*arguments) for arguments, _ in examples]
         handle.remove()
 
     def error(self, factors: Tensor | None) -> Tensor:
@@ -159,7 +165,9 @@ class Trial:
         for quantizer in (taken, weighed):
             quantizer._amax[quantizer._amax == 0] = 1.0  # of zeros alone; find_ranges will see to them
             quantizer.enable()
-        error = (self.weights * (self.block(*self.arguments) - self.target).square()).sum().double()
+        pairs = zip(self.examples, self.targets, strict=True)
+        errors = [weights * (self.block(*arguments) - target).square() for (arguments, weights), target in pairs]
+        error = torch.stack([each.sum().double() for each in errors]).sum()
         for quantizer in (taken, weighed):
             quantizer.disable(quiet=True)
         return error

@@ -19,12 +19,13 @@ TYPES = {
     "fp16": ("FP16", "Half"),
     "bf16": ("BF16", "BFloat16"),
     "int8": ("Int8", "INT8"),
+    "fp8": ("Fp8", "FP8", "Float8"),
     "int32": ("Int32", "INT32"),
     "int64": ("Int64", "INT64"),
     "bool": ("Bool", "BOOL"),
 }
 RUNS = 20  # of an engine, whose times are averaged
-FLOATING = ("fp32", "fp16", "bf16", "int8")
+FLOATING = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,7 @@ def graph_layers(model: onnx.ModelProto) -> list[Layer]:
         onnx.TensorProto.FLOAT: "fp32",
         onnx.TensorProto.FLOAT16: "fp16",
         onnx.TensorProto.INT8: "int8",
+        onnx.TensorProto.FLOAT8E4M3FN: "fp8",
         onnx.TensorProto.INT32: "int32",
         onnx.TensorProto.INT64: "int64",
         onnx.TensorProto.BOOL: "bool",

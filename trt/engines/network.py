@@ -10,6 +10,7 @@ from qswin.trt.engines.options import BuildOptions
 from qswin.trt.engines.precision import set_layer_precisions
 from qswin.trt.engines.version import TensorRT, tensorrt_module
 from qswin.trt.graphs.files import with_batch
+from qswin.trt.graphs.half_precision import formats
 
 DEFAULT_CAPABILITY = "8.9"  # of TensorRT-RTX's engines
 
@@ -50,7 +51,7 @@ def build_network(
         if tensorrt.can.weak_typing:
             set_layer_precisions(network, overrides)
         mark_outputs(network, outputs)
-        config = _config(network, profile, options, tensorrt, calibrator)
+        config = _config(network, profile, options, tensorrt, calibrator, formats(model))
         engine = engine_bytes_from_network((builder, network, parser), config, save_timing_cache=_timing_cache(options))
     except PolygraphyException as error:
         raise ValueError(f"{path}: {tensorrt} cannot build it ({error}); its log is above") from error
@@ -72,9 +73,14 @@ def _timing_cache(options: BuildOptions) -> str | None:
 
 
 def _config(
-    network: Any, profile: tuple[int, int, int], options: BuildOptions, tensorrt: TensorRT, calibrator: Any | None
+    network: Any,
+    profile: tuple[int, int, int],
+    options: BuildOptions,
+    tensorrt: TensorRT,
+    calibrator: Any | None,
+    levels: Collection[str],
 ) -> Any:
-    """Polygraphy's loader of the builder configuration."""
+    """Polygraphy's loader of the builder configuration; `levels` are the number formats of the graph's Q/DQ."""
     from polygraphy.backend import trt as loaders
 
     trt, image = tensorrt_module(), network.get_input(0)
@@ -96,9 +102,9 @@ def _config(
     precision, weak = options.precision, tensorrt.can.weak_typing
     return loaders.CreateConfig(
         tf32=precision in ("tf32", "best"),
-        fp16=weak and precision in ("fp16", "int8", "best"),
-        int8=weak
-        and (precision == "int8" or (precision == "best" and (calibrator is not None or _has_scales(network)))),
+        fp16=weak and precision in ("fp16", "int8", "fp8", "best"),
+        fp8=weak and "fp8" in levels,
+        int8=weak and (precision == "int8" or (precision == "best" and (calibrator is not None or "int8" in levels))),
         calibrator=calibrator,
         precision_constraints="prefer" if weak and options.override else None,
         # Without cuBLAS and cuDNN, off by default since TensorRT 10: an engine without them needs neither installed.
@@ -116,10 +122,6 @@ def with_tf32(loader: Callable[[Any, Any], Any], tf32: bool) -> Callable[[Any, A
         return config
 
     return create
-
-
-def _has_scales(network: Any) -> bool:
-    return any(layer.type == tensorrt_module().LayerType.QUANTIZE for layer in network)
 
 
 def _capability(text: str, tensorrt: TensorRT) -> tuple[int, int]:

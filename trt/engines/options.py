@@ -10,10 +10,11 @@ from qswin.calib.trt_cache.cache_file import read_cache
 from qswin.trt.engines.cuda import find_gpu
 from qswin.trt.engines.version import TARGETS, TensorRT
 from qswin.trt.graphs.files import opset
-from qswin.trt.graphs.half_precision import is_half, is_quantized
+from qswin.trt.graphs.half_precision import formats, is_half, is_quantized
 
-PRECISIONS = ("fp32", "tf32", "fp16", "int8", "best")
+PRECISIONS = ("fp32", "tf32", "fp16", "int8", "fp8", "best")
 FLOATING = ("fp32", "tf32", "fp16")
+OLDEST_FP8 = (8, 9)  # compute capability
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 LACKING = {  # {target: {option that it lacks: why}}
     "tensorrt": {"capability": "which builds for the GPU that is here"},
@@ -27,7 +28,7 @@ class BuildOptions:
 
     Attributes:
         target: tensorrt or tensorrt-rtx.
-        precision: fp32, tf32, fp16, int8 (the rest in FP16), or best: all that the builder may choose from.
+        precision: fp32, tf32, fp16, int8 or fp8 (the rest in FP16), or best: all that the builder may choose from.
         batch_sizes: smallest, usual and largest batch, for a graph whose batch is free.
         override: see qswin.trt.engines.precision.resolve_overrides.
         calib_cache: a calibration cache, for INT8 of a graph without Q/DQ (TensorRT before 11).
@@ -83,6 +84,7 @@ def check_possible(
     if options.override and options.precision in ("fp32", "tf32"):
         raise ValueError("--override is for --precision fp16, int8 or best: in fp32 and tf32 there is nothing to keep")
     _check_precision(path, model, options, calibrated)
+    _check_formats(path, model, options, tensorrt)
     if options.calib_cache is not None:
         _check_cache(path, options.calib_cache, options, tensorrt, is_quantized(model))
 
@@ -91,12 +93,34 @@ def _check_precision(path: Path, model: onnx.ModelProto, options: BuildOptions, 
     quantized = is_quantized(model)
     if quantized and options.precision in FLOATING:
         raise ValueError(
-            f"{path}: has Q/DQ nodes, which are INT8; build it as int8 or best, or export with --precision fp32"
+            f"{path}: has Q/DQ nodes; build it as int8, fp8 or best, or export with --precision fp32"
         )
     if is_half(model) and options.precision in ("fp32", "tf32"):
         raise ValueError(f"{path}: its weights are FP16; export with --precision fp32")
     if options.precision == "int8" and not (quantized or calibrated or options.calib_cache):
         raise ValueError(f"{path}: has no Q/DQ nodes; export with --precision int8, or give a --calib-cache")
+
+
+def _check_formats(path: Path, model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorRT) -> None:
+    """Raises ValueError where the number formats of the graph's Q/DQ are not the precision's, or none of TensorRT's."""
+    found = formats(model)
+    if "uint8" in found:
+        raise ValueError(
+            f"{path}: has Q/DQ nodes with unsigned levels, which {tensorrt} lacks; calibrate without uint8 in the recipe"
+        )
+    if options.precision == "fp8" and "fp8" not in found:
+        raise ValueError(f"{path}: has no FP8 Q/DQ nodes; calibrate with recipe=attention-fp8 and export that")
+    if "fp8" not in found:
+        return
+    if options.precision == "int8":
+        raise ValueError(f"{path}: its Q/DQ nodes are FP8; build it as fp8 or best")
+    if not tensorrt.can.fp8:
+        raise ValueError(f"{path}: its Q/DQ nodes are FP8, which {tensorrt} lacks; TensorRT 10 and newer have it")
+    capability = options.capability
+    if capability is None and tensorrt.can.needs_gpu and (gpu := find_gpu()) is not None:
+        capability = gpu.capability
+    if capability is not None and tuple(map(int, capability.split("."))) < OLDEST_FP8:
+        raise ValueError(f"{path}: FP8 needs compute capability 8.9 or newer, not {capability}; calibrate to INT8")
 
 
 def _check_cache(path: Path, cache: Path, options: BuildOptions, tensorrt: TensorRT, quantized: bool) -> None:

@@ -18,25 +18,27 @@ class Capabilities:
 
     `weak_typing`: precision is chosen by builder flags and layer precisions; without it, the types written in the ONNX
     graph decide. `implicit_int8`: INT8 from a calibration cache, with no Q/DQ in the graph. `needs_gpu`: to build.
-    `newest_opset`: of the ONNX graphs it parses.
+    `newest_opset`: of the ONNX graphs it parses. `fp8`: whether it takes Q/DQ of FLOAT8E4M3FN.
     """
 
     weak_typing: bool
     implicit_int8: bool
     needs_gpu: bool
     newest_opset: int
+    fp8: bool
 
 
 def capabilities(target: str, version: str) -> Capabilities:
     """What `version` ("8.6.0") of `target` can do, by NVIDIA's release notes: 11 has no weak typing or calibrators."""
     if target == "tensorrt-rtx":
-        return Capabilities(weak_typing=False, implicit_int8=False, needs_gpu=False, newest_opset=22)
+        return Capabilities(weak_typing=False, implicit_int8=False, needs_gpu=False, newest_opset=22, fp8=True)
     major = int(version.split(".")[0])
     return Capabilities(
         weak_typing=major < 11,
         implicit_int8=major < 11,
         needs_gpu=True,
         newest_opset=17 if major < 10 else 20,
+        fp8=major >= 10,
     )
 
 

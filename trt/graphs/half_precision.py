@@ -3,11 +3,20 @@
 import onnx
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
+FORMATS = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "uint8", onnx.TensorProto.FLOAT8E4M3FN: "fp8"}
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Whether the graph has Q/DQ nodes."""
     return any(node.op_type in QDQ for node in model.graph.node)
+
+
+def formats(model: onnx.ModelProto) -> set[str]:
+    """The number formats of the Q/DQ nodes, by the types of their zero points: int8, uint8, fp8; others as ONNX does."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    types |= {node.output[0]: node.attribute[0].t.data_type for node in model.graph.node if node.op_type == "Constant"}
+    found = {types.get(node.input[2], 0) for node in model.graph.node if node.op_type in QDQ and len(node.input) > 2}
+    return {FORMATS.get(kind, onnx.TensorProto.DataType.Name(kind).lower()) for kind in found}
 
 
 def is_half(model: onnx.ModelProto) -> bool:
