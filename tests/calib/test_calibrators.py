@@ -12,7 +12,7 @@ from scipy import stats
 
 from qswin.calib import calibrators
 from qswin.calib.calibrators import CALIBRATORS, Histogram, Parameter, calibrator, find_range, parse_calibrator
-from qswin.calib.grid import grid_of
+from qswin.calib.grid import FP8, grid_of
 from tests.helpers import filled
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -198,3 +198,17 @@ def test_a_calibrator_from_outside_is_found_by_name():
             calibrator("sigmas")(sigmas)
     finally:
         CALIBRATORS.pop("sigmas", None)
+
+
+def test_fp8_has_its_own_search_and_no_entropy():
+    """Least squares over FP8's levels, by brute force; entropy is defined for even levels alone."""
+    values = np.random.default_rng(0).standard_normal(2000).astype(np.float32)
+    values[0] = 40.0
+    histogram = filled(values)
+    ranges = histogram.amax * np.arange(1, 129) / 128
+    errors = [np.square(FP8.nearest(values / (r / 448)) * (r / 448) - values).sum() for r in ranges]
+    found = find_range(histogram, "mse", FP8)
+    error = np.square(FP8.nearest(values / (found / 448)) * (found / 448) - values).sum()
+    assert error <= 1.01 * min(errors)
+    with pytest.raises(ValueError, match="'entropy' is for evenly spaced levels, not for fp8; choose max or mse"):
+        find_range(histogram, "entropy", FP8)

@@ -23,6 +23,14 @@ KINDS = {
     "fp32-scaled": ("fp32", 20, None),  # of a model with channel scales
     "int8-scaled": ("int8", 20, None),
     "int8-scaled-17": ("int8", 17, None),
+    "fp8": ("fp8", 20, None),
+    "uint8": ("int8", 20, None),  # the probabilities of attention alone
+}
+EVERYWHERE = {"sites": "*", "quantize": True}
+RECIPES = {
+    "int8": {"name": "all", "rules": [EVERYWHERE]},
+    "fp8": {"name": "all in FP8", "format": "fp8", "rules": [EVERYWHERE]},
+    "uint8": {"name": "unsigned", "rules": [EVERYWHERE, {"sites": "attn.probs", "activation_format": "uint8"}]},
 }
 
 
@@ -40,28 +48,28 @@ class Graphs(dict[str, Path]):
         if path.is_file():  # another worker's
             return path
         precision, opset, batch = KINDS[kind]
-        twin, description = self._calibrated("scaled" in kind)
+        twin, description = self._calibrated("scaled" in kind, kind if kind in RECIPES else "int8")
         metadata = {**description.to_dict(), "precision": precision}
         save_onnx(path, export_onnx(twin, description, precision, opset, batch), metadata)
         return path
 
-    def _calibrated(self, scaled):
-        if scaled not in self._twins:
+    def _calibrated(self, scaled, recipe):
+        if (scaled, recipe) not in self._twins:
             import torch
 
             from qswin.qat.ptq.ranges import find_ranges
-            from qswin.qat.quant.recipe import named_recipe
+            from qswin.qat.quant.recipe import Recipe
             from qswin.qat.quant.rewrite import quantize
             from tests.helpers import DESCRIPTION, scale_channels, small_swin
 
-            recipe = named_recipe("full")
-            twin = quantize(small_swin(depths=[2, 1]), recipe)
+            rules = Recipe.from_dict(RECIPES[recipe])
+            twin = quantize(small_swin(depths=[2, 1]), rules)
             images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
             find_ranges(twin, [images])
             if scaled:
                 scale_channels(twin, images, "fc2", "head.fc")
-            self._twins[scaled] = twin, dataclasses.replace(DESCRIPTION, recipe=recipe)
-        return self._twins[scaled]
+            self._twins[scaled, recipe] = twin, dataclasses.replace(DESCRIPTION, recipe=rules)
+        return self._twins[scaled, recipe]
 
 
 @pytest.fixture(scope="session")

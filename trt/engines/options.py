@@ -92,9 +92,7 @@ def check_possible(
 def _check_precision(path: Path, model: onnx.ModelProto, options: BuildOptions, calibrated: bool) -> None:
     quantized = is_quantized(model)
     if quantized and options.precision in FLOATING:
-        raise ValueError(
-            f"{path}: has Q/DQ nodes; build it as int8, fp8 or best, or export with --precision fp32"
-        )
+        raise ValueError(f"{path}: has Q/DQ nodes; build it as int8, fp8 or best, or export with --precision fp32")
     if is_half(model) and options.precision in ("fp32", "tf32"):
         raise ValueError(f"{path}: its weights are FP16; export with --precision fp32")
     if options.precision == "int8" and not (quantized or calibrated or options.calib_cache):
@@ -106,7 +104,7 @@ def _check_formats(path: Path, model: onnx.ModelProto, options: BuildOptions, te
     found = formats(model)
     if "uint8" in found:
         raise ValueError(
-            f"{path}: has Q/DQ nodes with unsigned levels, which {tensorrt} lacks; calibrate without uint8 in the recipe"
+            f"{path}: has Q/DQ nodes with unsigned levels, which {tensorrt} lacks; calibrate without uint8"
         )
     if options.precision == "fp8" and "fp8" not in found:
         raise ValueError(f"{path}: has no FP8 Q/DQ nodes; calibrate with recipe=attention-fp8 and export that")

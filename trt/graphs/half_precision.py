@@ -12,7 +12,7 @@ def is_quantized(model: onnx.ModelProto) -> bool:
 
 
 def formats(model: onnx.ModelProto) -> set[str]:
-    """The number formats of the Q/DQ nodes, by the types of their zero points: int8, uint8, fp8; others as ONNX does."""
+    """The number formats of the Q/DQ nodes, by the types of their zero points: int8, uint8, fp8, or ONNX's name."""
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types |= {node.output[0]: node.attribute[0].t.data_type for node in model.graph.node if node.op_type == "Constant"}
     found = {types.get(node.input[2], 0) for node in model.graph.node if node.op_type in QDQ and len(node.input) > 2}

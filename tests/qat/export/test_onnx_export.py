@@ -256,7 +256,7 @@ def test_what_cannot_be_exported_says_why(images):
         export_onnx(small_swin(), FLOAT)
     with pytest.raises(ValueError, match="opset 16 is too old"):
         export_onnx(small_swin(), FLOAT, "fp32", opset=16)
-    with pytest.raises(ValueError, match="int8, fp32, fp16"):
+    with pytest.raises(ValueError, match="int8, fp8, fp32, fp16"):
         export_onnx(small_swin(), FLOAT, "int4")
 
 
@@ -292,3 +292,42 @@ def test_an_opset_that_cannot_be_written_is_refused():
     """The exporter would write 18 and say nothing."""
     with pytest.raises(ValueError, match="opset 99 is too new: the newest that the installed onnx knows is"):
         export_onnx(small_swin(), FLOAT, "fp32", 99)
+
+
+def in_format(number_format, images):
+    recipe = named_recipe(f"attention-{number_format}")
+    twin = calibrated(small_swin(depths=[1], num_heads=[2]), images, recipe)
+    return twin, dataclasses.replace(DESCRIPTION, recipe=recipe)
+
+
+@torch.no_grad()
+def test_fp8_is_computed_by_onnx_runtime_as_by_torch(images):
+    """Weights are stored as FP8, next to pairs of FP8, of the opset that first has them."""
+    twin, description = in_format("fp8", images)
+    graph = saved(export_onnx(twin, description, opset=19))
+    kinds = Counter(i.data_type for i in graph.graph.initializer if len(i.dims) > 1)  # weights, not zero points
+    assert kinds[onnx.TensorProto.FLOAT8E4M3FN] == sum(1 for q in quantizers(twin) if q.weight_shape is not None)
+    assert {entry.version for entry in graph.opset_import if entry.domain == ""} == {19}
+    expected = twin(images).numpy()
+    np.testing.assert_allclose(run(graph, images), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@torch.no_grad()
+def test_unsigned_probabilities_are_uint8_nodes(images):
+    recipe = named_recipe("attention")
+    rule = dataclasses.replace(next(r for r in recipe.rules if r.sites == "attn.probs"), activation_format="uint8")
+    recipe = dataclasses.replace(recipe, rules=(*recipe.rules, rule))
+    twin = calibrated(small_swin(depths=[1], num_heads=[2]), images, recipe)
+    graph = saved(export_onnx(twin, dataclasses.replace(DESCRIPTION, recipe=recipe)))
+    unsigned = [i for i in graph.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
+    assert len(unsigned) >= 1
+    expected = twin(images).numpy()
+    np.testing.assert_allclose(run(graph, images), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_a_format_needs_its_opset_and_its_precision(images):
+    twin, description = in_format("fp8", images)
+    with pytest.raises(ValueError, match="patch_embed: format 'fp8' needs opset 19 or newer, not 17; TensorRT 8.x"):
+        export_onnx(twin, description, opset=17)
+    with pytest.raises(ValueError, match="quantized to fp8, not int8; leave --precision out"):
+        export_onnx(twin, description, "int8")

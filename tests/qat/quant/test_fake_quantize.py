@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qswin.calib.grid import INT8, Grid, IntegerGrid, grid_of
+from qswin.calib.grid import FP8, INT8, Grid, IntegerGrid, grid_of
 from qswin.qat.quant.fake_quantize import fake_quantize, scale_gradient
 
 values = hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-100, 100, width=32))
@@ -168,3 +168,20 @@ def test_an_exported_program_computes_the_same():
     x = torch.randn(3, 20)
     program = torch.export.export(Rounded(), (x,))
     assert torch.equal(program.module()(x), Rounded()(x))
+
+
+def test_fp8_is_torchs_cast():
+    x = torch.cat([torch.randn(1000) * 2.0**power for power in range(-12, 12)])
+    scale = torch.tensor(0.25)
+    expected = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    assert torch.equal(fake_quantize(x, scale, FP8), expected)
+
+
+def test_fp8s_gradients_pass_within_its_range_and_reach_the_scale():
+    """By LSQ's formula: level minus value inside, the largest level outside; 464 still rounds to 448."""
+    x = torch.tensor([1.1, -300.0, 463.0, 465.0, -1e4], requires_grad=True)
+    scale = torch.tensor(1.0, requires_grad=True)
+    fake_quantize(x, scale, FP8).sum().backward()
+    assert x.grad.tolist() == [1, 1, 1, 0, 0]
+    levels = [1.125 - 1.1, -288.0 + 300.0, 448.0 - 463.0, 448.0, -448.0]
+    assert scale.grad.item() == pytest.approx(sum(levels), rel=1e-4)

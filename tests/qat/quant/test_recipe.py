@@ -7,7 +7,7 @@ from torch import nn
 
 from qswin.calib.grid import grid_of
 from qswin.qat.quant.quantizers import TensorQuantizer
-from qswin.qat.quant.recipe import RECIPES, Recipe, Rule, named_recipe
+from qswin.qat.quant.recipe import RECIPES, Recipe, Rule, is_named, named_recipe
 
 
 @pytest.mark.parametrize(
@@ -121,3 +121,33 @@ def test_weight_ranges_follow_the_recipe():
     for calibrator in ("max", "entropy", "percentile:99"):
         recipe = Recipe("mine", rules, weight_calibrator=calibrator)
         assert [recipe.quantizer(site, weight=weight).spec.calibrator for site in ("fc1", "fc2")] == [calibrator, "mse"]
+
+
+def test_a_named_recipe_in_another_format():
+    """Its calibrators, which were chosen for integers, become the format's own."""
+    recipe = named_recipe("attention-fp8")
+    assert recipe.name == "attention-fp8" and Recipe.from_dict(recipe.to_dict()) == recipe
+    quantizer = recipe.quantizer("layers.0.blocks.0.attn.probs")
+    assert (quantizer.spec.grid, quantizer.spec.calibrator) == (grid_of("fp8"), "max")
+    plain = named_recipe("attention").quantizer("layers.0.blocks.0.attn.probs")
+    assert plain.spec.calibrator == "percentile:99.99"
+    assert named_recipe("gemm-int4").quantizer("fc1", weight=nn.Linear(4, 6).weight).spec.grid.bits == 4
+    assert is_named(recipe) and not is_named(Recipe("attention-mixed")) and not is_named(Recipe("mine"))
+    for name, message in (("attention-fp9", "format 'fp9' is not known"), ("some-fp8", "with a format behind it")):
+        with pytest.raises(ValueError, match=message):
+            named_recipe(name)
+    with pytest.raises(ValueError, match="'uint8' has no negative levels"):
+        named_recipe("gemm-uint8")
+
+
+def test_format_stands_for_both_formats():
+    written = {
+        "name": "m",
+        "format": "fp8",
+        "rules": [{"sites": "*", "quantize": True}, {"sites": "fc2", "format": "int8"}],
+    }
+    recipe = Recipe.from_dict(written)
+    assert (recipe.weight_format, recipe.activation_format) == ("fp8", "fp8")
+    assert recipe.quantizer("mlp.fc2").spec.grid == grid_of("int8") and recipe.quantizer("fc1").spec.calibrator == "max"
+    narrow = Recipe.from_dict({"name": "m", "format": "fp8", "activation_format": "int8"})
+    assert (narrow.weight_format, narrow.activation_format) == ("fp8", "int8")

@@ -47,6 +47,8 @@ def rtx() -> None:
         pytest.param("int8-batch2", "int8", (), marks=SLOW),
         ("int8-scaled", "int8", ()),
         ("int8-scaled", "best", ()),
+        ("fp8", "fp8", ()),
+        pytest.param("fp8", "best", (), marks=SLOW),
         pytest.param("int8-scaled-17", "best", (), marks=SLOW),
     ],
 )
@@ -95,7 +97,11 @@ def test_folding_changes_no_result(graphs, kind):
 @pytest.mark.parametrize(
     ("graph", "options", "message"),
     [
-        ("int8", {"precision": "fp16"}, "has Q/DQ nodes, which are INT8"),
+        ("int8", {"precision": "fp16"}, "has Q/DQ nodes; build it as int8, fp8 or best"),
+        ("int8", {"precision": "fp8"}, "has no FP8 Q/DQ nodes; calibrate with recipe=attention-fp8"),
+        ("fp8", {"precision": "int8"}, "its Q/DQ nodes are FP8; build it as fp8 or best"),
+        ("fp8", {"precision": "fp8", "capability": "8.6"}, "FP8 needs compute capability 8.9 or newer, not 8.6"),
+        ("uint8", {"precision": "int8"}, "unsigned levels, which TensorRT-RTX .* lacks; calibrate without uint8"),
         ("fp32", {"precision": "int8"}, "has no Q/DQ nodes; export with --precision int8"),
         ("fp16", {"precision": "fp32"}, "its weights are FP16"),
         ("fp32", {"precision": "int4"}, "precision 'int4' is not known; choose fp32"),

@@ -10,18 +10,19 @@ from qswin.trt.engines.version import capabilities, find_tensorrt
 
 
 @pytest.mark.parametrize(
-    ("target", "version", "weak", "implicit", "gpu", "opset"),
+    ("target", "version", "weak", "implicit", "gpu", "opset", "fp8"),
     [
-        ("tensorrt", "8.6.0", True, True, True, 17),
-        ("tensorrt", "8.6.1.6", True, True, True, 17),
-        ("tensorrt", "10.3.0", True, True, True, 20),
-        ("tensorrt", "11.0.0.1", False, False, True, 20),
-        ("tensorrt-rtx", "1.7.1.116", False, False, False, 22),
+        ("tensorrt", "8.6.0", True, True, True, 17, False),
+        ("tensorrt", "8.6.1.6", True, True, True, 17, False),
+        ("tensorrt", "10.3.0", True, True, True, 20, True),
+        ("tensorrt", "11.0.0.1", False, False, True, 20, True),
+        ("tensorrt-rtx", "1.7.1.116", False, False, False, 22, True),
     ],
 )
-def test_capabilities(target, version, weak, implicit, gpu, opset):
+def test_capabilities(target, version, weak, implicit, gpu, opset, fp8):
     can = capabilities(target, version)
     assert (can.weak_typing, can.implicit_int8, can.needs_gpu, can.newest_opset) == (weak, implicit, gpu, opset)
+    assert can.fp8 is fp8
 
 
 def test_what_is_missing_is_named_with_the_command_that_adds_it():
