@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from absl import app, logging
 from absl.flags import argparse_flags
 
+from qswin import limits
 from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
@@ -150,6 +151,10 @@ def discard_unwritten() -> None:
 
 def run_command(command: str, argv: list[str]) -> None:
     """Runs one of COMMANDS with its arguments, and exits."""
+    try:
+        limits.scale()  # which the modules of commands read while they are imported
+    except ValueError as error:
+        end(f"qswin {command}: error: {error}", 2)
     module = command_module(command)
     run(module.add_arguments, module.main, f"qswin {command}", argv)
 

@@ -254,6 +254,14 @@ cli.run(lambda parser: None, lambda args: {main}, "qswin x", [])
     assert (done.returncode, done.stderr) == (code, errors)
 
 
+@pytest.mark.parametrize("value", ["abc", "0", "nan", "inf", "1e300", ""])
+def test_limits_that_are_no_number_are_one_line(value):
+    command = [sys.executable, "-m", "qswin", "evaluate", "--model", "x", "--data", "y"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "QSWIN_LIMITS": value})
+    line = f"qswin evaluate: error: QSWIN_LIMITS={value!r} in the environment is not a number above 0 and below 10^6\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     def broken(args):
         raise RuntimeError("a defect")
