@@ -118,7 +118,7 @@ def test_calibrate_says_what_is_wrong(config_file, data, tmp_path, capsys):
     assert "unknown key 'calibration.image'; the nearest is 'calibration.images'" in says("calibration.image=3")
     assert "train.epochs" in says("train.epochs=soon")
     assert "no such folder" in says(f"data.root={tmp_path / 'nowhere'}")
-    assert "calibration.images=0 is out of range; give 1 or more" in says("calibration.images=0")
+    assert "calibration.images=0 is out of range; give 1 to 1000000000" in says("calibration.images=0")
     assert "nearest names are" in says("model.name=swin_tinny")
     assert "no such checkpoint" in says("model.checkpoint=missing.pth")
     assert "5 classes, but the model has 7" in says("model.num_classes=7", "model.checkpoint=null")

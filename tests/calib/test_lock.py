@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from qswin.calib.lock import LOCK, lock_folder
+from qswin.calib.lock import LOCK, lock_file, lock_folder
 
 HOLDER = """
 import sys, time
@@ -109,3 +109,12 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/run: cannot be made \(Not a directory\); choose another run=FOLDER"):
         take(tmp_path / "file" / "run")
+
+
+def test_a_result_is_locked_apart_from_its_folder(tmp_path):
+    """Two results of one folder are two jobs'."""
+    with lock_folder(tmp_path), lock_file(tmp_path / "a.json", "--json"), lock_file(tmp_path / "b.json", "--json"):
+        with pytest.raises(ValueError, match=r"a\.json: process .* is at work there; .* choose another --json FILE"):
+            with lock_file(tmp_path / "a.json", "--json"):
+                pass
+    assert not list(tmp_path.iterdir())

@@ -396,7 +396,7 @@ def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file
         (["init=PTQ", "train.amp=fp8"], "fp32, bf16, fp16"),
         (["init=PTQ", "train.freeze_ranges_at=2"], "freeze_ranges_at=2.*0 to 1"),
         (["init=PTQ", "train.batch_size=21"], "do not fill one step"),
-        (["init=PTQ", "train.epochs=0"], r"train\.epochs=0 is out of range; give 1 or more"),
+        (["init=PTQ", "train.epochs=0"], r"train\.epochs=0 is out of range; give 1 to 100000"),
     ],
 )
 def test_jobs_that_cannot_run_say_why(config_file, ptq, overrides, words):
@@ -436,6 +436,8 @@ def test_a_broken_last_pt_says_what_to_do(config_file, ptq):
             lambda state: state | {"data": state["data"] | {"train": state["data"]["train"] | {"images": 25}}},
             r"images in train/ have changed since training began \(25 images, now 20\)",
         ),
+        (lambda state: without(state, "data"), "does not say which images it was trained on"),
+        (lambda state: without(state, "parent"), "does not say which checkpoint it was trained from"),
     ],
 )
 def test_a_last_pt_that_is_not_this_trainings_is_refused(trained, change, words):
@@ -451,6 +453,10 @@ def checked(folder, state):
     """What `load_state` says of a state that is in a file."""
     torch.save(state, folder / "changed" / "last.pt")
     return load_state(folder / "changed", torch.device("cpu"))
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
 
 
 def with_group(state, **options):
