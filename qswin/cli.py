@@ -20,6 +20,7 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from qswin import limits
+from qswin.calib.files import NotSaved, saved_files
 from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
@@ -103,7 +104,7 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
             end(f"{prog}: stopped; {error}" if str(error) else f"{prog}: stopped; {UNSAVED}", STOPPED)
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
-            end(f"{prog}: error: {' '.join(str(error).split())}", 2)
+            end(f"{prog}: error: {' '.join(str(error).split())}{_kept(error)}", 2)
         except MemoryError:
             end(f"{prog}: error: it takes more memory than there is; take smaller batches or fewer workers", 2)
         finally:
@@ -112,6 +113,12 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
     open_closed_streams()
     logging.get_absl_handler().setFormatter(PrintableFormatter())
     app.run(guarded, argv=[prog, *argv], flags_parser=parse)
+
+
+def _kept(error: Exception) -> str:
+    """What a command that could not save a file had saved before."""
+    kept = ", ".join(map(str, saved_files())) if isinstance(error, NotSaved) else ""
+    return f"; saved before it, and whole: {kept}" if kept else ""
 
 
 def end(message: str, code: int) -> NoReturn:
