@@ -3,9 +3,9 @@
     make demo                                                    (its digits, weights and graphs are what this works on)
     sudo python -m benchmarks.faults --out docs/results/faults.json [--jobs train ...]
 
-The disk is a tmpfs of a share of what the command writes, down to a page. The folder is of mode 0555 and another
-user's, and the command lacks root's rights. As it should be: exit code 2, one line on standard error apart from the
-log, no file that its reader refuses, and every file that the line calls whole is there. Linux, and root to mount.
+The disk is a tmpfs with a share left of what the command writes, down to nothing. The folder is of mode 0555 and
+another user's, and the command lacks root's rights. As it should be: exit code 2, one line on standard error apart from
+the log, no file that its reader refuses, and every file that the line calls whole is there. Linux, and root to mount.
 """
 
 import argparse
@@ -26,16 +26,19 @@ from benchmarks.results import commit, device_name, write_rows
 
 WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 SHARES = (0.9, 0.6, 0.3, 0.0)  # of what the command writes
+DISK = 64 << 20
 PAGE = 4096
 
 
 @contextmanager
-def mounted(size: int) -> Iterator[Path]:
-    """A folder in a tmpfs of so many bytes."""
+def mounted(free: int) -> Iterator[Path]:
+    """A folder in a tmpfs of which so many bytes are free."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], check=True)
         try:
-            yield Path(folder)
+            (Path(folder) / ".filler").write_bytes(bytes(DISK - free))
+            (Path(folder) / "run").mkdir()
+            yield Path(folder) / "run"
         finally:
             subprocess.run(["umount", folder], check=True)
 
@@ -57,15 +60,20 @@ def wrong(command: list[str], folder: Path, prefix: list[str]) -> tuple[str, str
 
 def try_job(job: str) -> Iterator[dict[str, Any]]:
     """A row for each fault."""
-    with mounted(1 << 30) as folder:
+    with mounted(DISK) as folder:
         command, _ = commands(folder)[job]
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
         written = sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
     for share in SHARES:
-        size = max(PAGE, int(share * written) // PAGE * PAGE)
-        with mounted(size + PAGE) as folder:  # a page for the folder itself
+        free = int(share * written) // PAGE * PAGE
+        with mounted(free) as folder:
             problem, line = wrong(commands(folder)[job][0], folder, [])
-        yield {"job": job, "fault": f"a disk of {size >> 10} kB", "wrong": problem, "line": line}
+        yield {
+            "job": job,
+            "fault": f"a disk with {free >> 10} kB left, of {written >> 10}",
+            "wrong": problem,
+            "line": line,
+        }
     with tempfile.TemporaryDirectory() as outer:
         (folder := Path(outer) / "run").mkdir()
         os.chown(folder, 65534, 65534)

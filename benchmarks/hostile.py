@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import hostile_more  # noqa: F401  # adds its cases
 from benchmarks.hostile_cases import CASES, Case
 from benchmarks.hostile_world import World, make_world
 from benchmarks.results import commit, device_name
@@ -62,7 +63,8 @@ def execute(case: Case, command: list[str], folder: Path) -> Found:
             stdout=output,
             stderr=errors,
             start_new_session=True,
-            preexec_fn=lambda: _limit(case.closed),
+            preexec_fn=lambda: _limit(case),
+            env={**os.environ, **case.environment},
         )
         code, usage = _wait(process, case, start)
     text = (folder / "stderr").read_text(errors="backslashreplace")
@@ -70,11 +72,12 @@ def execute(case: Case, command: list[str], folder: Path) -> Found:
     return Found(code, time.perf_counter() - start, usage.ru_maxrss << 10, lines, text)
 
 
-def _limit(closed: bool) -> None:
+def _limit(case: Case) -> None:
     """In the child: its memory has a bound, and a Ctrl-C reaches it, also from the background."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if closed:
+    os.umask(case.umask)
+    if case.closed:
         os.close(2)
 
 
@@ -127,7 +130,14 @@ def row(case: Case, base: Path) -> tuple[str, bool]:
         said = found.last.replace(f"{world.folder}/", "").replace(str(world.folder), ".").replace("|", "\\|")
     expected = "refused" if case.code == 2 else "ends" if case.code == 0 else f"exit code {case.code}"
     figures = f"{found.seconds:.0f} s, {found.peak >> 20} MB"
-    cells = (str(case.rule), case.name, expected, wrong or "as expected", figures, f"`{said[:300]}`" if said else "")
+    cells = (
+        str(case.rule),
+        case.name.replace("|", "\\|"),
+        expected,
+        wrong or "as expected",
+        figures,
+        f"`{said[:300]}`" if said else "",
+    )
     return f"| {' | '.join(cells)} |", not wrong
 
 
@@ -136,7 +146,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     args = parser.parse_args()
-    chosen = [case for case in CASES if args.only in case.name]
+    chosen = sorted((case for case in CASES if args.only in case.name), key=lambda case: case.rule)
     lines, good = [], 0
     with tempfile.TemporaryDirectory() as base:
         make_world(Path(base))

@@ -1,5 +1,6 @@
 """Commands as a user types them: help, exit codes, and one line about what is wrong."""
 
+import errno
 import json
 import os
 import re
@@ -176,6 +177,35 @@ finally:
     done = subprocess.run([sys.executable, "-c", script, str(config_file)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "ptq.safetensors: not saved" in done.stderr.splitlines()[-1]
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["calibrate.yaml"]
+
+
+def test_a_disk_that_is_full_at_any_write(config_file, tmp_path, capsys, monkeypatch):
+    """One line, exit code 2; what it calls whole is there and can be read, and the same command goes on."""
+    replace, out = os.replace, tmp_path / "out.json"
+    named = []
+    for nth in range(1, 7):
+        writes = iter(range(1, 100))
+
+        def failing(source, target, nth=nth, writes=writes):
+            if next(writes) == nth:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        run = tmp_path / f"run{nth}"
+        arguments = ("calibrate", "--config", config_file, f"run={run}", "--json", out)
+        capsys.readouterr()
+        if (code := invoke(*arguments)) == 0:
+            break
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert code == 2 and "not saved (No space left on device)" in line
+        whole = [Path(name) for name in line.partition("whole: ")[2].split(", ") if name]
+        named.append([path.name for path in whole if path.parent == run])
+        assert set(named[-1]) >= {path.name for path in run.glob("*") if path.name != "ptq.safetensors" or nth > 3}
+        assert not list(run.glob(".*"))
+    settings = ["calibrate.yaml"]
+    pair = [*settings, "ptq.safetensors", "ptq.safetensors.json"]
+    assert named == [[], settings, settings, pair, [*pair, "histograms.npz"]] and out.is_file()
 
 
 def run_main(main) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -274,6 +275,60 @@ def test_two_nodes_of_two_ranks_train_as_one_process(config_file, ptq, tmp_path)
     states = (load_checkpoint(tmp_path / name / "qat.safetensors")[0].state_dict() for name in ("one", "four"))
     for first, second in zip(*(state.values() for state in states), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_for_a_while_changes_nothing(config_file, ptq, tmp_path):
+    """SIGSTOP of one of two ranks for three seconds (QSWIN_STOP in the environment: another number), then SIGCONT."""
+    same = (f"init={ptq}", *PLAIN, "train.epochs=4", "train.save_minutes=0.003", "train.batch_size=2")
+    states = []
+    for name in ("undisturbed", "stopped"):
+        arguments = [*launcher("--nproc_per_node=2", "--master_port=29617"), "--config", str(config_file), *same]
+        process = subprocess.Popen([*arguments, f"run={tmp_path / name}"], env=ENVIRONMENT)
+        if name == "stopped":
+            stop_for_a_while(ranks_of(process.pid)[1], tmp_path / name / "last.pt")
+        assert process.wait() == 0
+        states.append((losses(read_log(tmp_path / name)), load_checkpoint(tmp_path / name / "qat.safetensors")[0]))
+    (first, whole), (second, stopped) = states
+    assert first == second
+    for before, after in zip(whole.state_dict().values(), stopped.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The two processes that torchrun has started, once they are there."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    while len(found := children.read_text().split()) < 2:
+        time.sleep(0.01)
+    return sorted(map(int, found))
+
+
+def stop_for_a_while(process: int, begun: Path) -> None:
+    """Once a file is there, stops a process, and lets it go on."""
+    while not begun.is_file():
+        time.sleep(0.01)
+    os.kill(process, signal.SIGSTOP)
+    time.sleep(float(os.environ.get("QSWIN_STOP", 3)))
+    os.kill(process, signal.SIGCONT)
+
+
+def test_a_clock_that_goes_back_changes_nothing(config_file, tmp_path, monkeypatch):
+    """Each look at the wall clock is an hour before the one before, and so are the times of files."""
+    _, before = run(config_file, "recipe=none", f"run={tmp_path / 'before'}")
+    now, real = itertools.count(2_000_000_000, -3600), os.replace
+
+    def replaced(source, target):
+        real(source, target)
+        os.utime(target, (next(now),) * 2)
+
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    monkeypatch.setattr(os, "replace", replaced)
+    settings = ("recipe=none", "train.save_minutes=0.0001", f"run={tmp_path / 'after'}")
+    _, first = run(config_file, *settings)
+    assert losses(first) == losses(before)
+    assert all(entry["images_per_second"] > 0 for entry in first if "loss" in entry)
+    _, longer = run(config_file, *settings, "train.epochs=2")
+    assert losses(longer).items() > losses(first).items() and len(losses(longer)) == 2 * len(losses(first))
 
 
 @pytest.mark.slow
