@@ -326,7 +326,7 @@ for command in ("calibrate", "train"):
     def _(world: World, command: str = command) -> Command:
         for index in range(1500):
             (world.images / "train" / "a" / f"bad{index}.png").write_bytes(b"no image")
-        settings = ("data.skip_unreadable=true", "calibration.images=1000", "train.batch_size=1")
+        settings = ("data.skip_unreadable=true", "calibration.images=1000", "train.batch_size=100")
         return world.calibrate(*settings) if command == "calibrate" else world.train(*settings)
 
 

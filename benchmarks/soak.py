@@ -3,7 +3,7 @@
     make demo                                                    (its graph is what this works on)
     python -m benchmarks.soak --images FILE.tar --minutes 15 --out docs/results/soak.json
 
-A round evaluates 5,000 JPEGs with processes that decode, and ends with the resident memory of this process.
+A round evaluates 500 JPEGs with eight processes that decode, and ends with the resident memory of this process.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from benchmarks.load import linked
 from benchmarks.results import commit, device_name, write_rows
 from qswin.qat.backends.registry import open_predictor
 from qswin.trt.evaluation.evaluate import EvaluationOptions, evaluate_folder
+
+IMAGES = 500
 
 
 def resident() -> float:
@@ -48,12 +50,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=RUN) as folder:
         with tarfile.open(args.images) as tar:
             tar.extractall(Path(folder) / "source", filter="data")
-        linked(Path(folder) / "source", Path(folder) / "val", 5000)
+        linked(Path(folder) / "source", Path(folder) / "val", IMAGES)
         found = soak(RUN / "int8.onnx", Path(folder) / "val", args.minutes)
     row: dict[str, Any] = {
         "minutes": args.minutes,
         "rounds": len(found),
-        "images": 5000 * len(found),
+        "images": IMAGES * len(found),
         "megabytes": {"first": found[0], "tenth": found[min(9, len(found) - 1)], "last": found[-1], "most": max(found)},
         "device": device_name("cpu"),
         "commit": commit(),

@@ -100,11 +100,12 @@ def _open(path: Path) -> int | None:
         if not _is_at(descriptor, path):
             os.close(descriptor)
             return None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     except OSError:
         os.close(descriptor)
         raise
+    with contextlib.suppress(OSError):  # the disk is full: the lock holds, and says not whose it is
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     _held.add(descriptor)
     return descriptor
 

@@ -4,6 +4,8 @@ import argparse
 import math
 from pathlib import Path
 
+from qswin.calib.validation import shown
+
 MOST = 10**9
 MOST_WORKERS = 1024  # processes or threads of one command
 
@@ -29,7 +31,7 @@ def _between(least: int, most: int, text: str) -> int:
     except ValueError:
         number = least - 1
     if not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} to {most}")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number of {least} to {most}")
     return number
 
 
@@ -40,7 +42,7 @@ def above_zero(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number <= MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, to {MOST}")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number above 0, to {MOST}")
     return number
 
 

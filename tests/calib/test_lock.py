@@ -118,3 +118,17 @@ def test_a_result_is_locked_apart_from_its_folder(tmp_path):
             with lock_file(tmp_path / "a.json", "--json"):
                 pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_has_locks(tmp_path, monkeypatch):
+    """Only who holds one cannot be written there."""
+
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with lock_folder(tmp_path) as locked:
+        assert locked
+        with pytest.raises(ValueError, match="another process is at work there"):
+            take(tmp_path)
+    assert not list(tmp_path.iterdir())
