@@ -1,9 +1,10 @@
 """Hostile files and settings, each given to the real command under limits of memory and time.
 
-    python -m benchmarks.hostile --out docs/lab/hostile.md [--only WORD]
+    python -m benchmarks.hostile --out docs/lab/hostile.md [--only WORD] [--jobs 2]
 
-The cases are in hostile_cases.py. Each has a folder of its own, with a small model, its graphs and some images. A case
-is as expected when the command ends in time as it should: refused is one line and exit code 2, never a traceback.
+The cases are in hostile_cases.py and hostile_more.py. Each has a folder of its own, with a small model, its graphs and
+some images. A case is as expected when the command ends in time as it should: refused is one line and exit code 2,
+never a traceback.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import hostile_more  # noqa: F401  # adds its cases
@@ -145,13 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at the same time")
     args = parser.parse_args()
     chosen = sorted((case for case in CASES if args.only in case.name), key=lambda case: case.rule)
     lines, good = [], 0
-    with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(args.jobs) as pool:
         make_world(Path(base))
-        for case in chosen:
-            line, as_expected = row(case, Path(base))
+        for line, as_expected in pool.map(lambda case: row(case, Path(base)), chosen):
             lines.append(line)
             good += as_expected
             print(line, flush=True)

@@ -155,12 +155,7 @@ def _(world: World) -> Command:
 
 
 def _socket(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # the name of a socket is short
-    try:
-        socket.socket(socket.AF_UNIX).bind(path.name)
-    finally:
-        os.chdir(here)
+    socket.socket(socket.AF_UNIX).bind(str(path))
 
 
 for what, make in (("a FIFO", os.mkfifo), ("a socket", _socket)):
