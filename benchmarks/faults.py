@@ -54,8 +54,10 @@ def wrong(command: list[str], folder: Path, prefix: list[str]) -> tuple[str, str
         return f"exit code {done.returncode}, {len(lines)} lines", said
     read_all(folder)
     whole = re.search("saved before it, and whole: (.*)", said)
-    missing = [name for name in (whole[1].split(", ") if whole else ()) if not Path(name).is_file()]
-    return (f"{missing[0]} is not there" if missing else ""), said
+    missing = [
+        name for name in (whole[1].split(", ") if whole else ()) if not (Path(name).is_file() or name.endswith(" more"))
+    ]
+    return (f"{missing[0]} is not there" if missing else ""), said.replace(f"{folder}/", "")
 
 
 def try_job(job: str) -> Iterator[dict[str, Any]]:

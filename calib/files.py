@@ -37,6 +37,11 @@ def saved_files() -> list[Path]:
     return [path for path in dict.fromkeys(_saved) if path.is_file()]
 
 
+def forget_saved() -> None:
+    """Empties the list of `saved_files`: a command begins."""
+    _saved.clear()
+
+
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Writes `data` to a temporary file, syncs it, and renames it over what stands at `path`.
 

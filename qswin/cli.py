@@ -20,7 +20,7 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from qswin import limits
-from qswin.calib.files import NotSaved, saved_files
+from qswin.calib.files import NotSaved, forget_saved, saved_files
 from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
@@ -42,6 +42,7 @@ COMMANDS = {
 }
 
 STOPPED = 130  # the exit code
+NAMED = 8  # files of a list in one line
 UNSAVED = "every file that it wrote is whole; the same command starts again"
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -93,6 +94,7 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
         return parser.parse_args(argv[1:])
 
     def guarded(args: argparse.Namespace) -> None:
+        forget_saved()
         try:
             with stopped_by_sigterm(), contextlib.redirect_stdout(PrintableStream(sys.stdout)):
                 main(args)
@@ -117,8 +119,9 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
 
 def _kept(error: Exception) -> str:
     """What a command that could not save a file had saved before."""
-    kept = ", ".join(map(str, saved_files())) if isinstance(error, NotSaved) else ""
-    return f"; saved before it, and whole: {kept}" if kept else ""
+    kept = saved_files() if isinstance(error, NotSaved) else []
+    names = [*map(str, kept[:NAMED]), *([f"{len(kept) - NAMED} more"] if len(kept) > NAMED else [])]
+    return f"; saved before it, and whole: {', '.join(names)}" if names else ""
 
 
 def end(message: str, code: int) -> NoReturn:
