@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check floors browser coverage demo wheel lock clean
+.PHONY: setup test check floors browser coverage demo wheel lock audit clean
 
 setup: .venv/ready
 
@@ -67,6 +67,11 @@ lock: setup
 	head -1 constraints/lock.txt > build.lock
 	$(BIN)/pip freeze --exclude-editable | grep -v ' @ ' >> build.lock
 	mv build.lock constraints/lock.txt
+
+# Known vulnerabilities of the locked releases; needs the internet
+audit: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --no-deps --disable-pip --requirement constraints/lock.txt
 
 # What can be made again; runs/ is the user's
 clean:

@@ -159,7 +159,7 @@ class Bench:
         settings = [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"]
         config = load_config(args.config, [*settings, "model.pretrained=false"])
         self.name = args.name or config.model.name
-        model, preprocessing = build_float_model(config.model, config.data.preprocessing)
+        model, preprocessing, _ = build_float_model(config.model, config.data.preprocessing)
         self.model = model.to(args.device).eval()
         task = family_of(config.model.name).task
         training = scan_folder(task, args.data / "train")

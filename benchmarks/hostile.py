@@ -1,9 +1,10 @@
 """Hostile files and settings, each given to the real command under limits of memory and time.
 
-    python -m benchmarks.hostile --out docs/lab/hostile.md [--only WORD]
+    python -m benchmarks.hostile --out docs/lab/hostile.md [--only WORD] [--jobs 2]
 
-The cases are in hostile_cases.py. Each has a folder of its own, with a small model, its graphs and some images. A case
-is as expected when the command ends in time as it should: refused is one line and exit code 2, never a traceback.
+The cases are in hostile_cases.py and hostile_more.py. Each has a folder of its own, with a small model, its graphs and
+some images. A case is as expected when the command ends in time as it should: refused is one line and exit code 2,
+never a traceback.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks import hostile_more  # noqa: F401  # adds its cases
 from benchmarks.hostile_cases import CASES, Case
 from benchmarks.hostile_world import World, make_world
 from benchmarks.results import commit, device_name
@@ -62,7 +65,8 @@ def execute(case: Case, command: list[str], folder: Path) -> Found:
             stdout=output,
             stderr=errors,
             start_new_session=True,
-            preexec_fn=lambda: _limit(case.closed),
+            preexec_fn=lambda: _limit(case),
+            env={**os.environ, **case.environment},
         )
         code, usage = _wait(process, case, start)
     text = (folder / "stderr").read_text(errors="backslashreplace")
@@ -70,11 +74,12 @@ def execute(case: Case, command: list[str], folder: Path) -> Found:
     return Found(code, time.perf_counter() - start, usage.ru_maxrss << 10, lines, text)
 
 
-def _limit(closed: bool) -> None:
+def _limit(case: Case) -> None:
     """In the child: its memory has a bound, and a Ctrl-C reaches it, also from the background."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if closed:
+    os.umask(case.umask)
+    if case.closed:
         os.close(2)
 
 
@@ -127,7 +132,14 @@ def row(case: Case, base: Path) -> tuple[str, bool]:
         said = found.last.replace(f"{world.folder}/", "").replace(str(world.folder), ".").replace("|", "\\|")
     expected = "refused" if case.code == 2 else "ends" if case.code == 0 else f"exit code {case.code}"
     figures = f"{found.seconds:.0f} s, {found.peak >> 20} MB"
-    cells = (str(case.rule), case.name, expected, wrong or "as expected", figures, f"`{said[:300]}`" if said else "")
+    cells = (
+        str(case.rule),
+        case.name.replace("|", "\\|"),
+        expected,
+        wrong or "as expected",
+        figures,
+        f"`{said[:300]}`" if said else "",
+    )
     return f"| {' | '.join(cells)} |", not wrong
 
 
@@ -135,13 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at the same time")
     args = parser.parse_args()
-    chosen = [case for case in CASES if args.only in case.name]
+    chosen = sorted((case for case in CASES if args.only in case.name), key=lambda case: case.rule)
     lines, good = [], 0
-    with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(args.jobs) as pool:
         make_world(Path(base))
-        for case in chosen:
-            line, as_expected = row(case, Path(base))
+        for line, as_expected in pool.map(lambda case: row(case, Path(base)), chosen):
             lines.append(line)
             good += as_expected
             print(line, flush=True)

@@ -37,6 +37,8 @@ class Case:
         check: what is wrong afterwards; None or "" where nothing is.
         interrupt: seconds after which the command gets a Ctrl-C.
         closed: without a standard error to write to.
+        environment: variables that are set.
+        umask: of the command.
     """
 
     rule: int
@@ -49,6 +51,8 @@ class Case:
     check: Callable[[World], str | None] | None = None
     interrupt: float | None = None
     closed: bool = False
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    umask: int = 0o022
 
 
 CASES: list[Case] = []

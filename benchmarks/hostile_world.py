@@ -1,6 +1,8 @@
 """What every hostile case starts from: a small calibrated model, its graphs, images and a config."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,19 @@ class World:
         self.images, self.onnx, self.run = folder / "images", folder / "fp32.onnx", folder / "run"
         self.config, self.out = folder / "config.yaml", folder / "out.json"
 
+    def first(self, command: list[Any]) -> None:
+        """Runs a command of qswin's to its end, before the one that is tried."""
+        done = subprocess.run([sys.executable, "-m", "qswin", *map(str, command)], cwd=self.folder, capture_output=True)
+        if done.returncode:
+            raise SystemExit(done.stderr.decode(errors="replace"))
+
+    def last(self, **changes: Any) -> None:
+        """A training that has ended, its last.pt changed: each change makes a value of the one before."""
+        self.first(self.train())
+        state = torch.load(self.run / "last.pt", weights_only=True)
+        state |= {name: change(state[name]) for name, change in changes.items()}
+        torch.save(state, self.run / "last.pt")
+
     def sidecar(self, **changes: Any) -> Path:
         """The checkpoint, its sidecar's keys replaced."""
         file = self.checkpoint.with_name("ptq.safetensors.json")
@@ -58,6 +73,9 @@ class World:
 
     def evaluate(self, *more: Any) -> list[Any]:
         return ["evaluate", "--model", self.checkpoint, "--data", self.images / "val", "--workers", 0, *more]
+
+    def evaluate_graph(self, *more: Any) -> list[Any]:
+        return ["evaluate", "--model", self.onnx, "--data", self.images / "val", "--workers", 0, *more]
 
 
 def make_world(folder: Path) -> None:

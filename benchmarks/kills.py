@@ -25,11 +25,13 @@ import torch
 
 from benchmarks.demo import CONFIG, ROOT, RUN
 from benchmarks.results import commit
-from qswin.calib.files import write_json
+from qswin.calib.files import read_sidecar, sidecar_path, write_json
 from qswin.calib.histogram_file import load_histograms
+from qswin.calib.reading import read_yaml
 from qswin.calib.trt_cache.cache_file import parse_cache
 from qswin.qat.checkpoint import read_description
 
+SENSITIVITY = RUN / "sensitivity.json"  # of the demo's checkpoint, for search
 Check = Callable[[Path], object]
 
 
@@ -48,7 +50,18 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     images = ["--data", str(data / "train"), "--images", "64"]
     ptq, graph = str(RUN / "ptq.safetensors"), str(RUN / "fp32.onnx")
     compared = ["--model", str(RUN / "int8.onnx"), "--reference", graph, "--data", str(data / "val"), "--images", "64"]
+    probe = ["--checkpoint", ptq, *images]
     return {
+        "search": (
+            ["qswin", "search", *probe, "--sensitivity", str(SENSITIVITY), "--budget", "bops<=0.5"]
+            + ["--recipe", str(folder / "mixed.yaml"), "--json", str(folder / "search.json")],
+            "mixed.yaml",
+        ),
+        "build": (
+            ["qswin", "build", "--onnx", str(RUN / "int8.onnx"), "--engine", str(folder / "x.engine")]
+            + ["--target", "tensorrt-rtx", "--json", str(folder / "build.json")],
+            "x.engine",
+        ),
         "convert": (["qswin", "convert", *common, f"model.checkpoint={ptq}"], "ptq.safetensors"),
         "export": (["qswin", "export", "--checkpoint", ptq, "--onnx", str(folder / "x.onnx")], "x.onnx"),
         "compare": (["qswin", "compare", *compared, "--layers", "--json", str(folder / "c.json")], "c.json"),
@@ -56,7 +69,7 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
         "calibrate": (["qswin", "calibrate", *common], "ptq.safetensors"),
         "train": (["qswin", "train", *common, *qat, f"init={ptq}"], "qat.safetensors"),
         "sensitivity": (
-            ["qswin", "sensitivity", "--checkpoint", ptq, *images, "--json", str(folder / "sensitivity.json")],
+            ["qswin", "sensitivity", *probe, "--json", str(folder / "sensitivity.json")],
             "sensitivity.json",
         ),
         "calib-cache": (
@@ -92,6 +105,8 @@ READERS: dict[str, Check] = {
     ".pt": lambda path: torch.load(path, weights_only=True),
     ".cache": lambda path: parse_cache(path.read_bytes()),
     ".npz": load_histograms,
+    ".yaml": read_yaml,
+    ".engine": lambda path: read_sidecar(path, "engine", (), "") if sidecar_path(path).is_file() else None,
 }
 
 
@@ -121,6 +136,9 @@ def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
     for run in (whole, folder):
         run.mkdir(parents=True)
     log, begun = work / "log", time.perf_counter()
+    if job == "search" and not SENSITIVITY.is_file():
+        command, _ = commands(SENSITIVITY.parent)["sensitivity"]
+        Job(command, log).wait()
     command, product = commands(whole)[job]
     Job(command, log).wait()
     seconds, killed, finished = time.perf_counter() - begun, 0, 0

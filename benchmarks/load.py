@@ -1,9 +1,10 @@
-"""Peak memory of `qswin evaluate` on 100,000 images and of `qswin calibrate` on 20,000, beside a tenth of them.
+"""Peak memory of `qswin evaluate` and `qswin calibrate` on 100,000 images, beside a tenth of them.
 
-    make demo                                                    (its digits, weights and graph are what this works on)
-    python -m benchmarks.load --out docs/results/load.json
+    make demo                                                    (its weights and graph are what this works on)
+    python -m benchmarks.load --images FILE.tar --out docs/results/load.json
 
-The digits are linked again and again under new names. Memory is that of the largest process of the command.
+The images, JPEGs in a tar file of CLASS/IMAGE, are linked again and again under new names, in ten folders of the demo's
+classes: what they are labelled does not matter here. Memory is that of the largest process of the command.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -19,14 +21,16 @@ from typing import Any
 from benchmarks.demo import CONFIG, ROOT, RUN
 from benchmarks.results import commit, device_name, write_rows
 
+WORKERS = "8"
+
 
 def linked(source: Path, folder: Path, count: int) -> None:
-    """`count` images in a folder a class, as in `source`."""
+    """`count` images in ten folders, called as the demo's classes are."""
     images = sorted(path for path in source.rglob("*") if path.is_file())
-    for path in images:
-        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
     for index, path in zip(range(count), itertools.cycle(images), strict=False):
-        os.link(path, folder / path.parent.name / f"{index}{path.suffix}")
+        os.link(path, folder / str(index % 10) / f"{index}{path.suffix}")
 
 
 def measure(command: list[str]) -> dict[str, float]:
@@ -42,21 +46,40 @@ def measure(command: list[str]) -> dict[str, float]:
 def jobs(data: Path, count: int) -> dict[str, list[str]]:
     settings = [f"data.root={data}", f"model.checkpoint={RUN / 'float' / 'float.safetensors'}", f"run={data / 'run'}"]
     return {
-        "evaluate": ["evaluate", "--model", str(RUN / "int8.onnx"), "--data", str(data / "train"), "--workers", "2"],
-        "calibrate": ["calibrate", "--config", str(CONFIG), *settings, f"calibration.images={count}", "data.workers=2"],
+        "evaluate": [
+            "evaluate",
+            "--model",
+            str(RUN / "int8.onnx"),
+            "--data",
+            str(data / "train"),
+            "--workers",
+            WORKERS,
+        ],
+        "calibrate": [
+            "calibrate",
+            "--config",
+            str(CONFIG),
+            *settings,
+            f"calibration.images={count}",
+            f"data.workers={WORKERS}",
+        ],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, type=Path, help="a .tar of CLASS/IMAGE.JPEG")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for job, most in (("evaluate", 100_000), ("calibrate", 20_000)):
-        for count in (int(most * args.scale / 10), int(most * args.scale)):
+    with tempfile.TemporaryDirectory(dir=RUN) as source:
+        with tarfile.open(args.images) as tar:
+            tar.extractall(source, filter="data")
+        for job, share in itertools.product(("evaluate", "calibrate"), (0.1, 1)):
+            count = int(100_000 * args.scale * share)
             with tempfile.TemporaryDirectory(dir=RUN) as folder:
-                linked(RUN / "digits" / "train", Path(folder) / "train", count)
+                linked(Path(source), Path(folder) / "train", count)
                 (Path(folder) / "val").symlink_to(Path(folder) / "train")
                 row = {"job": job, "images": count, **measure(jobs(Path(folder), count)[job])}
             rows.append({**row, "device": device_name("cpu"), "commit": commit()})

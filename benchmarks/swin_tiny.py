@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
     config = load_config(CONFIG, [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"])
-    model, preprocessing = build_float_model(config.model, config.data.preprocessing)
+    model, preprocessing, _ = build_float_model(config.model, config.data.preprocessing)
     floating = Description(model_arguments(config.model), "float", preprocessing)
     table = Table(args, floating)
     for path in args.trained:

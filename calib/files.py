@@ -25,6 +25,23 @@ from qswin.calib.reading import open_regular, read_json
 RECORDED = ("qswin", "torch", "timm", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx_cu13_bindings")
 
 
+_saved: list[Path] = []  # by this process, in order
+
+
+class NotSaved(OSError):
+    """A file could not be written; see `saved_files` for those that were before."""
+
+
+def saved_files() -> list[Path]:
+    """The files that this process has written whole, and that are there; each once, in order."""
+    return [path for path in dict.fromkeys(_saved) if path.is_file()]
+
+
+def forget_saved() -> None:
+    """Empties the list of `saved_files`: a command begins."""
+    _saved.clear()
+
+
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Writes `data` to a temporary file, syncs it, and renames it over what stands at `path`.
 
@@ -33,7 +50,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     output, is written to as it stands.
 
     Raises:
-        OSError: nothing could be written (a full disk, say); a regular file is as it was before.
+        NotSaved: nothing could be written (a full disk, say); a regular file is as it was before.
     """
     path = Path(path)
     try:
@@ -44,7 +61,8 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             _append(path, status, data)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"{path}: not saved ({reason}); free some space, or choose another name or folder") from error
+        raise NotSaved(f"{path}: not saved ({reason}); free some space, or choose another name or folder") from error
+    _saved.append(path)
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -148,7 +166,11 @@ def write_with_sidecar(path: str | Path, data: bytes, kind: str, values: dict[st
     path = Path(path)
     check_replaceable(sidecar_path(path), kind)
     write_atomic(path, data)
-    write_json(sidecar_path(path), {"kind": kind, **values, "sha256": hashlib.sha256(data).hexdigest()})
+    try:
+        write_json(sidecar_path(path), {"kind": kind, **values, "sha256": hashlib.sha256(data).hexdigest()})
+    except NotSaved as error:
+        _saved.remove(path)  # it is of no use without
+        raise NotSaved(f"{error}; without it, {path} cannot be read") from error
 
 
 def read_sidecar(

@@ -1,4 +1,4 @@
-"""One job a folder: a lock that the kernel releases when the process that holds it ends, however it ends."""
+"""One job a folder or result: a lock that the kernel releases when the process that holds it ends, however it ends."""
 
 import contextlib
 import fcntl
@@ -36,13 +36,31 @@ def lock_folder(folder: Path) -> Iterator[bool]:
         ValueError: another process holds the lock; it is named.
         OSError: the folder cannot be made.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    descriptor = _take(folder)
+    with _locked(folder, folder / LOCK, "run=FOLDER") as locked:
+        yield locked
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, option: str) -> Iterator[bool]:
+    """Keeps other jobs away from a result that is written again and again. As `lock_folder`, which see.
+
+    Args:
+        option: the flag that names the result.
+    """
+    with _locked(path, path.with_name(f".{path.name}{LOCK}"), f"{option} FILE") as locked:
+        yield locked
+
+
+@contextlib.contextmanager
+def _locked(what: Path, lock: Path, other: str) -> Iterator[bool]:
+    """Holds a lock on something; `other` is the setting that chooses something else."""
+    made = [path for path in (lock.parent, *lock.parent.parents) if not path.exists()]
+    descriptor = _take(what, lock, other)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it looks at the name again
+            lock.unlink(missing_ok=True)  # while it is held: who waits for it looks at the name again
             _held.discard(descriptor)
             os.close(descriptor)
         for path in made:
@@ -50,45 +68,44 @@ def lock_folder(folder: Path) -> Iterator[bool]:
                 path.rmdir()
 
 
-def _take(folder: Path) -> int | None:
-    """The descriptor of the folder's lock, held; None where the file system has no locks. Raises as `lock_folder`."""
+def _take(what: Path, lock: Path, other: str) -> int | None:
+    """The descriptor of a lock, held; None where the file system has no locks. Raises as `lock_folder`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{folder}: cannot be made ({error.strerror}); choose another run=FOLDER") from error
+        raise OSError(f"{lock.parent}: cannot be made ({error.strerror}); choose another {other}") from error
     try:
-        while (descriptor := _open(folder)) is None:
+        while (descriptor := _open(lock)) is None:
             pass
         return descriptor
     except BlockingIOError as error:
         raise ValueError(
-            f"{folder}: {_holder(folder / LOCK)} is at work there; wait until it has ended, stop it,"
-            " or choose another run=FOLDER"
+            f"{what}: {_holder(lock)} is at work there; wait until it has ended, stop it, or choose another {other}"
         ) from error
     except OSError as error:
-        logging.warning("%s: cannot be locked (%s); start no other job there meanwhile", folder, error.strerror)
+        logging.warning("%s: cannot be locked (%s); start no other job there meanwhile", what, error.strerror)
         return None
 
 
-def _open(folder: Path) -> int | None:
+def _open(path: Path) -> int | None:
     """Opens the lock's file and takes the lock; None where another process has removed the file since.
 
     Raises:
         BlockingIOError: another process holds it.
         OSError: the file system is read-only, or has no locks.
     """
-    path = folder / LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_at(descriptor, path):
             os.close(descriptor)
             return None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     except OSError:
         os.close(descriptor)
         raise
+    with contextlib.suppress(OSError):  # the disk is full: the lock holds, and says not whose it is
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     _held.add(descriptor)
     return descriptor
 

@@ -1,10 +1,9 @@
 """How large a model may be that a file asks for: said before it is built, and counted while it is.
 
-The environment variable QSWIN_LIMITS multiplies every limit: QSWIN_LIMITS=4 allows models four times as large.
+The environment variable QSWIN_LIMITS multiplies every limit (qswin/limits.py).
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,26 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qswin.limits import MORE, scale
 
-def _scale() -> float:
-    text = os.environ.get("QSWIN_LIMITS", "1")
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not 0 < scale < 1e6:
-        raise ValueError(f"QSWIN_LIMITS={text!r} in the environment is not a number above 0")
-    return scale
-
-
-SCALE = _scale()
+SCALE = scale()
 LARGEST_SETTING = int(8192 * SCALE)  # of a size, width or count of an architecture
 LARGEST_CLASSES = int(1_000_000 * SCALE)
 MOST_BLOCKS = int(512 * SCALE)  # of a model; `depth` or the sum of `depths`
 MOST_STAGES = 64  # entries of a list
 MOST_VALUES = int(2**30 * SCALE)  # of weights and buffers; 4 GiB in float32
 DEPTHS = ("depth", "depths")
-MORE = "the environment variable QSWIN_LIMITS=2 doubles the limits"
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -121,9 +121,17 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def load_weights(model: nn.Module, family: Family, path: Path) -> None:
-    """Loads a float checkpoint into `model`. Raises ValueError for a file that is not one, or is another model's."""
-    state = read_state(path)
+def load_weights(model: nn.Module, family: Family, path: Path, data: bytes | None = None) -> None:
+    """Loads a float checkpoint into `model`.
+
+    Args:
+        data: the file's content, where it has been read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint, or is another model's.
+    """
+    state = read_state(path, data)
     expected = model.state_dict()
     first = next(iter(state), None)
     try:

@@ -51,6 +51,13 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
         raise ValueError(f"{path}: {difference}; check the model's name, its settings, num_classes and the recipe")
 
 
+def read_content(path: Path) -> bytes:
+    """The content of a checkpoint's file. Raises FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    return path.read_bytes()
+
+
 def read_state(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, as float32 where they are floating; nothing in it is executed.
 
@@ -62,9 +69,7 @@ def read_state(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
         ValueError: the file is truncated, is not a checkpoint, or holds pickled code; or a tensor, which is named, is
             not dense, real and finite in float32.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    data = path.read_bytes() if data is None else data
+    data = read_content(path) if data is None else data
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load(data)

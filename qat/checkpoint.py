@@ -1,8 +1,9 @@
 """Checkpoints: a .safetensors file of tensors and a .json sidecar that says what they are."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -12,7 +13,6 @@ from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import (
     check_suffix,
     read_sidecar,
-    sha256,
     sidecar_path,
     write_result,
     write_with_sidecar,
@@ -20,7 +20,7 @@ from qswin.calib.files import (
 from qswin.calib.reading import read_json
 from qswin.calib.validation import Sha256, validate
 from qswin.models.registry import build_model, family_of
-from qswin.models.state_dicts import check_state, mismatch, read_state
+from qswin.models.state_dicts import check_state, mismatch, read_content, read_state
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model, input_size, model_arguments
 from qswin.qat.quant.layers import check_channel_scales
@@ -160,6 +160,14 @@ def read_description(path: Path, data: bytes | None = None) -> Description:
     return Description.from_dict(values, f"{path}: its sidecar does not describe a checkpoint")
 
 
+class Loaded(NamedTuple):
+    """A model, what it is, and the SHA-256 of the bytes that it was read from."""
+
+    model: nn.Module
+    description: Description
+    sha256: str
+
+
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
     """A model that was saved by `save_checkpoint`, ready to use: in evaluation mode, its quantizers quantizing.
 
@@ -167,8 +175,12 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
         FileNotFoundError: a file is missing.
         ValueError: the file is truncated, foreign or does not fit its sidecar.
     """
-    path = Path(path)
-    data = path.read_bytes() if path.is_file() else None
+    return open_checkpoint(Path(path))[:2]
+
+
+def open_checkpoint(path: Path) -> Loaded:
+    """As `load_checkpoint`, with the checksum: the file is read once."""
+    data = read_content(path)
     description = read_description(path, data)
     try:
         model = _build(description)
@@ -176,7 +188,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Description]:
         raise ValueError(f"{path}: {error}") from error
     load_state(model, read_state(path, data), path)
     enable(model)
-    return model.eval(), description
+    return Loaded(model.eval(), description, hashlib.sha256(data).hexdigest())
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -194,7 +206,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     check_channel_scales(model)
 
 
-def load_model(path: Path, config_file: str | None, overrides: list[str]) -> tuple[nn.Module, Description]:
+def load_model(path: Path, config_file: str | None, overrides: list[str]) -> Loaded:
     """A checkpoint, or, with a config file that describes them, bare float weights.
 
     Raises:
@@ -202,7 +214,8 @@ def load_model(path: Path, config_file: str | None, overrides: list[str]) -> tup
         ValueError: the file is not a checkpoint, or is not what its sidecar or the config says.
     """
     if config_file is None:
-        return load_checkpoint(path)
+        return open_checkpoint(path)
     config = load_config(config_file, ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"])
-    model, preprocessing = build_float_model(config.model, config.data.preprocessing)
-    return model, Description(model_arguments(config.model), "float", preprocessing, parent=sha256(path))
+    model, preprocessing, digest = build_float_model(config.model, config.data.preprocessing)
+    assert digest is not None  # of model.checkpoint
+    return Loaded(model, Description(model_arguments(config.model), "float", preprocessing, parent=digest), digest)

@@ -1,6 +1,7 @@
 """Checkpoints that pytorch-quantization or ModelOpt calibrated, as a checkpoint of qswin."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +9,9 @@ from pathlib import Path
 from absl import logging
 from torch import Tensor, nn
 
-from qswin.calib.files import sha256
 from qswin.models.family import Family
 from qswin.models.registry import family_of
-from qswin.models.state_dicts import read_state, rename
+from qswin.models.state_dicts import read_content, read_state, rename
 from qswin.qat.checkpoint import Description, load_state, save_checkpoint
 from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.quant.quantizers import SCALE_KEY, quantizers
@@ -99,20 +99,30 @@ def convert(config: Config) -> Path:
         return out
     # The weights come with the ranges: the float model has any.
     architecture = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
-    model, preprocessing = build_float_model(architecture, config.data.preprocessing)
+    model, preprocessing, _ = build_float_model(architecture, config.data.preprocessing)
     twin = quantize(model, recipe)
-    load_foreign(twin, model, family_of(config.model.name), path)
-    description = Description(model_arguments(config.model), "ptq", preprocessing, recipe=recipe, parent=sha256(path))
+    digest = load_foreign(twin, model, family_of(config.model.name), path)
+    description = Description(model_arguments(config.model), "ptq", preprocessing, recipe=recipe, parent=digest)
     run.claim()
     save_checkpoint(out, twin, description)
     logging.info("%s: %d quantizers from %s", out, len(list(quantizers(twin))), path)
     return out
 
 
-def load_foreign(twin: nn.Module, model: nn.Module, family: Family, path: Path) -> None:
-    """Loads a foreign checkpoint's weights and ranges into `twin`, the rewritten `model`. Raises ValueError."""
-    state = read_state(path)
+def load_foreign(twin: nn.Module, model: nn.Module, family: Family, path: Path) -> str:
+    """Loads a foreign checkpoint's weights and ranges into `twin`, the rewritten `model`.
+
+    Returns:
+        The SHA-256 of the file, which is read once.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not fit.
+    """
+    data = read_content(path)
+    state = read_state(path, data)
     # timm resizes whatever begins like the patch embedding's weight; its ranges have the same name everywhere.
     aside = {key: state.pop(key) for key in list(state) if key.startswith("patch_embed.") and key.endswith("._amax")}
     state = convert_ranges({**family.convert_state(state, model), **aside}, twin, path)
     load_state(twin, state, path)
+    return hashlib.sha256(data).hexdigest()

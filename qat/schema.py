@@ -59,7 +59,7 @@ class ModelConfig:
     pretrained: bool = option(
         False, "Download the published weights if there is no `checkpoint`; else weights are random."
     )
-    num_classes: int | None = option(None, "Number of classes; null is the architecture's own.", least=1)
+    num_classes: int | None = option(None, "Number of classes; null is the architecture's own.", least=1, most=10**9)
     kwargs: dict[str, Any] = option({}, "Settings of the architecture, as its library names them.")
 
 
@@ -68,7 +68,9 @@ class DataConfig:
     """Images and how they are read."""
 
     root: str = option(MISSING, "Folder that holds `train` and `val`, in the layout of the model's task.")
-    workers: int = option(4, "Number of processes that decode images; 0 decodes in the process itself.", least=0)
+    workers: int = option(
+        4, "Number of processes that decode images; 0 decodes in the process itself.", least=0, most=1024
+    )
     decoder: str = option(
         "pillow",
         "Decoder of training images; `dali` is NVIDIA's, which decodes on the GPU.",
@@ -84,8 +86,8 @@ class DataConfig:
 class CalibrationConfig:
     """How `qswin calibrate` finds ranges, and what it does after."""
 
-    images: int = option(512, "Number of images, drawn at random from `train`.", least=1)
-    batch_size: int = option(32, "Images in a batch of one process.", least=1)
+    images: int = option(512, "Number of images, drawn at random from `train`.", least=1, most=10**9)
+    batch_size: int = option(32, "Images in a batch of one process.", least=1, most=10**6)
     calibrator: str | None = option(None, "Calibrator of activations, over the recipe's; null leaves the recipe's.")
     equalize: bool = option(
         True, "Scale channels between each layer and what it reads, so that one range suits all of them."
@@ -94,6 +96,7 @@ class CalibrationConfig:
         None,
         "Mean KL from the float model that is allowed, over the recipe's: sites that cost more stay in float.",
         least=0,
+        most=1000,
     )
     strict: bool = option(False, "Make it an error when the quantized model is far from the float one.")
     choose_calibrators: bool = option(
@@ -106,9 +109,10 @@ class CalibrationConfig:
         0,
         "Steps of training for each block, towards the float block's output, without labels; needs one process.",
         least=0,
+        most=10**6,
     )
-    reconstruct_lr: float = option(1e-4, "Learning rate of weights in the reconstruction.", least=0)
-    reconstruct_range_lr: float = option(1e-2, "Learning rate of ranges in the reconstruction.", least=0)
+    reconstruct_lr: float = option(1e-4, "Learning rate of weights in the reconstruction.", least=0, most=10)
+    reconstruct_range_lr: float = option(1e-2, "Learning rate of ranges in the reconstruction.", least=0, most=10)
 
 
 @dataclasses.dataclass
@@ -124,7 +128,7 @@ class AugmentConfig:
     hflip: float = option(0.5, "Probability of a flip left to right.", least=0, most=1)
     vflip: float = option(0.0, "Probability of a flip upside down.", least=0, most=1)
     rotate: float = option(0.0, "Largest angle of a rotation in degrees; segmentation only.", least=0, most=360)
-    color_jitter: float = option(0.0, "Strength of random brightness, contrast and saturation.", least=0)
+    color_jitter: float = option(0.0, "Strength of random brightness, contrast and saturation.", least=0, most=10)
     auto_augment: str | None = option(None, "Policy of timm, for instance `rand-m9-mstd0.5-inc1`; classification only.")
     random_erase: float = option(0.0, "Probability of random erasing; classification only.", least=0, most=1)
     mixup: float = option(0.0, "Alpha of mixup, 0 for none; classification only.", least=0, most=100)
@@ -135,14 +139,18 @@ class AugmentConfig:
 class TrainConfig:
     """How `qswin train` trains."""
 
-    epochs: int = option(1, "Passes over `train`.", least=1)
-    batch_size: int = option(64, "Images in a batch of one process.", least=1)
-    grad_accum_steps: int = option(1, "Batches whose gradients are accumulated for one step of the optimizer.", least=1)
+    epochs: int = option(1, "Passes over `train`.", least=1, most=10**5)
+    batch_size: int = option(64, "Images in a batch of one process.", least=1, most=10**6)
+    grad_accum_steps: int = option(
+        1, "Batches whose gradients are accumulated for one step of the optimizer.", least=1, most=10**6
+    )
     lr: float = option(1e-5, "Largest learning rate of AdamW.", least=1e-12, most=10)
-    min_lr: float = option(0.0, "Learning rate at the end of the cosine schedule.", least=0)
-    warmup_steps: int = option(0, "Steps over which the learning rate rises linearly to `lr`.", least=0)
-    weight_decay: float = option(0.05, "Weight decay of matrices; biases, norms and ranges have none.", least=0)
-    clip_grad: float | None = option(5.0, "Largest norm of the gradient; null does not clip it.", least=0)
+    min_lr: float = option(0.0, "Learning rate at the end of the cosine schedule.", least=0, most=10)
+    warmup_steps: int = option(0, "Steps over which the learning rate rises linearly to `lr`.", least=0, most=10**9)
+    weight_decay: float = option(
+        0.05, "Weight decay of matrices; biases, norms and ranges have none.", least=0, most=1000
+    )
+    clip_grad: float | None = option(5.0, "Largest norm of the gradient; null does not clip it.", least=0, most=1e6)
     label_smoothing: float = option(0.0, "Share of the label's probability that goes to all classes.", least=0, most=1)
     ema_decay: float | None = option(
         None, "Decay of the moving average of the weights that is validated and saved; null for none.", least=0, most=1
@@ -150,12 +158,17 @@ class TrainConfig:
     distill_weight: float = option(
         0.0, "Weight of the distance from the float model's output; labels have the rest.", least=0, most=1
     )
-    distill_temperature: float = option(1.0, "Temperature of both outputs in that distance.", least=0.001)
+    distill_temperature: float = option(1.0, "Temperature of both outputs in that distance.", least=0.001, most=1000)
     distill_blocks_weight: float = option(
-        0.0, "Weight of the distance of each block's output from the float model's, added to the loss.", least=0
+        0.0,
+        "Weight of the distance of each block's output from the float model's, added to the loss.",
+        least=0,
+        most=1e6,
     )
     learn_ranges: bool = option(False, "Learn the quantizers' ranges, as LSQ learns step sizes.")
-    range_lr: float = option(1e-3, "Learning rate of learned ranges: about the relative change a step.", least=0)
+    range_lr: float = option(
+        1e-3, "Learning rate of learned ranges: about the relative change a step.", least=0, most=10
+    )
     freeze_ranges_at: float = option(
         1.0, "Share of all steps after which learned ranges stay as they are.", least=0, most=1
     )
@@ -167,8 +180,8 @@ class TrainConfig:
     )
     amp: str = option("fp32", "Precision of autocast; float16 scales the loss.", choices=("fp32", "bf16", "fp16"))
     compile: bool = option(False, "Compile the model with torch.compile.")
-    save_minutes: float = option(10.0, "Minutes between two writes of last.pt within an epoch.", least=0)
-    log_every: int = option(1, "Steps between two lines of log.jsonl.", least=1)
+    save_minutes: float = option(10.0, "Minutes between two writes of last.pt within an epoch.", least=0, most=1e6)
+    log_every: int = option(1, "Steps between two lines of log.jsonl.", least=1, most=10**9)
     augment: AugmentConfig = section(AugmentConfig)
 
 
@@ -188,7 +201,7 @@ class Config:
     resume: str = option(
         "auto", "`auto` goes on with what the job left in `run`, `never` starts it over.", choices=("auto", "never")
     )
-    seed: int = option(0, "Seed of everything random.", least=0)
+    seed: int = option(0, "Seed of everything random.", least=0, most=2**63 - 1)
     device: str = option("auto", "`auto`, `cpu`, `cuda` or another torch device.")
 
 

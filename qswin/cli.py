@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 from absl import app, logging
 from absl.flags import argparse_flags
 
+from qswin import limits
+from qswin.calib.files import NotSaved, forget_saved, saved_files
 from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
@@ -40,6 +42,7 @@ COMMANDS = {
 }
 
 STOPPED = 130  # the exit code
+NAMED = 8  # files of a list in one line
 UNSAVED = "every file that it wrote is whole; the same command starts again"
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -78,8 +81,8 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
     The code is 0; 2 after one line about what the user can mend; or 130 after one line when it was stopped by Ctrl-C or
     SIGTERM: a KeyboardInterrupt's message says what was saved. A closed standard output ends it quietly.
 
-    Only ValueError and OSError are the user's to mend; anything else is a defect and keeps its traceback, and
-    `--verbosity=1` shows the traceback of those two as well.
+    Only ValueError, OSError and MemoryError are the user's to mend; anything else is a defect and keeps its
+    traceback. `--verbosity=1` shows the traceback of the first two as well.
 
     Args:
         argv: the arguments, without the program's name.
@@ -91,6 +94,7 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
         return parser.parse_args(argv[1:])
 
     def guarded(args: argparse.Namespace) -> None:
+        forget_saved()
         try:
             with stopped_by_sigterm(), contextlib.redirect_stdout(PrintableStream(sys.stdout)):
                 main(args)
@@ -102,13 +106,22 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
             end(f"{prog}: stopped; {error}" if str(error) else f"{prog}: stopped; {UNSAVED}", STOPPED)
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
-            end(f"{prog}: error: {' '.join(str(error).split())}", 2)
+            end(f"{prog}: error: {' '.join(str(error).split())}{_kept(error)}", 2)
+        except MemoryError:
+            end(f"{prog}: error: it takes more memory than there is; take smaller batches or fewer workers", 2)
         finally:
             discard_unwritten()
 
     open_closed_streams()
     logging.get_absl_handler().setFormatter(PrintableFormatter())
     app.run(guarded, argv=[prog, *argv], flags_parser=parse)
+
+
+def _kept(error: Exception) -> str:
+    """What a command that could not save a file had saved before."""
+    kept = saved_files() if isinstance(error, NotSaved) else []
+    names = [*map(str, kept[:NAMED]), *([f"{len(kept) - NAMED} more"] if len(kept) > NAMED else [])]
+    return f"; saved before it, and whole: {', '.join(names)}" if names else ""
 
 
 def end(message: str, code: int) -> NoReturn:
@@ -150,6 +163,10 @@ def discard_unwritten() -> None:
 
 def run_command(command: str, argv: list[str]) -> None:
     """Runs one of COMMANDS with its arguments, and exits."""
+    try:
+        limits.scale()  # which the modules of commands read while they are imported
+    except ValueError as error:
+        end(f"qswin {command}: error: {error}", 2)
     module = command_module(command)
     run(module.add_arguments, module.main, f"qswin {command}", argv)
 

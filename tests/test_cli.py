@@ -1,5 +1,6 @@
 """Commands as a user types them: help, exit codes, and one line about what is wrong."""
 
+import errno
 import json
 import os
 import re
@@ -118,7 +119,7 @@ def test_calibrate_says_what_is_wrong(config_file, data, tmp_path, capsys):
     assert "unknown key 'calibration.image'; the nearest is 'calibration.images'" in says("calibration.image=3")
     assert "train.epochs" in says("train.epochs=soon")
     assert "no such folder" in says(f"data.root={tmp_path / 'nowhere'}")
-    assert "calibration.images=0 is out of range; give 1 or more" in says("calibration.images=0")
+    assert "calibration.images=0 is out of range; give 1 to 1000000000" in says("calibration.images=0")
     assert "nearest names are" in says("model.name=swin_tinny")
     assert "no such checkpoint" in says("model.checkpoint=missing.pth")
     assert "5 classes, but the model has 7" in says("model.num_classes=7", "model.checkpoint=null")
@@ -176,6 +177,35 @@ finally:
     done = subprocess.run([sys.executable, "-c", script, str(config_file)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "ptq.safetensors: not saved" in done.stderr.splitlines()[-1]
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["calibrate.yaml"]
+
+
+def test_a_disk_that_is_full_at_any_write(config_file, tmp_path, capsys, monkeypatch):
+    """One line, exit code 2; what it calls whole is there and can be read, and the same command goes on."""
+    replace, out = os.replace, tmp_path / "out.json"
+    named = []
+    for nth in range(1, 7):
+        writes = iter(range(1, 100))
+
+        def failing(source, target, nth=nth, writes=writes):
+            if next(writes) == nth:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        run = tmp_path / f"run{nth}"
+        arguments = ("calibrate", "--config", config_file, f"run={run}", "--json", out)
+        capsys.readouterr()
+        if (code := invoke(*arguments)) == 0:
+            break
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert code == 2 and "not saved (No space left on device)" in line
+        whole = [Path(name) for name in line.partition("whole: ")[2].split(", ") if name]
+        named.append([path.name for path in whole if path.parent == run])
+        assert set(named[-1]) >= {path.name for path in run.glob("*") if path.name != "ptq.safetensors" or nth > 3}
+        assert not list(run.glob(".*"))
+    settings = ["calibrate.yaml"]
+    pair = [*settings, "ptq.safetensors", "ptq.safetensors.json"]
+    assert named == [[], settings, settings, pair, [*pair, "histograms.npz"]] and out.is_file()
 
 
 def run_main(main) -> int:
@@ -252,6 +282,14 @@ cli.run(lambda parser: None, lambda args: {main}, "qswin x", [])
     command = f"set -o pipefail; {sys.executable} -c {shlex.quote(script)} {redirection}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, errors)
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "nan", "inf", "1e300", ""])
+def test_limits_that_are_no_number_are_one_line(value):
+    command = [sys.executable, "-m", "qswin", "evaluate", "--model", "x", "--data", "y"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "QSWIN_LIMITS": value})
+    line = f"qswin evaluate: error: QSWIN_LIMITS={value!r} in the environment is not a number above 0 and below 10^6\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from PIL import Image
 
 from qswin.calib.reading import open_regular
 from qswin.calib.validation import Number, Positive
+from qswin.limits import scale
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 Interpolation = Literal["bicubic", "bilinear"]
@@ -30,7 +30,7 @@ UNREADABLE = (
     " (--skip-unreadable, or data.skip_unreadable=true in a config)"
 )
 
-LARGEST_SIDE = int(4096 * float(os.environ.get("QSWIN_LIMITS", "1")))  # pixels, of a model's input
+LARGEST_SIDE = int(4096 * scale())  # pixels, of a model's input
 LONGEST = 16  # times its shorter side, of an image that is resized as a whole
 SMALLEST_CROP = 0.05  # of the resized image's side: what is cropped away is computed first
 Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]

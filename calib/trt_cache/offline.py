@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from qswin.calib.calibrators import Histogram, find_range
+from qswin.calib.trt_cache.session import Session
 
 CALIBRATORS = {"entropy2": "entropy", "minmax": "max"}
 # These only move values, so their output has their input's range: nothing is observed twice.
@@ -15,28 +16,35 @@ MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 
 
 def activation_ranges(
-    model: onnx.ModelProto, batches: Iterable[np.ndarray], algorithm: str, threads: int = 0
+    path: str | Path,
+    model: onnx.ModelProto,
+    batches: Iterable[np.ndarray],
+    algorithm: str,
+    threads: int = 0,
+    timeout: float | None = None,
 ) -> dict[str, float]:
     """Runs an FP32 graph and calibrates every floating-point activation, the input included.
 
     Args:
+        path: the graph's file, which messages name.
         batches: (N, 3, H, W) float32 each.
         algorithm: entropy2 or minmax.
         threads: of ONNX Runtime; 0 for all cores.
+        timeout: seconds that a run may take; None for any number.
 
     Returns:
         {tensor: amax}, tensors that were 0 throughout left out.
 
     Raises:
-        ValueError: there were no images, or an activation is NaN or infinite; the tensor is named.
+        ValueError: there were no images, an activation, which is named, is NaN or infinite, or the graph does not run.
     """
     sources = value_sources(model)
     observed = sorted(set(sources.values()) - {"input"})
-    session = _session(model, observed, threads)
+    session = _session(path, model, observed, threads, timeout)
     histograms = {name: Histogram() for name in ("input", *observed)}
     with ThreadPoolExecutor() as pool:
         for batch in batches:
-            values = {"input": batch, **dict(zip(observed, session.run(observed, {"input": batch}), strict=True))}
+            values = {"input": batch, **dict(zip(observed, session.run(observed, batch), strict=True))}
             list(pool.map(lambda item: _observe(histograms, *item), values.items()))
     if histograms["input"].amax == 0:
         raise ValueError("calibration saw 0 images; raise --images or check --data")
@@ -68,19 +76,19 @@ def value_sources(model: onnx.ModelProto) -> dict[str, str]:
     return sources
 
 
-def activations(model: onnx.ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
-    """{tensor: its values} for images (N, 3, H, W), in ONNX Runtime with nothing fused."""
-    return dict(zip(names, _session(model, names, 0).run(names, {"input": images}), strict=True))
+def activations(
+    path: str | Path, model: onnx.ModelProto, names: list[str], images: np.ndarray, timeout: float | None = None
+) -> dict[str, np.ndarray]:
+    """{tensor: its values} for images (N, 3, H, W), in ONNX Runtime with nothing fused. Raises as `Session` does."""
+    return dict(zip(names, _session(path, model, names, 0, timeout).run(names, images), strict=True))
 
 
-def _session(model: onnx.ModelProto, outputs: list[str], threads: int) -> onnxruntime.InferenceSession:
+def _session(
+    path: str | Path, model: onnx.ModelProto, outputs: list[str], threads: int, timeout: float | None
+) -> Session:
     """A session that gives every tensor in `outputs`, with nothing fused away."""
     widened = onnx.ModelProto()
     widened.CopyFrom(model)
     known = {value.name for value in widened.graph.output}
     widened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(widened.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Session(path, widened.SerializeToString(), timeout, threads, fuse=False)

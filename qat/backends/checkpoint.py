@@ -53,7 +53,7 @@ class Checkpoint(Backend):
         from qswin.qat.checkpoint import load_model
 
         device = str(_device(options))
-        model, description = load_model(path, options.config, list(options.overrides))
+        model, description, _ = load_model(path, options.config, list(options.overrides))
         return TorchPredictor(model, description, device)
 
     def subjects(self, path: Path, opening: OpenOptions, timing: TimingOptions) -> Iterator[Subject]:
@@ -65,7 +65,7 @@ class Checkpoint(Backend):
         device = _device(opening)
         with torch.inference_mode():
             for precision in PRECISIONS[device.type]:
-                model, description = load_model(path, opening.config, list(opening.overrides))
+                model, description, _ = load_model(path, opening.config, list(opening.overrides))
                 model = model.to(device, torch.float16 if precision == "fp16" else torch.float32)
                 yield CheckpointSubject(path, model, description, "torch", precision)
                 if timing.compile:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qswin.calib.data.batches import fill_up
-from qswin.calib.files import sha256
 from qswin.qat.backends.findings import Finding, library
 from qswin.qat.backends.registry import Backend, OpenOptions
 from qswin.qat.backends.torch_timing import captured, torch_timer
@@ -108,11 +107,11 @@ def build_package(path: Path, precision: str, profile: tuple[int, int, int]) -> 
     """
     import torch
 
-    from qswin.qat.checkpoint import load_checkpoint
+    from qswin.qat.checkpoint import open_checkpoint
     from qswin.qat.lowering.lower import lower
     from qswin.qat.quant.quantizers import own_precision
 
-    model, description = load_checkpoint(path)
+    model, description, digest = open_checkpoint(path)
     own = own_precision(model)
     if precision not in (own, "best"):
         raise ValueError(f"{path}: quantized to {own}, not {precision}; leave --precision out")
@@ -123,7 +122,7 @@ def build_package(path: Path, precision: str, profile: tuple[int, int, int]) -> 
     return package, {
         **description.to_dict(),
         "checkpoint": path.name,
-        "parent": sha256(path),
+        "parent": digest,
         "target": TARGET,
         "version": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
@@ -160,7 +159,8 @@ class Package(BuiltModel):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, KIND)
+        data = path.read_bytes() if path.is_file() else b""
+        super().__init__(path, KIND, data)
         import torch
         from torch._inductor import aoti_load_package
 
@@ -170,7 +170,7 @@ class Package(BuiltModel):
         if torch.__version__ != version:
             raise ValueError(f"{path}: built by torch {version}, here is {torch.__version__}; build it again here")
         # Without locks between threads, which cannot become part of a CUDA graph.
-        self.run: Any = aoti_load_package(str(path), run_single_threaded=True)
+        self.run: Any = aoti_load_package(io.BytesIO(data), run_single_threaded=True)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""

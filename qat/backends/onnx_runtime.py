@@ -52,8 +52,10 @@ class OnnxRuntime(Backend):
             raise ValueError(f"{path}: {error}") from error
         return Listing("layers", [dataclasses.asdict(layer) for layer in layers], layer_table(layers))
 
-    def activations(self, path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
-        return graph_activations(path, reference, images)
+    def activations(
+        self, path: Path, reference: Path, images: np.ndarray, opening: OpenOptions
+    ) -> dict[str, np.ndarray]:
+        return graph_activations(path, reference, images, opening.timeout)
 
     def findings(self) -> list[Finding]:
         """ONNX Runtime and its execution providers; qswin uses the CPU's."""

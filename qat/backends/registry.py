@@ -94,7 +94,9 @@ class Backend(ABC):
             f"{path}: what it consists of is not known; qswin inspect lists the file that it was built from"
         )
 
-    def activations(self, path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    def activations(
+        self, path: Path, reference: Path, images: np.ndarray, opening: OpenOptions
+    ) -> dict[str, np.ndarray]:
         """{tensor of a reference ONNX file: its values for images (N, 3, H, W) in a file of the same network}.
 
         Raises:

@@ -65,7 +65,9 @@ class TensorRTBackend(Backend):
         layers = timed_layers(engine) if time else engine_layers(engine.engine)
         return Listing("layers", [dataclasses.asdict(layer) for layer in layers], layer_table(layers))
 
-    def activations(self, path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    def activations(
+        self, path: Path, reference: Path, images: np.ndarray, opening: OpenOptions
+    ) -> dict[str, np.ndarray]:
         return engine_activations(path, reference, images)
 
     def build(self, source: Path, output: Path, options: BuildOptions) -> tuple[bytes, dict[str, Any]]:

@@ -4,35 +4,45 @@ import argparse
 import math
 from pathlib import Path
 
+from qswin.calib.validation import shown
+
+MOST = 10**9
+MOST_WORKERS = 1024  # processes or threads of one command
+
 
 def count(text: str) -> int:
     """A whole number that is not negative."""
-    return _at_least(0, text)
+    return _between(0, MOST, text)
 
 
 def positive(text: str) -> int:
     """A whole number of 1 or more."""
-    return _at_least(1, text)
+    return _between(1, MOST, text)
 
 
-def _at_least(least: int, text: str) -> int:
+def workers(text: str) -> int:
+    """A number of processes or threads."""
+    return _between(0, MOST_WORKERS, text)
+
+
+def _between(least: int, most: int, text: str) -> int:
     try:
         number = int(text)
     except ValueError:
         number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number of {least} to {most}")
     return number
 
 
 def above_zero(text: str) -> float:
-    """A finite number above 0."""
+    """A number above 0."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not 0 < number <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number above 0, to {MOST}")
     return number
 
 
@@ -60,7 +70,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser, images: int, batch_siz
     parser.add_argument("--images", type=count, default=images, help="how many are drawn at random")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="images of a batch")
     parser.add_argument("--seed", type=count, default=0, help="of the drawing")
-    parser.add_argument("--workers", type=count, default=4, help="decoding processes")
+    parser.add_argument("--workers", type=workers, default=4, help="decoding processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
 
 
@@ -72,7 +82,7 @@ def add_timeout_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What opens a model file of any kind: qswin.qat.backends.registry.OpenOptions."""
-    parser.add_argument("--threads", type=count, default=0, help="compute threads of ONNX Runtime; 0: all cores")
+    parser.add_argument("--threads", type=workers, default=0, help="compute threads of ONNX Runtime; 0: all cores")
     add_timeout_argument(parser)
     parser.add_argument("--device", default="auto", help="of a checkpoint: auto, cpu, cuda, ...")
     parser.add_argument("--config", help="for bare weights, which have no sidecar: the YAML file that describes them")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qswin.calib.files import write_result
 from qswin.calib.trt_cache.cache_file import ALGORITHMS
-from qswin.qat.commands.arguments import add_sample_arguments
+from qswin.qat.commands.arguments import add_sample_arguments, add_timeout_argument
 from qswin.trt.engines.calibrate import CacheOptions, make_cache
 
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sample_arguments(parser, images=512, batch_size=16)
     parser.add_argument("--offline", action="store_true", help="from ONNX Runtime's activations; needs no GPU")
     parser.add_argument("--tensorrt-version", default="8.6.0", help="that an offline cache is for")
+    add_timeout_argument(parser)
     parser.add_argument("--json", type=Path, help="write what the cache was made of here too; - is standard output")
 
 
@@ -35,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
         args.workers,
         args.skip_unreadable,
         args.tensorrt_version if args.offline else None,
+        args.timeout,
     )
     made = make_cache(args.onnx, args.data, args.cache, options)
     if args.json:

@@ -39,18 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    ours, theirs = (
-        open_predictor(args.model, OpenOptions(timeout=args.timeout)),
-        OnnxRuntimePredictor(args.reference, timeout=args.timeout),
-    )
+    opening = OpenOptions(timeout=args.timeout)
+    ours, theirs = open_predictor(args.model, opening), OnnxRuntimePredictor(args.reference, timeout=args.timeout)
     images = read_images(args.data, args.images, theirs.task, theirs.preprocessing, args.skip_unreadable)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)
     errors = output_errors(*(logits_of(predictor, images, size) for predictor in (ours, theirs)))
     report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **errors}
     print(json.dumps(report, indent=1))
     if args.layers:
-        values = backend_of(args.model).activations(args.model, args.reference, images[:size])
-        layers = layer_errors(values, args.reference, images[:size])
+        values = backend_of(args.model).activations(args.model, args.reference, images[:size], opening)
+        layers = layer_errors(values, args.reference, images[:size], args.timeout)
         report |= {"layers": dict(layers), "parting": first_parting(layers, args.tolerance)}
         print(f"{worst_layers(layers)}\n{printable(report['parting'])}")
     if args.json:

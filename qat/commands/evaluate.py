@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qswin.calib.files import write_result
 from qswin.qat.backends.registry import OpenOptions, open_predictor
-from qswin.qat.commands.arguments import add_model_arguments, count, positive
+from qswin.qat.commands.arguments import add_model_arguments, count, positive, workers
 from qswin.trt.evaluation.evaluate import EvaluationOptions, evaluate_folder
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the result here too; - is standard output")
     parser.add_argument("--images", type=count, default=0, help="evaluate this many, evenly spread; 0: all")
     parser.add_argument("--batch-size", type=positive, default=32, help="of models that take any")
-    parser.add_argument("--workers", type=count, default=4, help="decoding processes")
+    parser.add_argument("--workers", type=workers, default=4, help="decoding processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="count and skip files that cannot be read")
     parser.add_argument(
         "--pictures", type=Path, help="folder for pictures of the worst images; of segmentation, with masks"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qswin.calib.files import check_suffix, sha256
+from qswin.calib.files import check_suffix
 from qswin.calib.validation import validate
 from qswin.qat.checkpoint import load_model
 from qswin.qat.export.onnx_export import QUANTIZED, export_onnx, save_onnx
@@ -59,13 +59,13 @@ def export_checkpoint(
         ValueError: the name does not end in .onnx, `load_model` or `export_onnx` refuses, or the verdict is bad.
     """
     check_suffix("--onnx", path, (".onnx",))
-    model, description = load_model(checkpoint, config_file, list(overrides))
+    model, description, digest = load_model(checkpoint, config_file, list(overrides))
     precision = precision or own_precision(model)
     if precision in QUANTIZED and "verdict" in description.metrics:
         verdict = validate(description.metrics["verdict"], Verdict, f"{checkpoint}: metrics.verdict", beside=("good",))
         tell(verdict, "calibrate again, with recipe=auto", strict)
     graph = export_onnx(model, description, precision, opset, batch_size)
-    metadata = dataclasses.replace(description, parent=sha256(checkpoint)).to_dict()
+    metadata = dataclasses.replace(description, parent=digest).to_dict()
     metadata |= {"precision": precision, "opset": opset}
     save_onnx(path, graph, metadata)
     counts = [node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.graph]

@@ -15,7 +15,7 @@ from qswin.calib.data.batches import Batch, image_batches
 from qswin.calib.data.folders import draw_samples, scan_folder
 from qswin.calib.data.shards import ImageFile
 from qswin.qat.backends.torch_predictor import TorchPredictor
-from qswin.qat.checkpoint import Description, load_checkpoint
+from qswin.qat.checkpoint import Loaded, open_checkpoint
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.trt.evaluation.evaluate import evaluate, main_metric
 
@@ -59,10 +59,10 @@ class Divergence:
 class Probe:
     """Measures a calibrated model with some of its quantizers on, against itself with none."""
 
-    def __init__(self, model: nn.Module, description: Description, batches: list[Batch], device: str) -> None:
-        self.model, self.task, self.batches = model, description.task, batches
-        self.classes = description.classes or ()
-        self.predict = TorchPredictor(model, description, device)
+    def __init__(self, loaded: Loaded, batches: list[Batch], device: str) -> None:
+        self.model, self.description, self.sha256 = loaded
+        self.task, self.classes, self.batches = self.description.task, self.description.classes or (), batches
+        self.predict = TorchPredictor(self.model, self.description, device)
         self.switch([])
         self.reference = [self.predict(batch.images) for batch in batches]
 
@@ -105,7 +105,7 @@ def open_probe(checkpoint: Path, images: ProbeImages, device: str) -> Probe:
         FileNotFoundError: the checkpoint or the folder is missing.
         ValueError: the checkpoint is not quantized, or an image cannot be read.
     """
-    model, description = load_checkpoint(checkpoint)
+    model, description, _ = loaded = open_checkpoint(checkpoint)
     if not any(quantizers(model)):
         raise ValueError(f"{checkpoint}: not quantized; run qswin calibrate first")
     folder = scan_folder(description.task, images.data, description.classes)
@@ -114,4 +114,4 @@ def open_probe(checkpoint: Path, images: ProbeImages, device: str) -> Probe:
     batches = list(image_batches(samples, description.preprocessing, images.batch_size, images.workers, skipped))
     if skipped:
         logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
-    return Probe(model, description, batches, device)
+    return Probe(loaded, batches, device)

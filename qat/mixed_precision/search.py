@@ -17,9 +17,9 @@ import yaml
 from absl import logging
 from torch import nn
 
-from qswin.calib.files import check_suffix, sha256, write_atomic
+from qswin.calib.files import check_suffix, write_atomic
 from qswin.calib.messages import text_of
-from qswin.qat.checkpoint import Description, read_description
+from qswin.qat.checkpoint import Description
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.bit_operations import bit_operations
 from qswin.qat.mixed_precision.latency import latencies
@@ -113,11 +113,12 @@ def search_recipe(
     Raises:
         ValueError: the report is another checkpoint's, the budget is malformed or cannot be met.
     """
-    report, description = read_report(sensitivity), read_description(checkpoint)
-    if report["job"].get("checkpoint") != sha256(checkpoint):
-        raise ValueError(f"{sensitivity}: of another checkpoint than {checkpoint}; run qswin sensitivity on it")
+    report = read_report(sensitivity)
     with process_group(device) as ranks:
         probe = open_probe(checkpoint, images, str(ranks.device))
+        if report["job"].get("checkpoint") != probe.sha256:
+            raise ValueError(f"{sensitivity}: of another checkpoint than {checkpoint}; run qswin sensitivity on it")
+        description = probe.description
         assert description.recipe is not None  # the probe has quantizers
         reference = probe.measure([])
         limit = parse_budget(budget, next(iter(reference)))

@@ -1,14 +1,17 @@
 """How much each site costs in accuracy: quantized alone, and all but it."""
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 from tqdm import tqdm
 
-from qswin.calib.files import sha256, write_result
+from qswin.calib.files import remove_temporaries, write_result
+from qswin.calib.lock import lock_file
 from qswin.calib.messages import text_of
 from qswin.calib.reading import read_json
 from qswin.calib.validation import validate
@@ -45,12 +48,12 @@ def run_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, 
         {"job", "float", "all", "rows"}: the metrics without quantizers, with all of them, and a row for each group.
 
     Raises:
-        ValueError: the file is another job's; or see `open_probe`.
+        ValueError: the file is another job's, or another process is at work on it; or see `open_probe`.
     """
-    job = {"checkpoint": sha256(checkpoint), "images": images.images, "seed": images.seed, "by": by}
-    report = start_report(path, {**job, "data": str(images.data)})
-    with process_group(device) as ranks:
+    with process_group(device) as ranks, one_job(path, ranks.main):
         probe = open_probe(checkpoint, images, str(ranks.device))
+        job = {"checkpoint": probe.sha256, "images": images.images, "seed": images.seed, "by": by}
+        report = start_report(path, {**job, "data": str(images.data)})
         if "all" not in report:
             report |= {"float": probe.measure([]), "all": probe.measure(list(quantizers(probe.model)))}
         groups = group_quantizers(probe.model, by)
@@ -61,6 +64,15 @@ def run_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, 
             raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from error
     logging.info("%s: %d rows", path, len(report["rows"]))
     return report
+
+
+@contextlib.contextmanager
+def one_job(path: Path, main: bool) -> Iterator[None]:
+    """Holds a report for one job, and removes what killed ones left half written. Raises as `lock_file` does."""
+    with lock_file(path, "--json") if main else contextlib.nullcontext(False) as locked:
+        if locked:
+            remove_temporaries(path.parent, [path.name])
+        yield
 
 
 def start_report(path: Path, job: dict[str, Any]) -> dict[str, Any]:

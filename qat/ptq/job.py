@@ -15,7 +15,6 @@ from qswin.calib.data.batches import image_batches
 from qswin.calib.data.folders import Sample, check_class_count, draw_samples, scan_folder
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
-from qswin.calib.files import sha256
 from qswin.calib.histogram_file import HISTOGRAMS, save_histograms
 from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description, save_checkpoint
@@ -61,7 +60,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         logging.info("%s: already calibrated; resume=never starts over", path)
         return path
     folder = scan_folder(family_of(config.model.name).task, Path(config.data.root) / "train")
-    model, preprocessing = build_float_model(config.model, config.data.preprocessing)
+    model, preprocessing, digest = build_float_model(config.model, config.data.preprocessing)
     check_class_count(folder.root, len(folder.classes), model.num_classes)
     twin = quantize(model, recipe).to(ranks.device)
     if ranks.main:
@@ -82,7 +81,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         preprocessing,
         folder.classes,
         recipe_of(twin),
-        parent=None if config.model.checkpoint is None else sha256(config.model.checkpoint),
+        parent=digest,
         metrics=metrics,
     )
     if ranks.main:

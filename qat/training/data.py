@@ -122,9 +122,9 @@ class TrainingData:
         """Raises ValueError, saying what changed, unless training began with these images.
 
         Args:
-            before: `fingerprints` then; None of a training that was begun before they were kept.
+            before: what last.pt says of them: `fingerprints` then.
         """
-        if before is None or before == self.fingerprints:
+        if before == self.fingerprints:
             return
         for split, now in self.fingerprints.items():
             was = before.get(split) if isinstance(before, dict) else None

@@ -137,6 +137,7 @@ class TrainImages(Dataset[tuple[Any, ...]]):
     def __init__(self, folder: ImageFolder, transform: Transform, seed: int, epoch: int, skip_unreadable: bool) -> None:
         self.folder, self.transform = folder, transform
         self.seed, self.epoch, self.skip_unreadable = seed, epoch, skip_unreadable
+        self._unreadable: set[int] = set()  # found so: a long row of them is opened once, not once an image
 
     def __len__(self) -> int:
         return len(self.folder.samples)
@@ -158,6 +159,8 @@ class TrainImages(Dataset[tuple[Any, ...]]):
         """
         for offset in range(len(self)):
             at = (index + offset) % len(self)
+            if at in self._unreadable:
+                continue
             path, target = self.folder.samples[at]
             try:
                 return at, self.read(path), target
@@ -165,6 +168,7 @@ class TrainImages(Dataset[tuple[Any, ...]]):
                 if not self.skip_unreadable:
                     raise
                 logging.warning("%s: unreadable, skipped", path)
+                self._unreadable.add(at)
         raise ValueError(f"{self.folder.root}: none of its {len(self)} images can be read")
 
 

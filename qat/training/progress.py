@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from qswin.calib.files import write_atomic
+from qswin.calib.files import NotSaved, write_atomic
 from qswin.calib.reading import parse_json
 from qswin.models.state_dicts import BROKEN
 from qswin.qat.runs import LOG
@@ -48,19 +49,55 @@ def open_log(folder: Path, step: int) -> Iterator[Log]:
 
     Args:
         step: the first that will be logged.
+
+    Raises:
+        NotSaved: the disk is full, also when something is logged.
     """
     path = folder / LOG
     kept = _lines_before(path, step) if path.is_file() and step else []
     write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
-    with open(path, "a") as file, SummaryWriter(str(folder / "tensorboard"), purge_step=step) as board:
+    with _saving(path), _quiet_threads():
+        file, board = open(path, "a"), SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-        def log(values: dict[str, float]) -> None:
+    def log(values: dict[str, float]) -> None:
+        with _saving(path):
             file.write(json.dumps(values) + "\n")
             file.flush()
             for name, value in values.items():
                 board.add_scalar(name, value, values["step"])
 
-        yield log
+    try:
+        with _quiet_threads():
+            yield log
+    finally:
+        with _saving(path), _quiet_threads(), file:
+            board.close()
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    """Names the log where the disk is full: neither a stream that is open nor TensorBoard does."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise NotSaved(f"{path.parent}: its {LOG} or tensorboard/ is not saved ({reason}); free some space") from error
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """TensorBoard's thread prints the traceback of an OSError, and raises it in this one too."""
+    before = threading.excepthook
+
+    def quiet(args: Any) -> None:
+        if not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = quiet
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _lines_before(path: Path, step: int) -> list[str]:

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from qswin.calib.data.folders import ImageFolder, check_class_count
-from qswin.calib.files import sha256
-from qswin.qat.checkpoint import Description, load_checkpoint
+from qswin.qat.checkpoint import Description, open_checkpoint
 from qswin.qat.float_model import adapted, build_float_model, model_arguments
 from qswin.qat.quant.recipe import RECIPES, Recipe
 from qswin.qat.runs import first_difference, flatten
@@ -31,7 +30,7 @@ def float_start(
         raise ValueError(
             "QAT starts from a calibrated checkpoint: run qswin calibrate first and give init=<run>/ptq.safetensors"
         )
-    model, own = build_float_model(config, preprocessing)
+    model, own, _ = build_float_model(config, preprocessing)
     check_class_count(folder.root, len(folder.classes), model.num_classes)
     return model, Description(model_arguments(config), "float", own, folder.classes)
 
@@ -48,14 +47,14 @@ def checkpoint_start(
         FileNotFoundError: there is no such checkpoint.
         ValueError: its model, preprocessing, recipe or classes are not the config's; the first difference is named.
     """
-    model, description = load_checkpoint(init)
+    model, description, digest = open_checkpoint(init)
     check_model(init, description.model, model_arguments(config))
     check_preprocessing(init, description, preprocessing)
     check_recipe(init, description.recipe or RECIPES["none"], recipe)
     if description.classes is not None and description.classes != folder.classes:
         raise ValueError(f"{folder.root}: its classes are not those of {init}")
     stage: Literal["float", "qat"] = "qat" if description.recipe else "float"
-    return model, dataclasses.replace(description, stage=stage, classes=folder.classes, parent=sha256(init))
+    return model, dataclasses.replace(description, stage=stage, classes=folder.classes, parent=digest)
 
 
 def check_model(init: Path, started: dict[str, Any], configured: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ class Trainer:
 
     def _float_model(self) -> nn.Module:
         """The model that the config names, on this rank's device."""
-        return build_float_model(self.config.model, self.config.data.preprocessing)[0].to(self.ranks.device)
+        return build_float_model(self.config.model, self.config.data.preprocessing).model.to(self.ranks.device)
 
     def run(self) -> Path:
         """Trains to the end, from the beginning or from last.pt.
@@ -196,7 +196,9 @@ class Trainer:
         folder = self.run_folder.folder
         state = None if self.config.resume == "never" else load_state(folder, self.ranks.device)
         if state is not None:
-            self._check_parent(state.get("parent", self.description.parent), folder / LAST)
+            if "parent" not in state:
+                raise ValueError(f"{folder / LAST}: does not say which checkpoint it was trained from; {REMEDY}")
+            self._check_parent(state["parent"], folder / LAST)
             try:
                 self.data.check_fingerprints(state.get("data"))
                 self.step.load_state_dict(state)

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from qswin.calib.lock import LOCK, lock_folder
+from qswin.calib.lock import LOCK, lock_file, lock_folder
 
 HOLDER = """
 import sys, time
@@ -109,3 +109,26 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/run: cannot be made \(Not a directory\); choose another run=FOLDER"):
         take(tmp_path / "file" / "run")
+
+
+def test_a_result_is_locked_apart_from_its_folder(tmp_path):
+    """Two results of one folder are two jobs'."""
+    with lock_folder(tmp_path), lock_file(tmp_path / "a.json", "--json"), lock_file(tmp_path / "b.json", "--json"):
+        with pytest.raises(ValueError, match=r"a\.json: process .* is at work there; .* choose another --json FILE"):
+            with lock_file(tmp_path / "a.json", "--json"):
+                pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_has_locks(tmp_path, monkeypatch):
+    """Only who holds one cannot be written there."""
+
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with lock_folder(tmp_path) as locked:
+        assert locked
+        with pytest.raises(ValueError, match="another process is at work there"):
+            take(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,17 +1,20 @@
 """Checkpoints and their sidecars; checkpoints of pytorch-quantization."""
 
 import dataclasses
+import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from qswin.calib.data.images import Preprocessing
-from qswin.calib.files import sidecar_path
+from qswin.calib.files import sha256, sidecar_path
 from qswin.models.state_dicts import read_state
-from qswin.qat import checkpoint
-from qswin.qat.checkpoint import Description, load_checkpoint, read_description, save_checkpoint
+from qswin.qat import checkpoint, float_model
+from qswin.qat.checkpoint import Description, load_checkpoint, load_model, read_description, save_checkpoint
+from qswin.qat.config import load_config
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
@@ -144,6 +147,22 @@ def test_a_path_may_be_text_and_must_be_a_checkpoints(tmp_path, quantized):
     with pytest.raises(ValueError, match="must end in .safetensors"):
         save_checkpoint(tmp_path / "b.pth", quantized, DESCRIPTION)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "a.safetensors.json"]
+
+
+def test_the_checksum_of_bare_weights_is_of_what_was_read(config_file, monkeypatch):
+    """Another file may stand under the name a moment later: its checksum would be that of other weights."""
+    path = Path(load_config(config_file, []).model.checkpoint)
+    first = path.read_bytes()
+
+    def read(path):
+        data = path.read_bytes()
+        torch.save(small_swin(seed=1).state_dict(), path)
+        return data
+
+    monkeypatch.setattr(float_model, "read_content", read)
+    model, description, digest = load_model(path, str(config_file), [])
+    assert torch.equal(model.head.fc.weight, small_swin().head.fc.weight)
+    assert digest == description.parent == hashlib.sha256(first).hexdigest() != sha256(path)
 
 
 def test_a_sidecar_of_another_architecture_is_refused(saved):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -121,17 +122,26 @@ def test_every_key_has_one_sentence():
         assert key.help[0] in "`" + key.help[0].upper() and key.help.endswith(".") and len(key.help) > 12, key.name
 
 
+def test_every_number_has_two_bounds():
+    """A config from elsewhere asks for no 10^30 passes, and for no 10^9 processes."""
+    for key in keys_of().values():
+        numbers = {int, float} & {key.type, *typing.get_args(key.type)}
+        assert not numbers or None not in (key.least, key.most), key.name
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
         ("train.amp=fp8", r"^override 'train.amp=fp8': train.amp=fp8 is not known; choose fp32, bf16, fp16$"),
         ("resume=yes", "resume.* is not known; choose auto, never"),
         ("data.decoder=jpeg", "data.decoder=jpeg is not known; choose pillow, dali"),
-        ("train.log_every=0", "train.log_every=0 is out of range; give 1 or more"),
+        ("train.log_every=0", "train.log_every=0 is out of range; give 1 to 1000000000"),
+        ("train.epochs=1000000000000", "train.epochs=1000000000000 is out of range; give 1 to 100000"),
+        ("data.workers=100000", "data.workers=100000 is out of range; give 0 to 1024"),
         ("train.distill_weight=1.5", "train.distill_weight=1.5 is out of range; give 0 to 1"),
         ("train.lr=.nan", "train.lr=nan is out of range"),
-        ("data.workers=-1", "data.workers=-1 is out of range; give 0 or more"),
-        ("train.batch_size=0", "train.batch_size=0 is out of range; give 1 or more"),
+        ("data.workers=-1", "data.workers=-1 is out of range; give 0 to 1024"),
+        ("train.batch_size=0", "train.batch_size=0 is out of range; give 1 to 1000000"),
         ("train.lr=0", "train.lr=0.0 is out of range; give 1e-12 to 10"),
         ("train.lr=-1", "train.lr=-1.0 is out of range"),
         ("train.min_lr=1", "train.min_lr=1.0 is above train.lr=0.001; lower it"),

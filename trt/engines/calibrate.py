@@ -40,6 +40,7 @@ class CacheOptions:
         skip_unreadable: skip the files that cannot be read.
         offline_for: make the cache from ONNX Runtime's activations, for this TensorRT version, "8.6.0"; None for
             TensorRT's own cache.
+        timeout: seconds that a run in ONNX Runtime may take; None for any number.
     """
 
     algorithm: str = "entropy2"
@@ -49,6 +50,7 @@ class CacheOptions:
     workers: int = 4
     skip_unreadable: bool = False
     offline_for: str | None = None
+    timeout: float | None = None
 
 
 def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> di
         images = stream.images
     else:
         content = format_cache(
-            activation_ranges(model, batches, options.algorithm), options.offline_for, options.algorithm
+            activation_ranges(onnx, model, batches, options.algorithm, timeout=options.timeout),
+            options.offline_for,
+            options.algorithm,
         )
         images = len(samples) - len(skipped or ())
     warn_of_skipped(skipped)

@@ -61,21 +61,26 @@ def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
     return difference / max(float(np.linalg.norm(reference.astype(np.float64).ravel())), 1e-30)
 
 
-def layer_errors(values: dict[str, np.ndarray], reference: Path, images: np.ndarray) -> list[tuple[str, float]]:
+def layer_errors(
+    values: dict[str, np.ndarray], reference: Path, images: np.ndarray, timeout: float | None = None
+) -> list[tuple[str, float]]:
     """The relative errors of activations against those of a reference graph in ONNX Runtime.
 
     Args:
         values: {tensor of the reference: its values for the images in the other model}.
         images: (N, 3, H, W).
+        timeout: seconds that a run may take; None for any number.
 
     Returns:
         (tensor, error), in the order of `values`.
     """
-    expected = activations(read_onnx(reference), list(values), images)
+    expected = activations(reference, read_onnx(reference), list(values), images, timeout)
     return [(name, relative_error(values[name], expected[name])) for name in values]
 
 
-def graph_activations(path: Path, reference: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+def graph_activations(
+    path: Path, reference: Path, images: np.ndarray, timeout: float | None = None
+) -> dict[str, np.ndarray]:
     """{tensor of the reference: its values in another graph of the same network}, in the reference's order.
 
     Raises:
@@ -83,7 +88,7 @@ def graph_activations(path: Path, reference: Path, images: np.ndarray) -> dict[s
     """
     other = read_onnx(path)
     same = same_tensors(other, read_onnx(reference))
-    found = activations(other, list(same.values()), images)
+    found = activations(path, other, list(same.values()), images, timeout)
     return {name: found[same[name]] for name in same}
 
 

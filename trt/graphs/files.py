@@ -16,17 +16,26 @@ from qswin.calib.validation import Task, shown, take
 REMEDY = "export it with qswin export"
 
 
-def read_onnx(path: str | Path) -> onnx.ModelProto:
-    """Reads an ONNX file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not an ONNX file, or keeps tensors in other files, which qswin's do not.
-    """
+def read_graph(path: str | Path) -> bytes:
+    """The content of an ONNX file. Raises FileNotFoundError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such ONNX file")
+    return Path(path).read_bytes()
+
+
+def read_onnx(path: str | Path) -> onnx.ModelProto:
+    """The model of an ONNX file. Raises FileNotFoundError, and ValueError as `parse_onnx` does."""
+    return parse_onnx(path, read_graph(path))
+
+
+def parse_onnx(path: str | Path, data: bytes) -> onnx.ModelProto:
+    """The model that the content of a file holds.
+
+    Raises:
+        ValueError: it is not an ONNX file, or keeps tensors in other files, which qswin's do not.
+    """
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load_from_string(data)
     except (DecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not an ONNX file, or a truncated one; export it again") from error
     if not model.graph.node:

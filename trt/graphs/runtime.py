@@ -1,25 +1,17 @@
 """ONNX files in ONNX Runtime, the engine that runs everywhere. No torch."""
 
-import contextlib
 import functools
-import threading
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from absl import logging
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qswin.calib.data.batches import fill_up
-from qswin.trt.graphs.files import check_interface, parse_metadata, read_onnx
+from qswin.calib.trt_cache.session import Session
+from qswin.trt.graphs.files import check_interface, parse_metadata, parse_onnx, read_graph
 from qswin.trt.graphs.half_precision import is_quantized
-
-LOAD_ERRORS = (
-    *(errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument, errors.NotImplemented),
-    UnicodeDecodeError,  # of a damaged name
-)
 
 # In graphs of a fixed batch this fusion makes a float Gemm of each quantized MatMul with its bias, which dequantizes
 # its weights in every run: four times slower than the integer kernels that such graphs get without it.
@@ -59,20 +51,6 @@ def int8_sums_saturate() -> bool:
     return bool((found != depth * float(level) ** 2).any())
 
 
-def start_session(path: str | Path, threads: int, disabled: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-    """A session on the CPU without some of ONNX Runtime's optimizers. Raises ValueError if the file does not load."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
-        )
-    except LOAD_ERRORS as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__  # some releases say nothing
-        raise ValueError(f"{path}: ONNX Runtime cannot load it ({reason}); export it again") from error
-
-
 def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> dict[str, str]:
     """The file's metadata properties. Raises ValueError where they are no text."""
     try:
@@ -81,39 +59,12 @@ def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> 
         raise ValueError(f"{path}: its metadata is damaged ({error}); export it again") from error
 
 
-@contextlib.contextmanager
-def time_limit(path: str | Path, seconds: float | None) -> Iterator[onnxruntime.RunOptions]:
-    """Options of one run, which is stopped after so many seconds: a graph may hold a loop that does not end.
-
-    Raises:
-        ValueError: the run was stopped.
-    """
-    options, stopped = onnxruntime.RunOptions(), threading.Event()
-    options.log_severity_level = 4  # being stopped is no error of the graph's
-
-    def stop() -> None:
-        stopped.set()
-        options.terminate = True
-
-    timer = threading.Timer(seconds or 0, stop)
-    if seconds:
-        timer.start()
-    try:
-        yield options
-    except errors.Fail as error:
-        if stopped.is_set():
-            raise ValueError(f"{path}: a run took longer than {seconds:g} s; give a larger --timeout") from error
-        raise
-    finally:
-        timer.cancel()
-
-
 class OnnxRuntimePredictor:
     """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> logits, float32.
 
     Args:
         threads: of computing; 0 for all cores.
-        timeout: seconds that a run may take; None for any number.
+        timeout: seconds that loading it and a run may take; None for any number.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -121,20 +72,18 @@ class OnnxRuntimePredictor:
     """
 
     def __init__(self, path: str | Path, threads: int = 0, timeout: float | None = None) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such ONNX file")
-        self.path, self.timeout = path, timeout
-        model = read_onnx(path)
+        data = read_graph(path)
+        model = parse_onnx(path, data)
         check_interface(path, model)
-        self._session = start_session(path, threads)
-        batch = self._session.get_inputs()[0].shape[0]
+        self._session = Session(path, data, timeout, threads)
+        batch = self._session.session.get_inputs()[0].shape[0]
         self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
         quantized = (self.batch_size or int8_sums_saturate()) and is_quantized(model)
         if quantized and self.batch_size:
-            self._session = start_session(path, threads, FLOAT_GEMMS)
+            self._session = Session(path, data, timeout, threads, FLOAT_GEMMS)
         if quantized and int8_sums_saturate():
             logging.warning("%s: its results are wrong here: %s", path, SATURATES)
-        metadata = parse_metadata(path, read_properties(path, self._session))
+        metadata = parse_metadata(path, read_properties(path, self._session.session))
         self.backend, self.precision = f"onnxruntime {onnxruntime.__version__}", metadata.precision
         self.preprocessing = metadata.preprocessing
         self.task: str = metadata.task
@@ -142,5 +91,4 @@ class OnnxRuntimePredictor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         padded = fill_up(images, self.batch_size or 0)
-        with time_limit(self.path, self.timeout) as options:
-            return self._session.run(["logits"], {"input": padded}, options)[0][: len(images)]
+        return self._session.run(["logits"], padded)[0][: len(images)]

@@ -31,7 +31,7 @@ def test_ranges_are_those_of_torchs_activations(graph, algorithm):
     with torch.no_grad():
         seen["logits"] = model(images)
     handle.remove()
-    ranges = activation_ranges(graph, (batch.numpy() for batch in images.split(4)), algorithm)
+    ranges = activation_ranges("a.onnx", graph, (batch.numpy() for batch in images.split(4)), algorithm)
     for name, values in seen.items():
         histogram = Histogram()
         histogram.add(values.numpy())
@@ -43,12 +43,12 @@ def test_moved_values_have_their_sources_range(graph):
     sources = value_sources(graph)
     moved = next(node for node in graph.graph.node if node.op_type == "Transpose" and node.input[0] in sources)
     assert sources[moved.output[0]] == sources[moved.input[0]]
-    ranges = activation_ranges(graph, [np.ones((1, 3, 32, 32), np.float32)], "minmax")
+    ranges = activation_ranges("a.onnx", graph, [np.ones((1, 3, 32, 32), np.float32)], "minmax")
     assert ranges[moved.output[0]] == ranges[sources[moved.output[0]]]
 
 
 def test_bad_calibration_data_is_an_error(graph):
     with pytest.raises(ValueError, match="0 images"):
-        activation_ranges(graph, [], "minmax")
+        activation_ranges("a.onnx", graph, [], "minmax")
     with pytest.raises(ValueError, match="input: a value is nan"):
-        activation_ranges(graph, [np.full((1, 3, 32, 32), np.nan, np.float32)], "minmax")
+        activation_ranges("a.onnx", graph, [np.full((1, 3, 32, 32), np.nan, np.float32)], "minmax")

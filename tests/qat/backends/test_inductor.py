@@ -83,6 +83,17 @@ def test_packages_of_other_machines_are_refused(tmp_path, monkeypatch, key, valu
         inductor.Package(path)
 
 
+def test_the_package_that_is_loaded_is_the_one_that_was_checked(tmp_path, monkeypatch):
+    """Another file may stand under its name a moment later."""
+    path, loaded = tmp_path / "x.pt2", []
+    built = {"target": "inductor", "version": torch.__version__, "capability": "9.0", "profile": [1, 1, 1]}
+    write_with_sidecar(path, b"package", inductor.KIND, {**SIDECAR, **built})
+    monkeypatch.setattr(inductor, "check_gpu", lambda: path.write_bytes(b"another") and "9.0")
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file, **options: loaded.append(file.read()))
+    inductor.Package(path)
+    assert loaded == [b"package"]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("links", [True, False])
 def test_a_library_with_its_own_cpp_library_is_refused(tmp_path, links):

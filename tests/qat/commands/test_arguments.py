@@ -4,16 +4,17 @@ import argparse
 
 import pytest
 
-from qswin.qat.commands.arguments import above_zero, count, positive
+from qswin.qat.commands.arguments import above_zero, count, positive, workers
 from tests.helpers import invoke
 
 
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (count, {"0": 0, "7": 7}, ("-1", "1.5", "x", "")),
+        (count, {"0": 0, "7": 7}, ("-1", "1.5", "x", "", "1000000001", "9" * 5000)),
         (positive, {"1": 1, "64": 64}, ("0", "-3", "nan")),
-        (above_zero, {"0.5": 0.5, "3": 3.0}, ("0", "-1", "nan", "inf", "x")),
+        (workers, {"0": 0, "1024": 1024}, ("-1", "1025")),
+        (above_zero, {"0.5": 0.5, "3": 3.0}, ("0", "-1", "nan", "inf", "1e300", "x")),
     ],
 )
 def test_numbers_have_bounds(kind, good, bad):

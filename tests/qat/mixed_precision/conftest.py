@@ -6,7 +6,7 @@ import torch
 from qswin.calib.data.batches import image_batches
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing
-from qswin.qat.checkpoint import Description
+from qswin.qat.checkpoint import Description, Loaded
 from qswin.qat.config import load_config
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.probe import Probe
@@ -37,4 +37,4 @@ def probe(images, data) -> Probe:
     folder = scan_folder("classification", data / "val")
     batches = list(image_batches(folder.samples, preprocessing, 8))
     description = Description({"name": "swin_tiny_patch4_window7_224"}, "ptq", preprocessing, folder.classes)
-    return Probe(twin, description, batches, "cpu")
+    return Probe(Loaded(twin, description, "0" * 64), batches, "cpu")

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from qswin.calib.lock import lock_file
 from qswin.qat.mixed_precision.probe import group_quantizers
 from qswin.qat.mixed_precision.sensitivity import measure_groups, start_report
 from qswin.qat.quant.quantizers import quantizers
@@ -65,6 +67,19 @@ def test_an_interrupted_run_goes_on(probe, tmp_path):
         (tmp_path / "t.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             start_report(tmp_path / "t.json", {})
+
+
+def test_one_job_writes_a_report(checkpoint, data, tmp_path, capsys):
+    """Two that add rows to one file would lose rows; what a killed one left half written goes."""
+    path = tmp_path / "new" / "s.json"
+    common = ["--checkpoint", checkpoint, "--data", data / "train", "--images", 4, "--device", "cpu", "--by", "layer"]
+    with lock_file(path, "--json"):
+        (half := path.with_name(".s.json.0123abcd")).touch()
+        line = fails(capsys, "sensitivity", *common, "--json", path)
+        assert f"{path}: process {os.getpid()} on " in line and "choose another --json FILE" in line
+        assert half.exists()
+    assert invoke("sensitivity", *common, "--json", path) == 0
+    assert [file.name for file in path.parent.iterdir()] == ["s.json"]
 
 
 def test_an_unreadable_image_is_skipped_on_request(checkpoint, data, tmp_path, capsys):

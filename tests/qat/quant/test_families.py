@@ -151,7 +151,7 @@ def test_the_exported_graphs_are_right_and_build(variant, opset, tmp_path):
     tolerance = 1e-4 * max(1.0, np.abs(floating).max())
     fp32 = OnnxRuntimePredictor(tmp_path / "fp32.onnx")(images.numpy())
     np.testing.assert_allclose(fp32, floating, rtol=1e-4, atol=tolerance)
-    int8 = activations(read_onnx(tmp_path / "int8.onnx"), ["logits"], images.numpy())["logits"]
+    int8 = activations("int8.onnx", read_onnx(tmp_path / "int8.onnx"), ["logits"], images.numpy())["logits"]
     # A sum that is rounded otherwise moves the logits of an image here and there; quantization moves nearly all.
     assert np.median(np.abs(int8 - quantized)) < 0.1 * np.median(np.abs(quantized - floating))
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")

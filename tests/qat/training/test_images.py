@@ -22,6 +22,15 @@ def test_any_number_of_unreadable_images_is_skipped(tmp_path):
     assert images[0] == ((4, 4), 0, 1500) and images[1501] == ((4, 4), 0, 1501)
 
 
+def test_an_unreadable_image_is_opened_once(tmp_path, monkeypatch):
+    """Not once for each image that looks for the next readable one: a whole class that is unreadable takes no hour."""
+    images, opened = images_of(tmp_path, bad=50, good=1, skip=True), []
+    read = images.read
+    monkeypatch.setattr(images, "read", lambda path: opened.append(path) or read(path))
+    assert [images[index][2] for index in range(51)] == [50] * 51
+    assert len(opened) == 50 + 51
+
+
 def test_images_none_of_which_can_be_read_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: none of its 3 images can be read"):
         images_of(tmp_path, bad=3, good=0, skip=True)[1]

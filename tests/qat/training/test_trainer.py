@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -277,6 +278,60 @@ def test_two_nodes_of_two_ranks_train_as_one_process(config_file, ptq, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_rank_that_stands_still_for_a_while_changes_nothing(config_file, ptq, tmp_path):
+    """SIGSTOP of one of two ranks for three seconds (QSWIN_STOP in the environment: another number), then SIGCONT."""
+    same = (f"init={ptq}", *PLAIN, "train.epochs=4", "train.save_minutes=0.003", "train.batch_size=2")
+    states = []
+    for name in ("undisturbed", "stopped"):
+        arguments = [*launcher("--nproc_per_node=2", "--master_port=29617"), "--config", str(config_file), *same]
+        process = subprocess.Popen([*arguments, f"run={tmp_path / name}"], env=ENVIRONMENT)
+        if name == "stopped":
+            stop_for_a_while(ranks_of(process.pid)[1], tmp_path / name / "last.pt")
+        assert process.wait() == 0
+        states.append((losses(read_log(tmp_path / name)), load_checkpoint(tmp_path / name / "qat.safetensors")[0]))
+    (first, whole), (second, stopped) = states
+    assert first == second
+    for before, after in zip(whole.state_dict().values(), stopped.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The two processes that torchrun has started, once they are there."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    while len(found := children.read_text().split()) < 2:
+        time.sleep(0.01)
+    return sorted(map(int, found))
+
+
+def stop_for_a_while(process: int, begun: Path) -> None:
+    """Once a file is there, stops a process, and lets it go on."""
+    while not begun.is_file():
+        time.sleep(0.01)
+    os.kill(process, signal.SIGSTOP)
+    time.sleep(float(os.environ.get("QSWIN_STOP", 3)))
+    os.kill(process, signal.SIGCONT)
+
+
+def test_a_clock_that_goes_back_changes_nothing(config_file, tmp_path, monkeypatch):
+    """Each look at the wall clock is an hour before the one before, and so are the times of files."""
+    _, before = run(config_file, "recipe=none", f"run={tmp_path / 'before'}")
+    now, real = itertools.count(2_000_000_000, -3600), os.replace
+
+    def replaced(source, target):
+        real(source, target)
+        os.utime(target, (next(now),) * 2)
+
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    monkeypatch.setattr(os, "replace", replaced)
+    settings = ("recipe=none", "train.save_minutes=0.0001", f"run={tmp_path / 'after'}")
+    _, first = run(config_file, *settings)
+    assert losses(first) == losses(before)
+    assert all(entry["images_per_second"] > 0 for entry in first if "loss" in entry)
+    _, longer = run(config_file, *settings, "train.epochs=2")
+    assert losses(longer).items() > losses(first).items() and len(losses(longer)) == 2 * len(losses(first))
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_stops_the_other_and_both_go_on(config_file, ptq, tmp_path):
     """The rank that waits for the dead one ends too, soon; started again, both end as one undisturbed process does."""
     same = (f"init={ptq}", *PLAIN, "train.epochs=4", "train.save_minutes=0.003")
@@ -396,7 +451,7 @@ def test_weight_decay_is_for_matrices_and_ranges_have_their_own_rate(config_file
         (["init=PTQ", "train.amp=fp8"], "fp32, bf16, fp16"),
         (["init=PTQ", "train.freeze_ranges_at=2"], "freeze_ranges_at=2.*0 to 1"),
         (["init=PTQ", "train.batch_size=21"], "do not fill one step"),
-        (["init=PTQ", "train.epochs=0"], r"train\.epochs=0 is out of range; give 1 or more"),
+        (["init=PTQ", "train.epochs=0"], r"train\.epochs=0 is out of range; give 1 to 100000"),
     ],
 )
 def test_jobs_that_cannot_run_say_why(config_file, ptq, overrides, words):
@@ -436,6 +491,8 @@ def test_a_broken_last_pt_says_what_to_do(config_file, ptq):
             lambda state: state | {"data": state["data"] | {"train": state["data"]["train"] | {"images": 25}}},
             r"images in train/ have changed since training began \(25 images, now 20\)",
         ),
+        (lambda state: without(state, "data"), "does not say which images it was trained on"),
+        (lambda state: without(state, "parent"), "does not say which checkpoint it was trained from"),
     ],
 )
 def test_a_last_pt_that_is_not_this_trainings_is_refused(trained, change, words):
@@ -451,6 +508,10 @@ def checked(folder, state):
     """What `load_state` says of a state that is in a file."""
     torch.save(state, folder / "changed" / "last.pt")
     return load_state(folder / "changed", torch.device("cpu"))
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
 
 
 def with_group(state, **options):

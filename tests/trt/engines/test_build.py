@@ -185,7 +185,7 @@ def test_one_shape_is_a_fixed_batch(rtx, graphs, graph):
     ]
     images = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
     # Node by node: ONNX Runtime fuses the two to other products, float or integer, where the batch is known.
-    runs = [activations(m, ["logits"], images)["logits"] for m in (model, fixed)]
+    runs = [activations("graph", m, ["logits"], images)["logits"] for m in (model, fixed)]
     np.testing.assert_array_equal(*runs)
     options = BuildOptions(precision="best", target="tensorrt-rtx", batch_sizes=(3, 3, 3))
     assert build_engine(graphs[graph], options)[1]["profile"] == (3, 3, 3)

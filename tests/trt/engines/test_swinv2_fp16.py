@@ -71,7 +71,7 @@ def half_errors(source: Path, overrides: list[str], images: np.ndarray) -> list[
     half = write_half_precision(graph, resolve_overrides(graph, overrides))
     made = {name for node in half.graph.node for name in node.output}
     names = [name for name in value_sources(graph) if name in made]
-    expected = activations(graph, names, images)
+    expected = activations("graph", graph, names, images)
     half.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != "logits")
     with np.errstate(all="ignore"):
         values = ReferenceEvaluator(half).run(names, {"input": images})

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from qswin.calib.trt_cache.session import Session
 from qswin.trt.evaluation.compare import (
     first_parting,
     graph_activations,
@@ -77,6 +78,20 @@ def test_the_command_compares_int8_with_float(graphs, tmp_path, capsys):
     assert report["kind"] == "comparison"
     assert 0 < report["mean_abs"] < 0.2 and report["layers"] and report["nan"] == 0
     assert report["parting"] in capsys.readouterr().out
+
+
+def test_layers_have_the_time_that_runs_have(graphs, monkeypatch):
+    """Also where the reference's activations are taken, with nothing fused."""
+    given, begin = [], Session.__init__
+
+    def noting(self, path, model, timeout=None, *rest, **more):
+        given.append(timeout)
+        begin(self, path, model, timeout, *rest, **more)
+
+    monkeypatch.setattr(Session, "__init__", noting)
+    arguments = ["--model", graphs["fp32"], "--reference", graphs["fp32"], "--images", 1, "--layers", "--timeout", 77]
+    assert invoke("compare", *arguments) == 0
+    assert given == [77] * 4
 
 
 def test_unreadable_images_are_skipped_where_that_is_asked_for(graphs, data, capsys):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qswin.calib.data.batches import Batch, image_batches
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing
+from qswin.calib.trt_cache.session import Session
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.ptq.ranges import find_ranges
@@ -22,7 +23,7 @@ from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from qswin.trt.evaluation.evaluate import Accuracy, count_correct, evaluate
 from qswin.trt.graphs.files import read_onnx
-from qswin.trt.graphs.runtime import OnnxRuntimePredictor, start_session
+from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from tests.helpers import SMALL, V1, small_swin
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -125,7 +126,7 @@ def test_quantized_graphs_of_a_fixed_batch_run_on_integers(tmp_path, images, mon
         save_onnx(tmp_path / f"{name}.onnx", export_onnx(twin, DESCRIPTION, batch=batch), DESCRIPTION.to_dict())
     free = OnnxRuntimePredictor(tmp_path / "free.onnx")(images.numpy())
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
-    start_session(tmp_path / "fixed.onnx", 0)
+    Session("fixed.onnx", (tmp_path / "fixed.onnx").read_bytes())
     assert float_products() > 0
     fixed = OnnxRuntimePredictor(tmp_path / "fixed.onnx")
     assert float_products() == 0
