@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qswin.models.checkpoints.state_dicts import rename
 from qswin.models.family import Family
-from qswin.models.state_dicts import rename
 
 DEPTHS = {"cvt-13": [1, 2, 10], "cvt-21": [1, 4, 16]}
 
@@ -135,6 +135,7 @@ FAMILY = Family(
     build=build,
     preprocessing=preprocessing,
     convert_state=convert_state,
+    head=("classifier.",),
     sites=SITES,
     fixed={"num_channels": (3, "images have three channels")},
     settings=SETTINGS,

@@ -191,6 +191,7 @@ FAMILY = Family(
     build=build,
     preprocessing=preprocessing,
     convert_state=convert_state,
+    head=("output.",),
     sites=(PATCH_EMBED, (r"^output$", "head")),
     no_weight_decay=("relative_position_bias_table",),
     settings=SETTINGS,

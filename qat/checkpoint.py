@@ -19,8 +19,8 @@ from qswin.calib.files import (
 )
 from qswin.calib.reading import read_json
 from qswin.calib.validation import Sha256, validate
+from qswin.models.checkpoints.state_dicts import check_state, mismatch, read_state
 from qswin.models.registry import build_model, family_of
-from qswin.models.state_dicts import check_state, mismatch, read_state
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model, input_size, model_arguments
 from qswin.qat.quant.layers import check_channel_scales

@@ -9,9 +9,9 @@ from absl import logging
 from torch import Tensor, nn
 
 from qswin.calib.files import sha256
+from qswin.models.checkpoints.state_dicts import read_state, rename
 from qswin.models.family import Family
 from qswin.models.registry import family_of
-from qswin.models.state_dicts import read_state, rename
 from qswin.qat.checkpoint import Description, load_state, save_checkpoint
 from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.quant.quantizers import SCALE_KEY, quantizers

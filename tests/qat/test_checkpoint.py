@@ -9,7 +9,7 @@ import torch
 
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import sidecar_path
-from qswin.models.state_dicts import read_state
+from qswin.models.checkpoints.state_dicts import read_state
 from qswin.qat import checkpoint
 from qswin.qat.checkpoint import Description, load_checkpoint, read_description, save_checkpoint
 from qswin.qat.quant.quantizers import quantizers
