@@ -171,7 +171,8 @@ def load_weights(model: nn.Module, family: Family, weights: Weights, new_head: b
     try:
         converted = family.convert_state(state, model)
     except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{weights.file}: not a checkpoint of this model ({error})") from error
+        what = mismatch(state, expected) or str(error)
+        raise ValueError(f"{weights.file}: not a checkpoint of this model ({what})") from error
     if not set(converted) & set(expected):
         raise ValueError(f"{weights.file}: a foreign checkpoint (its first tensor is {next(iter(state), None)!r})")
     difference = mismatch(converted, expected)

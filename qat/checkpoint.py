@@ -22,7 +22,7 @@ from qswin.calib.validation import Sha256, validate
 from qswin.models.checkpoints.state_dicts import check_state, mismatch, read_state
 from qswin.models.registry import build_model, family_of
 from qswin.qat.config import load_config
-from qswin.qat.float_model import build_float_model, input_size, model_arguments
+from qswin.qat.float_model import Origin, build_float_model, input_size
 from qswin.qat.quant.layers import check_channel_scales
 from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
 from qswin.qat.quant.recipe import Recipe, todays_keys
@@ -31,6 +31,7 @@ from qswin.qat.quant.rewrite import enable, rewrite
 KIND = "checkpoint"
 SUFFIX = ".safetensors"
 REMEDY = "save or copy both again; for bare weights give their --config"
+ADDED = ("source",)  # keys that the sidecars of older versions lack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Description:
         recipe: None for a float model.
         parent: the SHA-256 of the checkpoint that this one was made from.
         metrics: what was measured when it was saved.
+        source: where the trained weights once came from, and with them settings and preprocessing.
     """
 
     model: dict[str, Any]
@@ -53,6 +55,7 @@ class Description:
     recipe: Recipe | None = None
     parent: Sha256 | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: Origin | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model.get("name"), str):
@@ -66,7 +69,9 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         recipe = None if self.recipe is None else self.recipe.to_dict()
-        return {**values, "task": self.task, "preprocessing": self.preprocessing.to_dict(), "recipe": recipe}
+        source = None if self.source is None else dataclasses.asdict(self.source)
+        own = {"preprocessing": self.preprocessing.to_dict(), "recipe": recipe, "source": source}
+        return {**values, "task": self.task, **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "description") -> "Description":
@@ -155,7 +160,7 @@ def read_description(path: Path, data: bytes | None = None) -> Description:
         FileNotFoundError: the checkpoint or its sidecar is missing.
         ValueError: the sidecar is malformed, or belongs to another file.
     """
-    keys = [field.name for field in dataclasses.fields(Description)]
+    keys = [field.name for field in dataclasses.fields(Description) if field.name not in ADDED]
     values = read_sidecar(path, KIND, keys, REMEDY, data)
     return Description.from_dict(values, f"{path}: its sidecar does not describe a checkpoint")
 
@@ -204,5 +209,9 @@ def load_model(path: Path, config_file: str | None, overrides: list[str]) -> tup
     if config_file is None:
         return load_checkpoint(path)
     config = load_config(config_file, ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"])
-    model, preprocessing = build_float_model(config.model, config.data.preprocessing)
-    return model, Description(model_arguments(config.model), "float", preprocessing, parent=sha256(path))
+    floating = build_float_model(config.model, config.data.preprocessing)
+    parent = None if floating.file is None else sha256(floating.file)
+    description = Description(
+        floating.arguments, "float", floating.preprocessing, parent=parent, source=floating.source
+    )
+    return floating.model, description

@@ -93,7 +93,7 @@ class Trainer:
 
     def _float_model(self) -> nn.Module:
         """The model that the config names, on this rank's device."""
-        return build_float_model(self.config.model, self.config.data.preprocessing)[0].to(self.ranks.device)
+        return build_float_model(self.config.model, self.config.data.preprocessing).model.to(self.ranks.device)
 
     def run(self) -> Path:
         """Trains to the end, from the beginning or from last.pt.
