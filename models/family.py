@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qswin.models.checkpoints.architectures import Recognize
 from qswin.models.checkpoints.weights import Source
 from qswin.models.limits import check_settings
 
@@ -35,6 +36,7 @@ class Family:
             it gives the state under the model's own names.
         sources: the libraries whose checkpoints load, of which the first that knows a checkpoint's keys reads it;
             without any, all is up to `convert_state`.
+        recognize: says which of the family's models weights are of; None where nothing does.
         head: what the names of the classifier's parameters begin with, which fine-tuning may begin anew.
         sites: (pattern, replacement) pairs that turn the path of a module into the name that recipes use, as
             `state_dicts.rename` applies them. Every model is renamed by the pairs of all families.
@@ -51,6 +53,7 @@ class Family:
     preprocessing: Callable[[Any], dict[str, Any]]
     convert_state: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = _as_it_is
     sources: tuple[Source, ...] = ()
+    recognize: Recognize | None = None
     head: tuple[str, ...] = ("head.",)
     sites: tuple[tuple[str, str], ...] = ()
     no_weight_decay: tuple[str, ...] = ()

@@ -11,9 +11,10 @@ from absl import logging
 from torch import Tensor, nn
 
 from qswin import models
-from qswin.models.checkpoints.state_dicts import mismatch, rename
+from qswin.models.checkpoints.architectures import Recognized
+from qswin.models.checkpoints.state_dicts import mismatch, read_state, rename
 from qswin.models.checkpoints.unsupported import why_unsupported
-from qswin.models.checkpoints.weights import Weights, read_weights
+from qswin.models.checkpoints.weights import Weights, weights_file, weights_of
 from qswin.models.discovery import offers
 from qswin.models.download import cache_only_if_unreachable
 from qswin.models.family import Family
@@ -82,7 +83,29 @@ def read_checkpoint(name: str, path: str | Path) -> Weights:
     """
     family = family_of(name)
     others = {other.name: other.sources for other in families() if other.name != family.name}
-    return read_weights(Path(path), family.sources, others)
+    file = weights_file(Path(path))
+    return weights_of(read_state(file), file, family.sources, others)
+
+
+def recognize(path: str | Path) -> tuple[Weights, Recognized]:
+    """The trained weights in a file or folder, and which model they are of, by their tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder holds no weights.
+        ValueError: no family knows them.
+    """
+    file = weights_file(Path(path))
+    state = read_state(file)
+    known = [(family.sources, family.recognize) for family in families() if family.recognize is not None]
+    sources, of_family = next((pair for pair in known if any(source.knows(state) for source in pair[0])), ((), None))
+    weights = weights_of(state, file, sources or [source for pair in known for source in pair[0]])
+    assert of_family is not None  # or no source knew them
+    try:
+        return weights, of_family(weights)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{file}: not a whole checkpoint ({error} is missing)") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def build_model(
@@ -170,7 +193,9 @@ def load_weights(model: nn.Module, family: Family, weights: Weights, new_head: b
         raise ValueError(f"{weights.file}: {weights.headless}; to fine-tune it with a new head set model.new_head=true")
     try:
         converted = family.convert_state(state, model)
-    except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
+    except ValueError as error:
+        raise ValueError(f"{weights.file}: not a checkpoint of this model ({error})") from error
+    except (KeyError, RuntimeError, AttributeError, IndexError) as error:
         what = mismatch(state, expected) or str(error)
         raise ValueError(f"{weights.file}: not a checkpoint of this model ({what})") from error
     if not set(converted) & set(expected):

@@ -7,6 +7,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
 from qswin.models.checkpoints import huggingface, openmmlab, published, torchvision
+from qswin.models.checkpoints.architectures import recognize_swin
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
 from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS
@@ -40,6 +41,7 @@ FAMILY = Family(
         *(published.ORIGINAL_SWIN, published.TIMM_SWIN),
     ),
     sites=(PATCH_EMBED, (r"(^|\.)head\.fc$", r"\1head")),
+    recognize=lambda weights: recognize_swin(weights, names()),
     no_weight_decay=("relative_position_bias_table", "logit_scale"),
     fixed=FIXED,
     settings=SETTINGS,

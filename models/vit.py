@@ -7,6 +7,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from qswin.models.checkpoints import huggingface, published, torchvision
+from qswin.models.checkpoints.architectures import recognize_vit
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
 from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS
@@ -41,6 +42,7 @@ FAMILY = Family(
     preprocessing=preprocessing,
     convert_state=convert_state,
     sources=(torchvision.VIT, huggingface.VIT, published.TIMM_VIT),
+    recognize=lambda weights: recognize_vit(weights, names()),
     head=("head.", "head_dist."),
     sites=(PATCH_EMBED, (r"(^|\.)head_dist$", r"\1head.dist")),
     fixed=FIXED,

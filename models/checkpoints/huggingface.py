@@ -144,7 +144,7 @@ def _weights(state: dict[str, Tensor], head: str, settings: dict[str, Any], conf
         given["qkv_bias"] = False
     preprocessing, told = _read_processor(folder)
     headless = None if head in state else BASE
-    return Weights(state, LIBRARY, given, preprocessing, told, _classes(config), headless)
+    return Weights(state, LIBRARY, given, preprocessing, told, _classes(config), headless=headless)
 
 
 def _read_config(folder: Path, types: tuple[str, ...]) -> Config:

@@ -1,5 +1,6 @@
 """timm's own layout, and that of the original repositories, which timm had before 0.9 too."""
 
+import math
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from qswin.models.checkpoints.layouts import next_stage, without_buffers
 from qswin.models.checkpoints.state_dicts import rename
 from qswin.models.checkpoints.weights import Source, Weights
 
+ORIGINAL = "the original repository"
 PRE_LOGITS = "its head reads a pre-logits layer, which timm's models no longer have"
 
 
@@ -18,6 +20,7 @@ def read_original_swin(state: dict[str, Tensor], folder: Path) -> Weights:
     Raises:
         ValueError: it has absolute position embeddings.
     """
+    told = _told(_backbone(state))
     last = max(int(key.split(".")[1]) for key in _backbone(state) if key.startswith("layers."))
     renames = ((rf"^norm{last}\.", "norm."), (r"^head\.(?!fc\.)", "head.fc."))
     converted = {next_stage(rename(key, renames)): value for key, value in without_buffers(_backbone(state)).items()}
@@ -25,8 +28,19 @@ def read_original_swin(state: dict[str, Tensor], folder: Path) -> Weights:
         raise ValueError("a Swin with absolute position embeddings (ape), which is not supported; train it without")
     if any(key.startswith("backbone.") for key in state):
         kept = {key: value for key, value in converted.items() if not re.match(r"norm\d", key)}  # one of a lower stage
-        return Weights(kept, "the original repository", headless="it is a detector's or segmentor's backbone")
-    return Weights(converted, "the original repository")
+        return Weights(kept, ORIGINAL, told=told, headless="it is a detector's or segmentor's backbone")
+    return Weights(converted, ORIGINAL, told=told)
+
+
+def _told(state: dict[str, Tensor]) -> dict[str, int]:
+    """The window of a Swin V2 and the image's side, by the buffers that the original repository stores."""
+    told: dict[str, int] = {}
+    if (table := state.get("layers.0.blocks.0.attn.relative_coords_table")) is not None:
+        told["window_size"] = (table.shape[1] + 1) // 2
+    if (mask := state.get("layers.0.blocks.1.attn_mask")) is not None:
+        patch, side = state["patch_embed.proj.weight"].shape[-1], math.isqrt(mask.shape[0] * mask.shape[1])
+        told["img_size"] = side * patch
+    return told
 
 
 def _backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -47,6 +61,7 @@ def read_vit(state: dict[str, Tensor], folder: Path) -> Weights:
     return Weights(kept, "timm", headless=PRE_LOGITS if len(kept) < len(renamed) else None)
 
 
-ORIGINAL_SWIN = Source(r"(backbone\.)?layers\.0\.downsample\.", read_original_swin)
-TIMM_SWIN = Source(r"layers\.0\.blocks\.0\.attn\.", read_timm)
+UNET = r"(swin_unet\.)?layers_up\."
+ORIGINAL_SWIN = Source(r"(backbone\.)?layers\.0\.downsample\.", read_original_swin, unless=UNET)
+TIMM_SWIN = Source(r"layers\.0\.blocks\.0\.attn\.", read_timm, unless=UNET)
 TIMM_VIT = Source(r"blocks\.0\.attn\.|(module\.)?visual\.", read_vit)

@@ -4,11 +4,11 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from qswin.models.checkpoints.state_dicts import read_state
 from qswin.models.checkpoints.unsupported import refuse_unsupported
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder that transformers' save_pretrained wrote
@@ -26,6 +26,8 @@ class Weights:
             qswin.calib.data.images.Preprocessing, but for its size.
         preprocessing_from: a word on where that is known from; None where the model's own is taken.
         classes: names in the order of the logits, where the checkpoint has some.
+        told: settings, too, that the file mentions, but that are left to the model's name: weights may be fine-tuned to
+            another size.
         headless: why the model's head cannot be had from them; None where it can.
         file: the one that holds the tensors.
     """
@@ -36,6 +38,7 @@ class Weights:
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing_from: str | None = None
     classes: tuple[str, ...] | None = None
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)
     headless: str | None = None
     file: Path | None = None
 
@@ -46,15 +49,18 @@ class Source:
 
     Args:
         mark: a pattern that one of its keys matches, and no key of the sources after it in a family's list.
+        unless: a pattern that none of its keys matches.
         read: called with the tensors and the folder they lie in, it gives the weights, or raises ValueError.
     """
 
     mark: str
     read: Callable[[dict[str, Tensor], Path], Weights]
+    unless: str = "(?!)"  # which matches nothing
 
     def knows(self, state: Collection[str]) -> bool:
         """Whether these are the keys of this source."""
-        return any(re.match(self.mark, key) for key in state)
+        marked = any(re.match(self.mark, key) for key in state)
+        return marked and not any(re.match(self.unless, key) for key in state)
 
 
 def weights_file(path: Path) -> Path:
@@ -75,19 +81,21 @@ def weights_file(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: a folder without weights; it must hold {' or '.join(FILES)}")
 
 
-def read_weights(path: Path, sources: Collection[Source], others: Mapping[str, Collection[Source]]) -> Weights:
-    """The weights in a file or folder, by whichever of the sources knows its keys.
+def weights_of(
+    state: dict[str, Tensor],
+    file: Path,
+    sources: Collection[Source],
+    others: Mapping[str, Collection[Source]] = MappingProxyType({}),
+) -> Weights:
+    """The weights that a file's tensors are, by whichever of the sources knows their keys.
 
     Args:
         sources: of the family whose model is wanted; without any, the tensors are taken as they are.
         others: of other families, by their names.
 
     Raises:
-        FileNotFoundError: there is no such file, or the folder holds none.
-        ValueError: no source knows them, they are of a model that is not supported, or they cannot be read.
+        ValueError: no source knows them, they are of a model that is not supported, or some are missing.
     """
-    file = weights_file(path)
-    state = read_state(file)
     try:
         refuse_unsupported(state)
         weights = _source_of(state, sources, others).read(state, file.parent)

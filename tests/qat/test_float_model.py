@@ -4,16 +4,21 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
 
 from qswin.calib.data.images import Preprocessing, load_image
-from qswin.models.registry import read_checkpoint
+from qswin.models.registry import build_model, read_checkpoint
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.float_model import adapted, build_float_model
-from tests.helpers import V1, fails, invoke
+from qswin.qat.ptq.ranges import find_ranges
+from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import named_recipe
+from qswin.qat.quant.rewrite import quantize
+from tests.helpers import V1, VIT, fails, invoke
 from tests.models.checkpoints.test_logits import HF_CASES, HF_VIT, lively, save_pretrained
 
 OWN = {"size": (224, 224), **{k: v for k, v in Preprocessing().to_dict().items() if k != "size"}}
@@ -38,11 +43,12 @@ def picture(tmp_path):
     ],
 )
 def test_torchvisions_images_are_prepared_as_torchvision_does(tmp_path, picture, name, weights):
-    """A checkpoint of the published size, without its blocks' linears, is enough to know it by."""
+    """The small tensors of a checkpoint of the published size are enough to know it by."""
     published = torchvision.models.get_weight(f"{weights}.IMAGENET1K_V1")
-    model = torchvision.models.get_model(weights.removesuffix("_Weights").lower())
-    state = {key: value for key, value in model.state_dict().items() if ".mlp." not in key and ".proj." not in key}
-    torch.save(state, tmp_path / "a.pth")
+    with torch.device("meta"):
+        state = torchvision.models.get_model(weights.removesuffix("_Weights").lower()).state_dict()
+    kept = {key: torch.zeros(value.shape) for key, value in state.items() if value.numel() < 50_000}
+    torch.save(kept, tmp_path / "a.pth")
     taken = read_checkpoint(name, tmp_path / "a.pth").preprocessing
     size = published.transforms().crop_size * 2
     ours = load_image(picture, adapted({**OWN, **taken, "size": size}, {}))
@@ -89,20 +95,16 @@ def write_config(tmp_path, data, name, **model):
 
 @pytest.fixture
 def deit(tmp_path, data):
-    """A config for a DeiT that save_pretrained wrote, with a processor, and the model of transformers."""
-    settings = dict(HF_CASES["deit"][1])
-    model = save_pretrained("DeiT", tmp_path / "deit", **settings)
+    """A config for a DeiT that save_pretrained wrote, with a processor."""
+    save_pretrained("DeiT", tmp_path / "deit", **HF_CASES["deit"][1])
     processor = {"size": {"height": 40, "width": 40}, "crop_size": 32, "do_center_crop": True, "resample": 3}
     (tmp_path / "deit" / "preprocessor_config.json").write_text(json.dumps(processor))
     kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 2}
-    return write_config(
-        tmp_path, data, "deit_tiny_patch16_224", checkpoint=str(tmp_path / "deit"), kwargs=kwargs
-    ), model
+    return write_config(tmp_path, data, "deit_tiny_patch16_224", checkpoint=str(tmp_path / "deit"), kwargs=kwargs)
 
 
 def test_calibration_says_what_it_took_and_the_sidecar_builds_the_same_model(tmp_path, deit):
-    file, theirs = deit
-    assert invoke("calibrate", "--config", file) == 0
+    assert invoke("calibrate", "--config", deit) == 0
     model, description = load_checkpoint(tmp_path / "run" / "ptq.safetensors")
     assert {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-12}
     assert description.model["reg_tokens"] == 1 and description.model["img_size"] == 32
@@ -111,12 +113,11 @@ def test_calibration_says_what_it_took_and_the_sidecar_builds_the_same_model(tmp
     prepared = description.preprocessing
     assert (prepared.crop_mode, prepared.crop_pct, prepared.mean) == ("squash", 0.8, (0.5, 0.5, 0.5))
     training = ["train.epochs=1", f"init={tmp_path / 'run' / 'ptq.safetensors'}"]
-    assert invoke("train", "--config", file, *training) == 0
+    assert invoke("train", "--config", deit, *training) == 0
 
 
 def test_a_config_goes_before_what_comes_with_the_checkpoint(deit):
-    file, _ = deit
-    config = load_config(file, ["data.preprocessing.crop_mode=center", "data.preprocessing.std=[1, 1, 1]"])
+    config = load_config(deit, ["data.preprocessing.crop_mode=center", "data.preprocessing.std=[1, 1, 1]"])
     floating = build_float_model(config.model, config.data.preprocessing)
     assert floating.preprocessing.crop_mode == "center" and floating.preprocessing.std == (1, 1, 1)
     assert floating.preprocessing.crop_pct == 0.8
@@ -154,9 +155,17 @@ def test_classes_in_another_order_are_refused(tmp_path, data, capsys):
     assert "class 0 is 'class0' here but 'class4' in the checkpoint" in fails(capsys, "calibrate", "--config", file)
 
 
-def test_deit_with_two_heads_is_quantized_and_exported(tmp_path, data):
-    import timm
+def test_both_heads_of_a_distilled_deit_are_quantized():
+    model = build_model("deit_tiny_distilled_patch16_224", 5, **VIT)
+    twin = quantize(model, named_recipe("full")).eval()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
+    find_ranges(twin, [images])
+    assert {"head.weight", "head.dist.weight"} <= {quantizer.site for quantizer in quantizers(twin)}
 
+
+@pytest.mark.slow
+def test_a_deit_with_two_heads_is_calibrated_exported_and_trained(tmp_path, data):
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     name = "deit_tiny_distilled_patch16_224"
     torch.save(lively(timm.create_model(name, num_classes=5, **kwargs)).state_dict(), tmp_path / "a.pth")
