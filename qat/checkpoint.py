@@ -32,6 +32,7 @@ KIND = "checkpoint"
 SUFFIX = ".safetensors"
 REMEDY = "save or copy both again; for bare weights give their --config"
 ADDED = ("source",)  # keys that the sidecars of older versions lack
+UNSEEN = ("eps", "num_heads", "window_size", "shift_size")  # attributes of modules that no tensor's shape tells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,25 @@ def check_description(model: nn.Module, description: Description) -> None:
     classes, number = description.classes, getattr(model, "num_classes", None)
     if classes is not None and number not in (None, len(classes)):
         raise ValueError(f"description.classes has {len(classes)} names, but the model has {number} classes")
+    unseen = _unseen_difference(model, described)
+    if unseen is not None:
+        raise ValueError(f"the model is not what description.model says: {unseen}")
+
+
+def _unseen_difference(model: nn.Module, described: nn.Module) -> str | None:
+    """How what no checkpoint holds first differs: an epsilon, heads, windows, tables that are computed."""
+    remedy = "description.model lacks a setting; qswin.models.registry.read_checkpoint(NAME, FILE).settings has those"
+    modules, kept = dict(described.named_modules()), described.state_dict()
+    for path, module in model.named_modules():
+        for name in UNSEEN:
+            own, other = getattr(module, name, None), getattr(modules.get(path), name, None)
+            if own is not None and other is not None and own != other:
+                return f"{path}.{name} is {own}, not {other}; {remedy}"
+    buffers = {name: value for name, value in described.named_buffers() if name not in kept}
+    for name, value in model.named_buffers():
+        if name in buffers and not torch.equal(value.cpu(), buffers[name]):
+            return f"{name} has other values; {remedy}"
+    return None
 
 
 def _build(description: Description) -> nn.Module:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qswin.calib.data.images import Preprocessing, load_image
 from qswin.models.registry import build_model, read_checkpoint
-from qswin.qat.checkpoint import load_checkpoint
+from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.float_model import adapted, build_float_model
 from qswin.qat.ptq.ranges import find_ranges
@@ -184,3 +184,27 @@ def test_a_foreign_checkpoint_leaves_nothing_behind(tmp_path, data, capsys):
     line = fails(capsys, "calibrate", "--config", file)
     assert "a.pth: a checkpoint of Swin3D, which is not supported" in line
     assert not [path for path in (tmp_path / "run").glob("*") if not path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "words"),
+    [
+        ("vit", "norm_eps", r"norm1.eps is 1e-12, not 1e-06"),
+        ("vit of other heads", "num_heads", "num_heads is 4, not 2"),
+        ("swin v2 of a larger window", "window_size", "window_size is .*8"),
+        ("swin v2, pretrained windows", "pretrained_window_sizes", "relative_coords_table has other values"),
+    ],
+)
+def test_a_description_without_what_the_weights_need_is_refused(tmp_path, case, setting, words):
+    """Of a model that is built in Python; no tensor's shape shows it."""
+    kind, theirs, name, ours = HF_CASES[case]
+    save_pretrained(kind, tmp_path, **theirs)
+    settings = {**ours, **read_checkpoint(name, tmp_path).settings}
+    model = build_model(name, 5, tmp_path, **settings)
+    said = {"name": name, "num_classes": 5, **settings}
+    prepared = Preprocessing(size=(32, 32))
+    save_checkpoint(tmp_path / "a.safetensors", model, Description(said, "float", prepared))
+    said[setting] = {"num_heads": 2, "window_size": 4, "norm_eps": 1e-6}.get(setting, [0, 0])
+    with pytest.raises(ValueError, match=f"not saved: .*{words}.*read_checkpoint"):
+        save_checkpoint(tmp_path / "b.safetensors", model, Description(said, "float", prepared))
+    assert not (tmp_path / "b.safetensors").exists()
