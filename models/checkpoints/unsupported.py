@@ -70,7 +70,7 @@ KINDS = (
         r"^blocks\.0\.attn\.(relative_position_bias_table|q_bias)$|^beit\.|^rel_pos_bias\.",
     ),
     Unsupported(
-        "ViT with absorbed or parallel blocks",
+        "A ViT of parallel blocks",
         f"its blocks have no quantized twins; the nearest that works is {VIT}",
         r"vit_.*(18x2|parallel)",
         r"^blocks\.0\.attns\.",
