@@ -31,7 +31,7 @@ from qswin.calib.data.folders import draw_samples, scan_folder
 from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description
 from qswin.qat.config import load_config
-from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.float_model import build_float_model
 from qswin.qat.ptq.calibrate import calibrate
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.ptq.verdict import divergence
@@ -159,11 +159,12 @@ class Bench:
         settings = [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"]
         config = load_config(args.config, [*settings, "model.pretrained=false"])
         self.name = args.name or config.model.name
-        model, preprocessing, _ = build_float_model(config.model, config.data.preprocessing)
-        self.model = model.to(args.device).eval()
+        floating = build_float_model(config.model, config.data.preprocessing)
+        preprocessing = floating.preprocessing
+        self.model = floating.model.to(args.device).eval()
         task = family_of(config.model.name).task
         training = scan_folder(task, args.data / "train")
-        self.description = Description(model_arguments(config.model), "float", preprocessing, training.classes)
+        self.description = Description(floating.arguments, "float", preprocessing, training.classes)
         drawn = draw_samples(training, args.images, args.seed)
         calibrated = set(drawn)
         others = [sample for sample in training.samples if sample not in calibrated]

@@ -137,7 +137,8 @@ def main() -> None:
     args = parser.parse_args()
     settings = [f"model.name={args.model}", f"model.checkpoint={args.checkpoint}", "data.root=unused", "run=unused"]
     config = load_config(args.config, [*args.overrides, *settings])
-    model, preprocessing, _ = build_float_model(config.model, config.data.preprocessing)
+    floating = build_float_model(config.model, config.data.preprocessing)
+    model, preprocessing = floating.model, floating.preprocessing
     twin = harden(model, args.largest, args.seed).eval()
     images = torch.randn(4, 3, *preprocessing.size, generator=torch.Generator().manual_seed(args.seed))
     with torch.inference_mode():

@@ -177,7 +177,8 @@ def main() -> None:
     parser.add_argument("--commit", default=commit())
     args = parser.parse_args()
     config = load_config(CONFIG, [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"])
-    model, preprocessing, _ = build_float_model(config.model, config.data.preprocessing)
+    floating = build_float_model(config.model, config.data.preprocessing)
+    model, preprocessing = floating.model, floating.preprocessing
     drawn = draw_samples(scan_folder("classification", args.data / "train"), args.calibration_images, 0)
     batches = [torch.from_numpy(batch.images) for batch in image_batches(drawn, preprocessing, 32, 2)]
     version, theirs = TOOLKITS[args.toolkit](model.eval(), batches)

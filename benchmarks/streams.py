@@ -50,7 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     settings = ["data.root=unused", "run=unused", f"model.checkpoint={args.checkpoint}", "model.pretrained=false"]
     config = load_config(args.config, settings)
-    model, preprocessing, _ = build_float_model(config.model, config.data.preprocessing)
+    floating = build_float_model(config.model, config.data.preprocessing)
+    model, preprocessing = floating.model, floating.preprocessing
     samples = draw_samples(scan_folder("classification", args.data), args.images, seed=0)
     batches = [torch.from_numpy(batch.images) for batch in image_batches(samples, preprocessing, 20, 0)]
     rows = [[round(value, 3) for value in block] for block in channel_maxima(model.eval(), batches)]

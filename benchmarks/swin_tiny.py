@@ -18,7 +18,7 @@ from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Description, load_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
-from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.float_model import build_float_model
 from qswin.qat.ptq.ranges import find_ranges, set_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
@@ -85,8 +85,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
     config = load_config(CONFIG, [f"data.root={args.data}", f"model.checkpoint={args.checkpoint}", "run=unused"])
-    model, preprocessing, _ = build_float_model(config.model, config.data.preprocessing)
-    floating = Description(model_arguments(config.model), "float", preprocessing)
+    built = build_float_model(config.model, config.data.preprocessing)
+    model, preprocessing = built.model, built.preprocessing
+    floating = Description(built.arguments, "float", preprocessing)
     table = Table(args, floating)
     for path in args.trained:
         table.add(*load_checkpoint(path), calibrator=None)
@@ -104,7 +105,7 @@ def main() -> None:
         print(f"{name}: {args.images} images calibrated in {time.perf_counter() - start:.1f} s")
         for calibrator in args.calibrators:
             set_ranges(twin, calibrator)
-            table.add(twin, Description(model_arguments(config.model), "ptq", preprocessing, recipe=recipe), calibrator)
+            table.add(twin, Description(built.arguments, "ptq", preprocessing, recipe=recipe), calibrator)
 
 
 if __name__ == "__main__":

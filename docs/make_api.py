@@ -23,7 +23,7 @@ MODULES = (
     "qswin.calib.trt_cache.cache_file",
     "qswin.calib.trt_cache.offline",
     "qswin.qat.checkpoint",
-    "qswin.qat.convert",
+    "qswin.qat.foreign.convert",
     "qswin.qat.quant.recipe",
     "qswin.qat.quant.rewrite",
     "qswin.qat.quant.layers",

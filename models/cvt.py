@@ -1,11 +1,14 @@
 """CvT, as in transformers: convolutional token embeddings and projections, a class token in the last stage."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from qswin.models.checkpoints.architectures import Recognized
+from qswin.models.checkpoints.state_dicts import rename
+from qswin.models.checkpoints.weights import Source, Weights
 from qswin.models.family import Family
-from qswin.models.state_dicts import rename
 
 DEPTHS = {"cvt-13": [1, 2, 10], "cvt-21": [1, 4, 16]}
 
@@ -105,6 +108,26 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return {rename(key, RENAMES): value for key, value in state.items()}
 
 
+def read(state: dict[str, Tensor], folder: Path) -> Weights:
+    """Transformers' weights, or the original repository's, as they are."""
+    original = any(key.startswith("stage") for key in state)
+    return Weights(state, "the original repository" if original else "Hugging Face")
+
+
+def recognize(weights: Weights) -> Recognized:
+    """The published model of the checkpoint's depth; raises ValueError for another depth."""
+    original = any(key.startswith("stage") for key in weights.state)
+    keys = [rename(key, RENAMES) for key in weights.state] if original else list(weights.state)
+    blocks = {tuple(key.split(".")[3:6:2]) for key in keys if ".layers." in key}
+    depth = [sum(stage == str(index) for stage, _ in blocks) for index in range(3)]
+    name = next((name for name, known in DEPTHS.items() if known == depth), None)
+    if name is None:
+        raise ValueError(f"a CvT of {depth} layers; the published ones have {' or '.join(map(str, DEPTHS.values()))}")
+    head = weights.state.get("head.weight" if original else "classifier.weight")
+    settings = {"activation": "quick_gelu"} if original else {}
+    return Recognized(name, None if head is None else len(head), settings)
+
+
 def preprocessing(model: Any) -> dict[str, Any]:
     """The published processor's, with ImageNet's statistics. CvT takes any size; a config may set another."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,6 +158,9 @@ FAMILY = Family(
     build=build,
     preprocessing=preprocessing,
     convert_state=convert_state,
+    sources=(Source(r"cvt\.encoder\.stages\.0\.|stage0\.patch_embed\.", read),),
+    recognize=recognize,
+    head=("classifier.",),
     sites=SITES,
     fixed={"num_channels": (3, "images have three channels")},
     settings=SETTINGS,

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qswin.models.checkpoints.architectures import Recognize
+from qswin.models.checkpoints.weights import Source
 from qswin.models.limits import check_settings
 
 TASKS = ("classification", "segmentation")
@@ -30,8 +32,12 @@ class Family:
             logits, whose attribute `num_classes` is the number of classes. None keeps the architecture's own number.
         preprocessing: gives a model's own size, mean, std, interpolation and crop_pct; the keys are those of
             qswin.calib.data.images.Preprocessing.
-        convert_state: called with a state dict in a layout that people hold and the model it is for, it gives the state
-            under the model's own names.
+        convert_state: called with a state dict of a source, or in a layout that people hold, and the model it is for,
+            it gives the state under the model's own names.
+        sources: the libraries whose checkpoints load, of which the first that knows a checkpoint's keys reads it;
+            without any, all is up to `convert_state`.
+        recognize: says which of the family's models weights are of; None where nothing does.
+        head: what the names of the classifier's parameters begin with, which fine-tuning may begin anew.
         sites: (pattern, replacement) pairs that turn the path of a module into the name that recipes use, as
             `state_dicts.rename` applies them. Every model is renamed by the pairs of all families.
         no_weight_decay: how the names of parameters end that have two or more dimensions and take no weight decay.
@@ -46,6 +52,9 @@ class Family:
     build: Callable[..., nn.Module]
     preprocessing: Callable[[Any], dict[str, Any]]
     convert_state: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = _as_it_is
+    sources: tuple[Source, ...] = ()
+    recognize: Recognize | None = None
+    head: tuple[str, ...] = ("head.",)
     sites: tuple[tuple[str, str], ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)

@@ -6,6 +6,8 @@ import timm
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
+from qswin.models.checkpoints import huggingface, openmmlab, published, torchvision
+from qswin.models.checkpoints.architectures import recognize_swin
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
 from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS
@@ -17,7 +19,7 @@ def names() -> list[str]:
 
 
 def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state under timm's names: timm itself renames and resizes checkpoints of the original Swin repository."""
+    """The state for this model: timm itself resizes patch embeddings and position biases of another size."""
     family = swin_transformer_v2 if isinstance(model, swin_transformer_v2.SwinTransformerV2) else swin_transformer
     return family.checkpoint_filter_fn(state, model)
 
@@ -34,7 +36,12 @@ FAMILY = Family(
     build=build,
     preprocessing=preprocessing,
     convert_state=convert_state,
+    sources=(
+        *(torchvision.SWIN, huggingface.SWIN, openmmlab.SWIN),
+        *(published.ORIGINAL_SWIN, published.TIMM_SWIN),
+    ),
     sites=(PATCH_EMBED, (r"(^|\.)head\.fc$", r"\1head")),
+    recognize=lambda weights: recognize_swin(weights, names()),
     no_weight_decay=("relative_position_bias_table", "logit_scale"),
     fixed=FIXED,
     settings=SETTINGS,

@@ -4,6 +4,7 @@ The state-dict names are those of the published code, so its checkpoints load. B
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from timm.layers import to_2tuple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
+from qswin.models.checkpoints.architectures import Recognized
+from qswin.models.checkpoints.weights import Source, Weights
 from qswin.models.family import Family
 from qswin.models.timm_models import PATCH_EMBED
 
@@ -173,6 +176,18 @@ def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return {key: value for key, value in state.items() if not key.endswith(("relative_position_index", "attn_mask"))}
 
 
+def read(state: dict[str, Tensor], folder: Path) -> Weights:
+    """The published code's weights, as they are."""
+    return Weights(state, "the original repository")
+
+
+def recognize(weights: Weights) -> Recognized:
+    """The published model."""
+    (head,) = [value for key, value in weights.state.items() if key.endswith("output.weight")]
+    assumed = "images of 224 x 224 and blocks of the published model (model.kwargs)"
+    return Recognized(next(iter(NAMES)), len(head), assumed=(assumed,))
+
+
 def preprocessing(model: Any) -> dict[str, Any]:
     """As the published code prepares its slices: values in [0, 1]; a config may say otherwise."""
     zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -191,6 +206,9 @@ FAMILY = Family(
     build=build,
     preprocessing=preprocessing,
     convert_state=convert_state,
+    sources=(Source(r"(swin_unet\.)?layers_up\.", read),),
+    recognize=recognize,
+    head=("output.",),
     sites=(PATCH_EMBED, (r"^output$", "head")),
     no_weight_decay=("relative_position_bias_table",),
     settings=SETTINGS,

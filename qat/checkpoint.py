@@ -19,10 +19,10 @@ from qswin.calib.files import (
 )
 from qswin.calib.reading import read_json
 from qswin.calib.validation import Sha256, validate
+from qswin.models.checkpoints.state_dicts import check_state, mismatch, read_content, read_state
 from qswin.models.registry import build_model, family_of
-from qswin.models.state_dicts import check_state, mismatch, read_content, read_state
 from qswin.qat.config import load_config
-from qswin.qat.float_model import build_float_model, input_size, model_arguments
+from qswin.qat.float_model import Origin, build_float_model, input_size
 from qswin.qat.quant.layers import check_channel_scales
 from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
 from qswin.qat.quant.recipe import Recipe, plain_keys
@@ -31,6 +31,8 @@ from qswin.qat.quant.rewrite import enable, rewrite
 KIND = "checkpoint"
 SUFFIX = ".safetensors"
 REMEDY = "save or copy both again; for bare weights give their --config"
+ADDED = ("source",)  # keys that the sidecars of older versions lack
+UNSEEN = ("eps", "num_heads", "window_size", "shift_size")  # attributes of modules that no tensor's shape tells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Description:
         recipe: None for a float model.
         parent: the SHA-256 of the checkpoint that this one was made from.
         metrics: what was measured when it was saved.
+        source: where the trained weights once came from, and with them settings and preprocessing.
     """
 
     model: dict[str, Any]
@@ -53,6 +56,7 @@ class Description:
     recipe: Recipe | None = None
     parent: Sha256 | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: Origin | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model.get("name"), str):
@@ -66,7 +70,9 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         recipe = None if self.recipe is None else self.recipe.to_dict()
-        return {**values, "task": self.task, "preprocessing": self.preprocessing.to_dict(), "recipe": recipe}
+        source = None if self.source is None else dataclasses.asdict(self.source)
+        own = {"preprocessing": self.preprocessing.to_dict(), "recipe": recipe, "source": source}
+        return {**values, "task": self.task, **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "description") -> "Description":
@@ -129,6 +135,25 @@ def check_description(model: nn.Module, description: Description) -> None:
     classes, number = description.classes, getattr(model, "num_classes", None)
     if classes is not None and number not in (None, len(classes)):
         raise ValueError(f"description.classes has {len(classes)} names, but the model has {number} classes")
+    unseen = _unseen_difference(model, described)
+    if unseen is not None:
+        raise ValueError(f"the model is not what description.model says: {unseen}")
+
+
+def _unseen_difference(model: nn.Module, described: nn.Module) -> str | None:
+    """How what no checkpoint holds first differs: an epsilon, heads, windows, tables that are computed."""
+    remedy = "description.model lacks a setting; qswin.models.registry.read_checkpoint(NAME, FILE).settings has those"
+    modules, kept = dict(described.named_modules()), described.state_dict()
+    for path, module in model.named_modules():
+        for name in UNSEEN:
+            own, other = getattr(module, name, None), getattr(modules.get(path), name, None)
+            if own is not None and other is not None and own != other:
+                return f"{path}.{name} is {own}, not {other}; {remedy}"
+    buffers = {name: value for name, value in described.named_buffers() if name not in kept}
+    for name, value in model.named_buffers():
+        if name in buffers and not torch.equal(value.cpu(), buffers[name]):
+            return f"{name} has other values; {remedy}"
+    return None
 
 
 def _build(description: Description) -> nn.Module:
@@ -155,7 +180,7 @@ def read_description(path: Path, data: bytes | None = None) -> Description:
         FileNotFoundError: the checkpoint or its sidecar is missing.
         ValueError: the sidecar is malformed, or belongs to another file.
     """
-    keys = [field.name for field in dataclasses.fields(Description)]
+    keys = [field.name for field in dataclasses.fields(Description) if field.name not in ADDED]
     values = read_sidecar(path, KIND, keys, REMEDY, data)
     return Description.from_dict(values, f"{path}: its sidecar does not describe a checkpoint")
 
@@ -216,6 +241,10 @@ def load_model(path: Path, config_file: str | None, overrides: list[str]) -> Loa
     if config_file is None:
         return open_checkpoint(path)
     config = load_config(config_file, ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"])
-    model, preprocessing, digest = build_float_model(config.model, config.data.preprocessing)
+    floating = build_float_model(config.model, config.data.preprocessing)
+    digest = floating.sha256
     assert digest is not None  # of model.checkpoint
-    return Loaded(model, Description(model_arguments(config.model), "float", preprocessing, parent=digest), digest)
+    description = Description(
+        floating.arguments, "float", floating.preprocessing, parent=digest, source=floating.source
+    )
+    return Loaded(floating.model, description, digest)

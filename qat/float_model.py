@@ -1,54 +1,136 @@
 """The float model that a config describes."""
 
-import hashlib
+import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from absl import logging
 
 from qswin.calib.data.images import Preprocessing
+from qswin.calib.files import read_sidecar, sidecar_path
 from qswin.calib.validation import validate
-from qswin.models.registry import build_model, family_of, load_weights
-from qswin.models.state_dicts import read_content
+from qswin.models.checkpoints.weights import Weights
+from qswin.models.registry import build_model, family_of, read_checkpoint
 from qswin.qat.schema import ModelConfig
+
+OWN = "the model's own"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the trained weights of a checkpoint once came from.
+
+    Args:
+        library: such as "torchvision".
+        preprocessing: where the preprocessing under the config's settings was taken from.
+        settings: of the architecture, that the weights asked for.
+    """
+
+    library: str
+    preprocessing: str = OWN
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatModel:
+    """A float model and what is known of it.
+
+    Args:
+        arguments: build_model's, without where the weights come from: what a sidecar keeps.
+        sha256: of the file of the weights; None where they are downloaded or random.
+        classes: names in the order of the logits, where the weights' library says them.
+    """
+
+    model: Any
+    arguments: dict[str, Any]
+    preprocessing: Preprocessing
+    source: Origin | None = None
+    sha256: str | None = None
+    classes: tuple[str, ...] | None = None
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """build_model's arguments, without where the weights come from: what a sidecar keeps."""
+    """build_model's arguments that a config sets, without where the weights come from."""
     return {"name": config.name, "num_classes": config.num_classes, **config.kwargs}
 
 
-class FloatModel(NamedTuple):
-    """A float model, its preprocessing, and the SHA-256 of the file that its weights were read from."""
-
-    model: Any
-    preprocessing: Preprocessing
-    sha256: str | None
-
-
-def build_float_model(config: ModelConfig, preprocessing: dict[str, Any]) -> FloatModel:
+def build_float_model(config: ModelConfig, preprocessing: dict[str, Any], train_head: bool = False) -> FloatModel:
     """The float model of a config, with its weights.
 
     Args:
-        preprocessing: settings over the model's own.
+        preprocessing: settings over the weights' and the model's own.
+        train_head: the model is to be trained, so that its head may be a new one.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: a setting is wrong, or the weights are another model's or cannot be downloaded.
     """
-    path = None if config.checkpoint is None else Path(config.checkpoint)
-    model = build_model(pretrained=config.pretrained and path is None, **model_arguments(config))
-    digest = None if path is None else _load(model, config.name, path)
-    adapted_to = adapted(family_of(config.name).preprocessing(model), preprocessing)
+    if config.new_head and not train_head:
+        what = "the new head would be random here; train the float model first (qswin train recipe=none)"
+        raise ValueError(f"model.new_head=true: {what}, then give model.checkpoint=<run>/float.safetensors without it")
+    weights = None if config.checkpoint is None else _read_weights(config.name, config.checkpoint)
+    arguments = model_arguments(config)
+    model = build_model(
+        checkpoint=weights, pretrained=config.pretrained, new_head=config.new_head and train_head, **arguments
+    )
+    own = family_of(config.name).preprocessing(model)
+    if weights is None:
+        return FloatModel(model, arguments, _fitting(config.name, model, own, preprocessing))
+    adapted_to = _fitting(config.name, model, own | weights.preprocessing, preprocessing)
+    settings = {**weights.settings, **arguments}
+    return FloatModel(model, settings, adapted_to, _origin(weights), weights.sha256, weights.classes)
+
+
+def _read_weights(name: str, checkpoint: str) -> Weights:
+    """The weights in a file or folder. Of a checkpoint that qswin saved, the sidecar says what they need.
+
+    Raises ValueError, and FileNotFoundError, as `build_float_model` does.
+    """
+    weights = read_checkpoint(name, checkpoint)
+    if weights.file is None or not sidecar_path(weights.file).is_file():
+        return weights
+    try:
+        sidecar = read_sidecar(weights.file, "checkpoint", ("model", "preprocessing"), "its model and config count")
+        model, preprocessing = dict(sidecar["model"]), dict(sidecar["preprocessing"])
+        library = (sidecar.get("source") or {"library": "qswin"})["library"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        logging.warning("%s: its sidecar is not taken into account (%s)", weights.file, error)
+        return weights
+    if model.pop("name", None) != name:
+        return weights
+    preprocessing.pop("size", None)
+    own = {key: value for key, value in model.items() if key != "num_classes"}
+    told = sidecar_path(weights.file).name
+    return dataclasses.replace(
+        weights, settings=own, preprocessing=preprocessing, preprocessing_from=told, library=str(library)
+    )
+
+
+def _origin(weights: Weights) -> Origin | None:
+    if weights.library is None:
+        return None
+    return Origin(weights.library, weights.preprocessing_from or OWN, weights.settings)
+
+
+def _fitting(name: str, model: Any, own: dict[str, Any], configured: dict[str, Any]) -> Preprocessing:
+    """The adapted preprocessing. Raises ValueError, too, where its size is not the model's."""
+    adapted_to = adapted(own, configured)
     if input_size(model) not in (None, adapted_to.size):
-        taken = f"model {config.name} takes {input_size(model)}"
+        taken = f"model {name} takes {input_size(model)}"
         raise ValueError(f"data.preprocessing.size is {adapted_to.size}, but {taken}; set model.kwargs.img_size too")
-    return FloatModel(model, adapted_to, digest)
+    return adapted_to
 
 
-def _load(model: Any, name: str, path: Path) -> str:
-    """Loads a file of weights, which is read once; returns its SHA-256. Raises as `load_weights` does."""
-    data = read_content(path)
-    load_weights(model, family_of(name), path, data)
-    return hashlib.sha256(data).hexdigest()
+def check_class_order(root: Path, found: tuple[str, ...], expected: tuple[str, ...] | None) -> None:
+    """Raises ValueError where a folder's classes are those of the weights, in another order: labels would be wrong.
+
+    Names that differ are not compared: a folder may have other names for the same classes.
+    """
+    if expected is None or set(expected) != set(found) or expected == found:
+        return
+    index = next(index for index, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+    what = f"class {index} is {found[index]!r} here but {expected[index]!r} in the checkpoint"
+    raise ValueError(f"{root}: {what}; an index is a folder's place among the sorted names: rename the folders")
 
 
 def input_size(model: Any) -> tuple[int, int] | None:
@@ -64,9 +146,10 @@ def adapted(own: dict[str, Any], configured: dict[str, Any]) -> Preprocessing:
     Raises:
         ValueError: a key is not known, or a value cannot be used; the key is named.
     """
-    unknown = [key for key in configured if key not in own]
+    known = [field.name for field in dataclasses.fields(Preprocessing)]
+    unknown = [key for key in configured if key not in known]
     if unknown:
-        raise ValueError(f"data.preprocessing.{unknown[0]} is not known; the keys are {', '.join(own)}")
+        raise ValueError(f"data.preprocessing.{unknown[0]} is not known; the keys are {', '.join(known)}")
     size = configured.get("size", own["size"])
     size = [size, size] if isinstance(size, int) else size
     return validate({**own, **configured, "size": size}, Preprocessing, "data.preprocessing")

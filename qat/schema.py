@@ -54,12 +54,16 @@ class ModelConfig:
 
     name: str = option(MISSING, "Name of the architecture, as timm or docs/models.md has it.")
     checkpoint: str | None = option(
-        None, "File of trained weights, .safetensors, .pth or .pt; without one see `pretrained`."
+        None,
+        "Trained weights: a file (.safetensors, .pth, .pt, .bin) or a folder of transformers'; else see `pretrained`.",
     )
     pretrained: bool = option(
         False, "Download the published weights if there is no `checkpoint`; else weights are random."
     )
     num_classes: int | None = option(None, "Number of classes; null is the architecture's own.", least=1, most=10**9)
+    new_head: bool = option(
+        False, "Leave the checkpoint's head out: a new one is trained, with `recipe: none` and no `init`."
+    )
     kwargs: dict[str, Any] = option({}, "Settings of the architecture, as its library names them.")
 
 
@@ -78,7 +82,8 @@ class DataConfig:
     )
     skip_unreadable: bool = option(False, "Leave out images that cannot be read instead of stopping.")
     preprocessing: dict[str, Any] = option(
-        {}, "Settings over the model's own preprocessing: `size`, `mean`, `std`, `interpolation`, `crop_pct`."
+        {},
+        "Settings over the checkpoint's own: `size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.",
     )
 
 

@@ -24,6 +24,7 @@ from qswin.calib.files import NotSaved, forget_saved, saved_files
 from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
+    "init": "say what trained weights of any library are, and write a config for them",
     "calibrate": "quantize a trained model and calibrate its ranges",
     "train": "fine-tune a quantized (QAT) or a float model; several processes: torchrun -m qswin train",
     "sensitivity": "rank the sites of a calibrated model by what quantizing each costs",

@@ -56,6 +56,7 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
         ("sensitivity", "sensitivity", "--checkpoint", ptq, *probe, "--by", "layer"),
         ("search", "search", "--checkpoint", ptq, *probe, *budget, "--recipe", run / "mixed.yaml"),
         ("doctor", "doctor"),
+        ("init", "checkpoint description", tmp_path / "weights.pth", "--out", tmp_path / "init.yaml"),
         ("report", "report", run),
     ]
     assert {command for command, *_ in steps} == set(cli.COMMANDS) - {"completion"}

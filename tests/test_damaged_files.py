@@ -14,7 +14,7 @@ from PIL import Image
 
 from qswin.calib.data.images import Preprocessing, load_image
 from qswin.calib.files import sidecar_path
-from qswin.models.state_dicts import read_state
+from qswin.models.checkpoints.state_dicts import read_state
 from qswin.qat.checkpoint import read_description, save_checkpoint
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.quant.recipe import named_recipe

@@ -19,6 +19,7 @@ from qswin.limits import scale
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 Interpolation = Literal["bicubic", "bilinear"]
+CropMode = Literal["center", "squash"]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 BROKEN = (  # what Pillow's readers raise over a damaged file
     *(OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError),
@@ -40,7 +41,8 @@ Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
 class Preprocessing:
     """How an image becomes a model's input: the shorter side is resized to size / crop_pct, then the centre is cropped.
 
-    `size` is (height, width) in pixels. `mean` and `std` are for each RGB channel, with pixel values in [0, 1].
+    `size` is (height, width) in pixels. `mean` and `std` are for each RGB channel, with pixel values in [0, 1]. The
+    `crop_mode` "squash" resizes both sides to size / crop_pct, whatever the image's proportions.
     """
 
     size: tuple[Side, Side] = (224, 224)
@@ -48,6 +50,7 @@ class Preprocessing:
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bicubic"
     crop_pct: Annotated[float, Meta(ge=SMALLEST_CROP, le=1)] = 0.9
+    crop_mode: CropMode = "center"
 
     def __post_init__(self) -> None:
         if self.interpolation not in RESAMPLING:
@@ -164,16 +167,17 @@ def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to floor(size / crop_pct), then crops the centre, as timm and torchvision do.
+    """Resizes the shorter side, or both, to floor(size / crop_pct), then crops the centre, as timm and torchvision do.
 
     Of an image that is longer than `LONGEST` times its width only the centre is resized, so that memory follows the
     output. Its pixels are almost the same: places within the box are rounded otherwise.
     """
     side = preprocessing.size[0]
     short = math.floor(side / preprocessing.crop_pct)
-    long = int(short * max(image.size) / min(image.size))
+    squash = preprocessing.crop_mode == "squash"
+    long = short if squash else int(short * max(image.size) / min(image.size))
     size = (short, long) if image.width <= image.height else (long, short)
-    if max(image.size) > LONGEST * min(image.size):
+    if max(image.size) > LONGEST * min(image.size) and not squash:
         return _resize_centre(image, size, side, resampling)
     if image.size != size:
         image = image.resize(size, resampling)

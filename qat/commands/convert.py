@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     from qswin.qat.checkpoint import write_report
     from qswin.qat.config import load_config
-    from qswin.qat.convert import convert
+    from qswin.qat.foreign.convert import convert
     from qswin.qat.runs import one_job
 
     config = load_config(args.config, args.overrides)

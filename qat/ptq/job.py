@@ -19,7 +19,7 @@ from qswin.calib.histogram_file import HISTOGRAMS, save_histograms
 from qswin.models.registry import family_of
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
-from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.float_model import build_float_model, check_class_order
 from qswin.qat.ptq.calibrate import calibrate, needs_images_again
 from qswin.qat.ptq.ranges import observations
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, tell
@@ -60,9 +60,11 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         logging.info("%s: already calibrated; resume=never starts over", path)
         return path
     folder = scan_folder(family_of(config.model.name).task, Path(config.data.root) / "train")
-    model, preprocessing, digest = build_float_model(config.model, config.data.preprocessing)
-    check_class_count(folder.root, len(folder.classes), model.num_classes)
-    twin = quantize(model, recipe).to(ranks.device)
+    floating = build_float_model(config.model, config.data.preprocessing)
+    preprocessing = floating.preprocessing
+    check_class_count(folder.root, len(folder.classes), floating.model.num_classes)
+    check_class_order(folder.root, folder.classes, floating.classes)
+    twin = quantize(floating.model, recipe).to(ranks.device)
     if ranks.main:
         run.claim()
     drawn = draw_samples(folder, config.calibration.images + VERDICT_IMAGES, config.seed)
@@ -76,13 +78,14 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         tell(verdict, _remedy(config, recipe), config.calibration.strict)
         metrics["verdict"] = verdict.to_dict()
     description = Description(
-        model_arguments(config.model),
+        floating.arguments,
         "ptq",
         preprocessing,
         folder.classes,
         recipe_of(twin),
-        parent=digest,
+        parent=floating.sha256,
         metrics=metrics,
+        source=floating.source,
     )
     if ranks.main:
         save_checkpoint(path, twin, description)

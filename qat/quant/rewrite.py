@@ -18,6 +18,15 @@ from qswin.qat.quant.recipe import Recipe, is_named
 
 # What makes a twin of a float module whose children are twins by now: twin(module, site, quantizer).
 MakeTwin = Callable[..., nn.Module]
+# Modules of other libraries whose weights load into timm's models, which have twins: {where they are defined: model}.
+ELSEWHERE = {
+    "torchvision.models.swin_transformer": "swin_tiny_patch4_window7_224",
+    "torchvision.models.vision_transformer": "vit_base_patch16_224",
+    "transformers.models.swin.modeling_swin": "swin_tiny_patch4_window7_224",
+    "transformers.models.swinv2.modeling_swinv2": "swinv2_tiny_window8_256",
+    "transformers.models.vit.modeling_vit": "vit_base_patch16_224",
+    "transformers.models.deit.modeling_deit": "deit_base_distilled_patch16_224",
+}
 # Keys are types, or their dotted names where importing the type is expensive.
 Twins = Mapping[type | str, MakeTwin]
 
@@ -48,8 +57,12 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
     calibrated ranges, then `enable` it. What the recipe covers is logged, and so is attention that it cannot reach.
 
     Raises:
-        ValueError: the recipe quantizes no site of this model, or one of its rules matches none.
+        ValueError: the recipe quantizes no site of this model, or one of its rules matches none; or a Swin of
+            torchvision is in the model, whose attention computes outside of its modules.
     """
+    advice = _advice(model)
+    if advice is not None and any(map(_bypasses_its_linears, model.modules())):
+        raise ValueError(advice)
     twin = rewrite(copy.deepcopy(model), recipe)
     if not recipe.rules:
         return twin
@@ -59,10 +72,29 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
         raise ValueError(f"recipe {recipe.name!r} {what}; write rules for its layers ({layers}, ...)")
     logging.info("recipe %s: %s", recipe.name, covered)
     for kind, path in covered.attention.items():
-        logging.warning(
-            "%s (first at %s) has no quantized twin: its matmuls stay in float; see register_twins", kind, path
-        )
+        remedy = advice or "see register_twins"
+        logging.warning("%s (first at %s) has no quantized twin: its matmuls stay in float; %s", kind, path, remedy)
     return twin
+
+
+def _bypasses_its_linears(module: nn.Module) -> bool:
+    """Whether it is torchvision's attention, which multiplies by its linears' weights itself, and no twin is known."""
+    kind = type(module)
+    torchvisions = kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith(
+        "ShiftedWindow"
+    )
+    return torchvisions and kind not in _twins()
+
+
+def _advice(model: nn.Module) -> str | None:
+    """What to do with a model that is built of another library's modules; None where it is not."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        if (name := ELSEWHERE.get(kind.__module__)) is not None:
+            what = f"{kind.__name__} of {kind.__module__.partition('.')[0]}{f' ({path})' if path else ''}"
+            load = f"qswin.build_model({name!r}, checkpoint=FILE), or the model that qswin init FILE names"
+            return f"{what} has no quantized twins, timm's models have: load its weights by {load}"
+    return None
 
 
 def rewrite(model: nn.Module, recipe: Recipe) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qswin.calib.files import NotSaved, write_atomic
 from qswin.calib.reading import parse_json
-from qswin.models.state_dicts import BROKEN
+from qswin.models.checkpoints.state_dicts import BROKEN
 from qswin.qat.runs import LOG
 
 Log = Callable[[dict[str, float]], None]

@@ -9,7 +9,7 @@ from torch import nn
 
 from qswin.calib.data.folders import ImageFolder, check_class_count
 from qswin.qat.checkpoint import Description, open_checkpoint
-from qswin.qat.float_model import adapted, build_float_model, model_arguments
+from qswin.qat.float_model import adapted, build_float_model, check_class_order, model_arguments
 from qswin.qat.quant.recipe import RECIPES, Recipe
 from qswin.qat.runs import first_difference, flatten
 from qswin.qat.schema import ModelConfig
@@ -30,9 +30,14 @@ def float_start(
         raise ValueError(
             "QAT starts from a calibrated checkpoint: run qswin calibrate first and give init=<run>/ptq.safetensors"
         )
-    model, own, _ = build_float_model(config, preprocessing)
-    check_class_count(folder.root, len(folder.classes), model.num_classes)
-    return model, Description(model_arguments(config), "float", own, folder.classes)
+    floating = build_float_model(config, preprocessing, train_head=True)
+    check_class_count(folder.root, len(folder.classes), floating.model.num_classes)
+    if not config.new_head:
+        check_class_order(folder.root, folder.classes, floating.classes)
+    description = Description(
+        floating.arguments, "float", floating.preprocessing, folder.classes, source=floating.source
+    )
+    return floating.model, description
 
 
 def checkpoint_start(
@@ -47,8 +52,11 @@ def checkpoint_start(
         FileNotFoundError: there is no such checkpoint.
         ValueError: its model, preprocessing, recipe or classes are not the config's; the first difference is named.
     """
+    if config.new_head:
+        raise ValueError(f"model.new_head=true: the head of init={init} is trained on; leave one of the two out")
     model, description, digest = open_checkpoint(init)
-    check_model(init, description.model, model_arguments(config))
+    asked_for = {} if description.source is None else description.source.settings
+    check_model(init, description.model, {**asked_for, **model_arguments(config)})
     check_preprocessing(init, description, preprocessing)
     check_recipe(init, description.recipe or RECIPES["none"], recipe)
     if description.classes is not None and description.classes != folder.classes:

@@ -99,6 +99,6 @@ def test_the_file_is_a_checkpoint_for_a_config(config_file, images, tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["harden", *map(str, arguments)])
     main()
     config = load_config(config_file, [f"model.checkpoint={out}"])
-    model, _, _ = build_float_model(config.model, config.data.preprocessing)
+    model = build_float_model(config.model, config.data.preprocessing).model
     expected = logits(harden(small_swin(), 100, seed=0), images)
     torch.testing.assert_close(logits(model, images), expected)

@@ -9,10 +9,10 @@ import timm
 import torch
 
 from qswin.models import limits, registry, swin, vit
+from qswin.models.checkpoints.state_dicts import read_state
 from qswin.models.discovery import offers
 from qswin.models.family import Family
 from qswin.models.registry import build_model, families, family_of, site_name
-from qswin.models.state_dicts import read_state
 from tests.helpers import SMALL, V1, V2, small_swin
 
 
@@ -259,7 +259,7 @@ def test_weights_that_cannot_be_downloaded_name_the_file_option(monkeypatch):
 def test_vits_are_those_with_plain_blocks():
     names = set(vit.names())
     assert {"vit_tiny_patch16_224", "vit_base_patch32_384", "deit_small_patch16_224", "deit3_base_patch16_224"} <= names
-    assert not [name for name in names if "rope" in name or "xp_" in name or "distilled" in name]
+    assert not [name for name in names if "rope" in name or "xp_" in name]
 
 
 def test_a_vits_preprocessing_is_its_own():

@@ -11,8 +11,9 @@ import torch
 
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import sha256, sidecar_path
-from qswin.models.state_dicts import read_state
-from qswin.qat import checkpoint, float_model
+from qswin.models import registry
+from qswin.models.checkpoints.state_dicts import read_state
+from qswin.qat import checkpoint
 from qswin.qat.checkpoint import Description, load_checkpoint, load_model, read_description, save_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.quant.quantizers import quantizers
@@ -159,7 +160,7 @@ def test_the_checksum_of_bare_weights_is_of_what_was_read(config_file, monkeypat
         torch.save(small_swin(seed=1).state_dict(), path)
         return data
 
-    monkeypatch.setattr(float_model, "read_content", read)
+    monkeypatch.setattr(registry, "read_content", read)
     model, description, digest = load_model(path, str(config_file), [])
     assert torch.equal(model.head.fc.weight, small_swin().head.fc.weight)
     assert digest == description.parent == hashlib.sha256(first).hexdigest() != sha256(path)

@@ -173,7 +173,8 @@ def build(config_file, *overrides):
 
 def test_one_number_is_the_side_of_a_square(config_file):
     settings = "model.kwargs.img_size=64", "data.preprocessing.size=64", "data.preprocessing.size=[64, 64]"
-    assert build(config_file, *settings[:2])[1] == build(config_file, settings[0], settings[2])[1]
+    built = [build(config_file, settings[0], size).preprocessing for size in settings[1:]]
+    assert built[0] == built[1]
 
 
 @pytest.mark.parametrize(

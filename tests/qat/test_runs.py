@@ -13,8 +13,8 @@ import yaml
 from qswin.calib.histogram_file import HISTOGRAMS
 from qswin.calib.lock import LOCK, lock_folder
 from qswin.qat.config import load_config
-from qswin.qat.convert import convert
 from qswin.qat.distributed import process_group
+from qswin.qat.foreign.convert import convert
 from qswin.qat.ptq.job import run_calibration
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
+import qswin
 from qswin.qat.quant.coverage import coverage
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import Recipe, Rule, named_recipe
@@ -121,3 +122,51 @@ def test_a_swin_within_another_model_is_rewritten_too(images):
         quantizer.site for quantizer in quantizers(twin)
     }
     assert coverage(twin).in_float == ("boxes",)
+
+
+class Nested(nn.Module):
+    """A Swin somewhere in lists and dicts of modules, as users' models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        swin = timm.create_model(V2, num_classes=5, **SMALL)
+        self.parts = nn.ModuleDict({"trunk": nn.ModuleList([nn.Identity(), nn.Sequential(swin)])})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts["trunk"]:
+            x = part(x)
+        return x
+
+
+@torch.no_grad()
+def test_a_swin_is_found_at_any_depth_calibrated_and_enabled(images):
+    model = Nested().eval()
+    twin = qswin.quantize(model, named_recipe("full"))
+    torch.testing.assert_close(twin(images), model(images), rtol=1e-5, atol=1e-6)
+    for parameter in twin.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))  # V2's norms start at 0
+    qswin.calibrate(twin, [images])
+    qswin.enable(twin)
+    assert all("parts.trunk.1.0." in quantizer.site for quantizer in quantizers(twin))
+    assert not torch.equal(twin(images), model(images))
+
+
+@pytest.mark.parametrize("build", [torchvision.models.swin_t, torchvision.models.swin_v2_t])
+@pytest.mark.parametrize("nested", [False, True])
+def test_torchvisions_swin_is_refused_with_what_to_do(build, nested):
+    """It would be left in float: its attention multiplies by its linears' weights itself."""
+    model = nn.Sequential(build()) if nested else build()
+    words = "SwinTransformer of torchvision.*has no quantized twins.*qswin.build_model.*checkpoint=FILE"
+    with pytest.raises(ValueError, match=words):
+        quantize(model, named_recipe("full"))
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Swinv2", "ViT", "DeiT"])
+def test_transformers_modules_are_warned_of_with_what_to_do(kind, messages):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {"embed_dim": 16, "depths": [1], "num_heads": [2]} if "Swin" in kind else small
+    config = getattr(transformers, f"{kind}Config")(**small)
+    quantize(getattr(transformers, f"{kind}Model")(config), named_recipe("full"))
+    first = messages(logging.WARNING)[0]
+    assert "has no quantized twin" in first and f"{kind}Model of transformers" in first and "build_model" in first

@@ -9,11 +9,11 @@ from pathlib import Path
 from absl import logging
 from torch import Tensor, nn
 
+from qswin.models.checkpoints.state_dicts import read_content, read_state, rename
 from qswin.models.family import Family
 from qswin.models.registry import family_of
-from qswin.models.state_dicts import read_content, read_state, rename
 from qswin.qat.checkpoint import Description, load_state, save_checkpoint
-from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.float_model import build_float_model
 from qswin.qat.quant.quantizers import SCALE_KEY, quantizers
 from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import quantize
@@ -99,10 +99,10 @@ def convert(config: Config) -> Path:
         return out
     # The weights come with the ranges: the float model has any.
     architecture = dataclasses.replace(config.model, checkpoint=None, pretrained=False)
-    model, preprocessing, _ = build_float_model(architecture, config.data.preprocessing)
-    twin = quantize(model, recipe)
-    digest = load_foreign(twin, model, family_of(config.model.name), path)
-    description = Description(model_arguments(config.model), "ptq", preprocessing, recipe=recipe, parent=digest)
+    floating = build_float_model(architecture, config.data.preprocessing)
+    twin = quantize(floating.model, recipe)
+    digest = load_foreign(twin, floating.model, family_of(config.model.name), path)
+    description = Description(floating.arguments, "ptq", floating.preprocessing, recipe=recipe, parent=digest)
     run.claim()
     save_checkpoint(out, twin, description)
     logging.info("%s: %d quantizers from %s", out, len(list(quantizers(twin))), path)

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from qswin.models.state_dicts import check_state, read_state
+from qswin.models.checkpoints.state_dicts import check_state, read_state
 
 WEIGHT = torch.ones(2, 3)
 

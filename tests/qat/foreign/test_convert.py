@@ -11,7 +11,7 @@ import torch
 
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.config import load_config
-from qswin.qat.convert import convert
+from qswin.qat.foreign.convert import convert
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.layers import QuantConv2d, QuantLinear
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule

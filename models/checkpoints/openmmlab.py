@@ -1,0 +1,67 @@
+"""Swin of OpenMMLab: mmpretrain (and mmcls), mmdetection and mmsegmentation."""
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from qswin.models.checkpoints.layouts import next_stage, window_of, without_buffers
+from qswin.models.checkpoints.state_dicts import rename
+from qswin.models.checkpoints.weights import Source, Weights
+
+RENAMES = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^stages\.", "layers."),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
+HEAD = "head.fc."
+
+
+def read_swin(state: dict[str, Tensor], folder: Path) -> Weights:
+    """A Swin V1: a classifier of mmpretrain, or the backbone of a detector or segmentor, without a head.
+
+    Raises:
+        ValueError: it is a Swin V2, or has absolute position embeddings.
+    """
+    if any(key.endswith(".w_msa.logit_scale") for key in state):
+        raise ValueError("a Swin V2 of OpenMMLab, which is not read; take timm's or transformers' file of it")
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if _is_backbones(key, state)}
+    renamed = {rename(key, RENAMES): value for key, value in backbone.items()}
+    last = max(int(key.split(".")[1]) for key in renamed if key.startswith("layers."))
+    converted: dict[str, Tensor] = {}
+    for key, value in without_buffers(renamed).items():
+        if re.match(r"norm\d\.", key):  # one for each of out_indices; a classifier reads the last
+            if not key.startswith(f"norm{last}."):
+                continue
+            key = re.sub(r"^norm\d\.", "norm.", key)
+        if ".downsample." in key:
+            value = _unfold_order_to_timms(value)
+        converted[next_stage(key)] = value
+    head = {key: value for key, value in state.items() if key.startswith(HEAD)}
+    settings = {"window_size": window_of(converted)[0]}
+    if not head:
+        return Weights(converted, "OpenMMLab", settings, headless="it is a detector's or segmentor's backbone")
+    crop = {"crop_pct": 224 / 256, "crop_mode": "center"}
+    told = "mmpretrain: resize 256, crop 224" if settings["window_size"] == 7 else None
+    return Weights({**converted, **head}, "OpenMMLab", settings, crop if told else {}, told)
+
+
+def _is_backbones(key: str, state: dict[str, Tensor]) -> bool:
+    """A whole model's backbone has a prefix; a backbone that was saved alone has none, and nothing else is there."""
+    prefixed = any(other.startswith("backbone.stages.") for other in state)
+    return key.startswith("backbone.") or not (prefixed or key.startswith(HEAD))
+
+
+def _unfold_order_to_timms(value: Tensor) -> Tensor:
+    """Patch merging's norm (4C,) or reduction (2C, 4C), whose last axis is in nn.Unfold's order.
+
+    nn.Unfold orders what it cuts out by channel, row, column; timm orders it by column, row, channel.
+    """
+    *rows, columns = value.shape
+    cut = value.reshape(*rows, columns // 4, 2, 2)
+    return cut.transpose(-1, -3).reshape(value.shape)
+
+
+SWIN = Source(r"(backbone\.)?stages\.0\.blocks\.0\.attn\.w_msa\.", read_swin)
