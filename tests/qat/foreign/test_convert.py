@@ -5,9 +5,11 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.config import load_config
@@ -74,6 +76,28 @@ def test_a_modelopt_checkpoint_computes_the_same(config_file, images, tmp_path):
         convert(load_config(config_file, settings(config_file, tmp_path / "theirs.pth", "gemm")))
     )
     with torch.no_grad():
+        torch.testing.assert_close(model(images), twin(images))
+
+
+def fp8(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's FP8 by hand: scaled by 448 / amax, cast, scaled back."""
+    return (x * 448 / amax).clamp(-448, 448).to(torch.float8_e4m3fn).float() * amax / 448
+
+
+def test_a_modelopt_fp8_checkpoint_computes_the_same(config_file, images, tmp_path):
+    """With one range a weight, by the recipe that docs/moving.md gives; one layer by hand."""
+    text = (Path(__file__).parents[3] / "docs" / "moving.md").read_text()
+    recipe = yaml.safe_load(re.search(r"```yaml\n(name: modelopt-fp8.*?)```", text, re.DOTALL)[1])
+    twin = quantize(small_swin(), Recipe.from_dict(recipe))
+    find_ranges(twin, [images])
+    torch.save(modelopts(twin.state_dict()), tmp_path / "theirs.pth")
+    config = load_config(config_file, settings(config_file, tmp_path / "theirs.pth", recipe))
+    model, _ = load_checkpoint(convert(config))
+    layer, x = model.layers[0].blocks[0].mlp.fc1, torch.randn(7, 16)
+    with torch.no_grad():
+        weight = fp8(layer.weight, layer._weight_quantizer._amax)
+        expected = torch.nn.functional.linear(fp8(x, layer._input_quantizer._amax), weight, layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model(images), twin(images))
 
 

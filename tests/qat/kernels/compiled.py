@@ -1,11 +1,16 @@
-"""Prints, for each kernel, its machine code for compute capability 8.0 and what Inductor believes it writes to. No GPU.
+"""Prints, for each kernel, its code for a GPU that is not here, its spills and what Inductor believes it writes to.
 
-    TRITON_INTERPRET=0 python -m tests.qat.kernels.compiled
+    TRITON_INTERPRET=0 python -m tests.qat.kernels.compiled CAPABILITY FORMAT        # such as 80 int8, 90 fp8
 
 A process of its own, for the tests' process runs kernels in the interpreter.
 """
 
 import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +22,13 @@ from triton.compiler import ASTSource
 
 from qswin.qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed
 
-TARGET = GPUTarget("cuda", 80, 32)
-DTYPES = {"*i8": torch.int8, "*i32": torch.int32, "*fp16": torch.float16, "*fp32": torch.float32}
+DTYPES = {
+    "*i8": torch.int8,
+    "*fp8e4nv": torch.float8_e4m3fn,
+    "*i32": torch.int32,
+    "*fp16": torch.float16,
+    "*fp32": torch.float32,
+}
 LINEAR = {"N": 384, "K": 96, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
 NORM = {"CHANNELS": 96, "BLOCK_ROWS": 4, "BLOCK_CHANNELS": 128}
 IMAGE = {
@@ -34,63 +44,81 @@ IMAGE = {
 WINDOWS = {"CHANNELS": 96, "HEAD_DIM": 32, "BLOCK_TOKENS": 64, "WINDOWS_PER_PROGRAM": 1}
 FLOATS = {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "token_ids_ptr": "*i32", "qk_scale_ptr": "*fp32"}
 FLOATS |= {"inv_scale_ptr": "*fp32"}
-WEIGHTS = FLOATS | {"weight_ptr": "*i8"}
 NORMS = FLOATS | {"weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32"}
-# name: (kernel, its pointers' types, its constants)
-KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-    "linear": (linear._linear_kernel, WEIGHTS | {"x_ptr": "*i8", "out_ptr": "*i8"}, LINEAR | {"GELU": True}),
-    "add": (linear._linear_add_kernel, WEIGHTS | {"x_ptr": "*i8", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"}, LINEAR),
-    "norm_quantize": (
-        norm_quantize._norm_quantize_kernel,
-        NORMS | {"x_ptr": "*fp16", "out_ptr": "*i8"},
-        NORM | {"TOKENS": 1, "NORM": True},
-    ),
-    "gather: no norm": (
-        norm_quantize._norm_quantize_kernel,
-        NORMS | {"x_ptr": "*fp16", "out_ptr": "*i8"},
-        NORM | {"TOKENS": 4, "NORM": False},
-    ),
-    "norm_add": (
-        norm_add._norm_add_kernel,
-        NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
-        NORM,
-    ),
-    "patch_embed": (
-        patch_embed._patch_embed_kernel,
-        NORMS | {"image_ptr": "*fp16", "weight_ptr": "*i8", "out_ptr": "*fp16"},
-        IMAGE,
-    ),
-    "attention": (
-        attention._window_attention_kernel,
-        FLOATS | {"qkv_ptr": "*i8", "bias_ptr": "*fp16", "out_ptr": "*i8"},
-        WINDOWS | {"NUM_TOKENS": 49, "COSINE": False},
-    ),
-    "cosine": (
-        attention._window_attention_kernel,
-        FLOATS | {"qkv_ptr": "*fp16", "bias_ptr": "*fp16", "out_ptr": "*i8"},
-        WINDOWS | {"NUM_TOKENS": 64, "COSINE": True},
-    ),
-}
+LEVELS = {"int8": "*i8", "fp8": "*fp8e4nv"}
+
+
+def kernels(level: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
+    """{name: (kernel, its pointers' types, its constants)}, `level` being the type of a pointer to levels."""
+    weights = FLOATS | {"weight_ptr": level}
+    return {
+        "linear": (linear._linear_kernel, weights | {"x_ptr": level, "out_ptr": level}, LINEAR | {"GELU": True}),
+        "add": (
+            linear._linear_add_kernel,
+            weights | {"x_ptr": level, "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
+            LINEAR,
+        ),
+        "norm_quantize": (
+            norm_quantize._norm_quantize_kernel,
+            NORMS | {"x_ptr": "*fp16", "out_ptr": level},
+            NORM | {"TOKENS": 1, "NORM": True},
+        ),
+        "gather: no norm": (
+            norm_quantize._norm_quantize_kernel,
+            NORMS | {"x_ptr": "*fp16", "out_ptr": level},
+            NORM | {"TOKENS": 4, "NORM": False},
+        ),
+        "norm_add": (
+            norm_add._norm_add_kernel,
+            NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
+            NORM,
+        ),
+        "patch_embed": (
+            patch_embed._patch_embed_kernel,
+            NORMS | {"image_ptr": "*fp16", "weight_ptr": level, "out_ptr": "*fp16"},
+            IMAGE,
+        ),
+        "attention": (
+            attention._window_attention_kernel,
+            FLOATS | {"qkv_ptr": level, "bias_ptr": "*fp16", "out_ptr": level},
+            WINDOWS | {"NUM_TOKENS": 49, "COSINE": False, "UNSIGNED": level == "*i8"},
+        ),
+        "cosine": (
+            attention._window_attention_kernel,
+            FLOATS | {"qkv_ptr": "*fp16", "bias_ptr": "*fp16", "out_ptr": level},
+            WINDOWS | {"NUM_TOKENS": 64, "COSINE": True, "UNSIGNED": False},
+        ),
+    }
 
 
 def is_float(name: str) -> bool:
     return name in ("eps", "av_scale") or name.endswith("inv_scale")
 
 
-def machine_code(name: str) -> str:
+def machine_code(target: GPUTarget, kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> str:
     """PTX, Python floats being typed as torch 2.11's Inductor types them."""
-    kernel, pointers, constants = KERNELS[name]
     names = kernel.arg_names
     types = {n: pointers.get(n, "fp64" if is_float(n) else "i32") for n in names} | dict.fromkeys(
         constants, "constexpr"
     )
     source = ASTSource(kernel, types, {(names.index(n),): value for n, value in constants.items()})
-    return triton.compile(source, target=TARGET, options={"num_warps": 4}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
 
 
-def written(name: str) -> list[str]:
+def spilled(ptx: str) -> int:
+    """Bytes of registers that do not fit and go through memory, by the assembler."""
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+    knobs = triton.knobs.nvidia
+    ptxas = knobs.ptxas_blackwell if arch.startswith(("sm_10", "sm_12")) else knobs.ptxas
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.ptx").write_text(ptx)
+        command = [ptxas.path, "-v", f"--gpu-name={arch}", "kernel.ptx", "-o", "kernel.cubin"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", done.stderr)))
+
+
+def written(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> list[str]:
     """The arguments that Inductor finds a store into."""
-    kernel, pointers, constants = KERNELS[name]
     with FakeTensorMode():
         arguments = {n: 1.5 if is_float(n) else 64 for n in kernel.arg_names}
         arguments |= {
@@ -104,13 +132,25 @@ def written(name: str) -> list[str]:
 class Driver:
     """What is asked of a GPU's driver when nothing is run."""
 
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
     def get_current_target(self) -> GPUTarget:
-        return TARGET
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
 
 
+def main(capability: str, number_format: str) -> None:
+    target = GPUTarget("cuda", int(capability), 32)
+    triton.runtime.driver.set_active(Driver(target))
+    found = {}
+    for name, (kernel, pointers, constants) in kernels(LEVELS[number_format]).items():
+        code = machine_code(target, kernel, pointers, constants)
+        found[name] = {"code": code, "spilled": spilled(code), "written": written(kernel, pointers, constants)}
+    print(json.dumps(found))
+
+
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Driver())
-    print(json.dumps({name: {"code": machine_code(name), "written": written(name)} for name in KERNELS}))
+    main(*sys.argv[1:])
