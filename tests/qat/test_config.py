@@ -83,7 +83,7 @@ def test_recipes_are_names_files_or_mappings(config_file, tmp_path):
     (file := tmp_path / "mine.yaml").write_text(yaml.safe_dump(written))
     assert recipe_of(load_config(config_file, [f"recipe={file}"])).to_dict() == {
         **recipe.to_dict(),
-        "calibrator": "mse",
+        "calibrator": None,
     }
 
 

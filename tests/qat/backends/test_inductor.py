@@ -88,7 +88,7 @@ def test_the_package_that_is_loaded_is_the_one_that_was_checked(tmp_path, monkey
     path, loaded = tmp_path / "x.pt2", []
     built = {"target": "inductor", "version": torch.__version__, "capability": "9.0", "profile": [1, 1, 1]}
     write_with_sidecar(path, b"package", inductor.KIND, {**SIDECAR, **built})
-    monkeypatch.setattr(inductor, "check_gpu", lambda: path.write_bytes(b"another") and "9.0")
+    monkeypatch.setattr(inductor, "check_gpu", lambda precision: path.write_bytes(b"another") and "9.0")
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file, **options: loaded.append(file.read()))
     inductor.Package(path)
     assert loaded == [b"package"]
@@ -114,9 +114,9 @@ def test_a_library_with_its_own_cpp_library_is_refused(tmp_path, links):
 COPIES = """
 import ast
 from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source_of
-from tests.qat.kernels.compiled import KERNELS
+from tests.qat.kernels.compiled import kernels
 
-for kernel, _, _ in KERNELS.values():
+for kernel, _, _ in kernels("*i8").values():
     compile(ast.literal_eval("'''" + source_of(kernel) + "'''"), "copy", "exec")
 """
 

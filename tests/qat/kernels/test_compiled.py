@@ -14,7 +14,7 @@ TARGETS = [
     ("80", "int8", "mma.sync"),
     ("89", "fp8", "mma.sync"),
     *(
-        pytest.param(*target, marks=SLOW)
+        pytest.param(target, marks=SLOW)
         for target in (
             ("86", "int8", "mma.sync"),
             ("89", "int8", "mma.sync"),
@@ -58,7 +58,7 @@ def test_products_are_the_matrix_units_in_the_format(compiled):
 
 
 def test_registers_suffice(compiled):
-    """What spills goes through memory. GELU's kernel spills 16 bytes on Hopper, the stem's 32 on 10.0; no other does."""
+    """What spills goes through memory: 16 bytes of GELU's kernel on Hopper, 32 of the stem's on 10.0, no other."""
     kernels, _, _ = compiled
     allowed = {"linear": 16, "patch_embed": 32}
     assert all(kernel["spilled"] <= allowed.get(name, 0) for name, kernel in kernels.items())
