@@ -170,13 +170,13 @@ def squared_errors(x: Any, ranges: Iterable[float], grid: Grid, total: Callable[
 def entropy_range(histogram: Histogram, grid: Grid, bins: int = 2048, start_bin: int = 128) -> float:
     """TensorRT's entropy calibration: the range whose quantized distribution has the least KL divergence.
 
-    S. Migacz, "8-bit inference with TensorRT", GTC 2017. For every i from `start_bin` to `bins`, P is the first i bins
-    with everything beyond added to the last of them, Q is the same i bins merged into 2**(bits - 1) levels and spread
-    evenly over those that are not empty. As in TensorRT, the first bin's count is replaced by the second's, so that a
-    crowd of zeros does not decide, and ties go to the wider range.
+    S. Migacz, "8-bit inference with TensorRT", GTC 2017. For every i from `start_bin` (or qmax + 1, if that is more) to
+    `bins`, P is the first i bins with everything beyond added to the last of them, Q is the same i bins merged into
+    qmax + 1 levels and spread evenly over those that are not empty. As in TensorRT, the first bin's count is replaced
+    by the second's, so that a crowd of zeros does not decide, and ties go to the wider range.
 
     Spread evenly, Q is constant within a level, so KL(P, Q) = sum_j p_j log p_j - sum_k P_k log q_k needs only prefix
-    sums: 2**(bits - 1) terms a candidate instead of i.
+    sums: qmax + 1 terms a candidate instead of i.
 
     Raises:
         ValueError: the grid's levels are not evenly spaced, as those of FP8.
@@ -185,9 +185,11 @@ def entropy_range(histogram: Histogram, grid: Grid, bins: int = 2048, start_bin:
         raise ValueError(f"calibrator 'entropy' is for evenly spaced levels, not for {grid.name}; choose max or mse")
     counts = histogram.rebinned(bins)
     counts[0] = counts[1]
-    divergences = [_kl_divergence(counts, i, 2 ** (grid.bits - 1)) for i in range(start_bin, bins + 1)]
+    levels = int(grid.qmax) + 1
+    first = max(start_bin, levels)
+    divergences = [_kl_divergence(counts, i, levels) for i in range(first, bins + 1)]
     best = len(divergences) - 1 - int(np.argmin(divergences[::-1]))
-    return histogram.amax * (best + start_bin) / bins
+    return histogram.amax * (best + first) / bins
 
 
 def _kl_divergence(counts: np.ndarray, i: int, levels: int) -> float:

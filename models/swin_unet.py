@@ -182,8 +182,10 @@ def read(state: dict[str, Tensor], folder: Path) -> Weights:
 
 
 def recognize(weights: Weights) -> Recognized:
-    """The published model."""
-    (head,) = [value for key, value in weights.state.items() if key.endswith("output.weight")]
+    """The published model. Raises ValueError for half a checkpoint."""
+    head = next((value for key, value in weights.state.items() if key.endswith("output.weight")), None)
+    if head is None:
+        raise ValueError("not a whole checkpoint: output.weight is missing; save model.state_dict()")
     assumed = "images of 224 x 224 and blocks of the published model (model.kwargs)"
     return Recognized(next(iter(NAMES)), len(head), assumed=(assumed,))
 

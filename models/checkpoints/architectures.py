@@ -141,6 +141,7 @@ def recognize_vit(weights: Weights, names: Collection[str]) -> Recognized:
     width, _, _, patch = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, state) if match)
     kind = r"deit_\w+_distilled" if "head_dist.weight" in state else r"(vit|deit3?)_(?!.*distilled)\w+"
+    heads = _vit_heads(width, weights)
     size = VIT_SIZES.get(width, "tiny")
     candidates = sorted(
         (name for name in names if re.match(kind, name) and f"_{size}_" in name and f"_patch{patch}_" in name),
@@ -154,8 +155,7 @@ def recognize_vit(weights: Weights, names: Collection[str]) -> Recognized:
         if not _has_names(base, depth, weights):
             raise ValueError("a ViT with parts that none of timm's models of its size has; docs/models.md lists them")
     assumed = []
-    if "num_heads" not in weights.settings:
-        heads = width // 64 if width % 64 == 0 else 1
+    if heads is not None:
         assumed.append(f"{heads} heads of {width // heads}, which no tensor tells (model.kwargs.num_heads)")
         settings["num_heads"] = heads
     if weights.preprocessing_from is None:
@@ -166,6 +166,20 @@ def recognize_vit(weights: Weights, names: Collection[str]) -> Recognized:
     sides = {} if "img_size" in weights.settings else _side(base, patch, state)
     kept = {} if usual else settings
     return Recognized(base, _classes(weights, "head.weight"), {**kept, **sides}, tuple(assumed))
+
+
+def _vit_heads(width: int, weights: Weights) -> int | None:
+    """The number of heads that timm's models of a width have; None where the weights say theirs.
+
+    Raises:
+        ValueError: they do not, and timm has no model of the width here.
+    """
+    if "num_heads" in weights.settings:
+        return None
+    if width not in VIT_SIZES:
+        what = f"a ViT of width {width}, whose number of heads no tensor tells"
+        raise ValueError(f"{what}; write a config for it, with model.kwargs.embed_dim, depth and num_heads")
+    return width // 64
 
 
 def _has_names(name: str, depth: int, weights: Weights) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+NO_ABSOLUTE_POSITIONS = "a Swin with absolute position embeddings (ape), which is not supported; train it without"
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")  # that models compute themselves
 
 

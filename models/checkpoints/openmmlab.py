@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qswin.models.checkpoints.layouts import next_stage, window_of, without_buffers
+from qswin.models.checkpoints.layouts import NO_ABSOLUTE_POSITIONS, next_stage, window_of, without_buffers
 from qswin.models.checkpoints.state_dicts import rename
 from qswin.models.checkpoints.weights import Source, Weights
 
@@ -29,6 +29,8 @@ def read_swin(state: dict[str, Tensor], folder: Path) -> Weights:
         raise ValueError("a Swin V2 of OpenMMLab, which is not read; take timm's or transformers' file of it")
     backbone = {key.removeprefix("backbone."): value for key, value in state.items() if _is_backbones(key, state)}
     renamed = {rename(key, RENAMES): value for key, value in backbone.items()}
+    if "absolute_pos_embed" in renamed:
+        raise ValueError(NO_ABSOLUTE_POSITIONS)
     last = max(int(key.split(".")[1]) for key in renamed if key.startswith("layers."))
     converted: dict[str, Tensor] = {}
     for key, value in without_buffers(renamed).items():

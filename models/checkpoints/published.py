@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qswin.models.checkpoints.layouts import next_stage, without_buffers
+from qswin.models.checkpoints.layouts import NO_ABSOLUTE_POSITIONS, next_stage, without_buffers
 from qswin.models.checkpoints.state_dicts import rename
 from qswin.models.checkpoints.weights import Source, Weights
 
@@ -25,7 +25,7 @@ def read_original_swin(state: dict[str, Tensor], folder: Path) -> Weights:
     renames = ((rf"^norm{last}\.", "norm."), (r"^head\.(?!fc\.)", "head.fc."))
     converted = {next_stage(rename(key, renames)): value for key, value in without_buffers(_backbone(state)).items()}
     if "absolute_pos_embed" in converted:
-        raise ValueError("a Swin with absolute position embeddings (ape), which is not supported; train it without")
+        raise ValueError(NO_ABSOLUTE_POSITIONS)
     if any(key.startswith("backbone.") for key in state):
         kept = {key: value for key, value in converted.items() if not re.match(r"norm\d", key)}  # one of a lower stage
         return Weights(kept, ORIGINAL, told=told, headless="it is a detector's or segmentor's backbone")

@@ -1,6 +1,6 @@
 """The target `inductor`: a calibrated checkpoint as an AOTInductor package (.pt2) that runs the project's kernels.
 
-A package holds compiled code and integer weights: running it needs torch and a GPU of its compute capability, but
+A package holds compiled code and weights as levels: running it needs torch and a GPU of its compute capability, but
 neither qswin nor timm. It is code: load only packages you built yourself.
 """
 

@@ -16,7 +16,7 @@ COMMON = ("target", "engine", "json")  # the flags of every target
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Builds a TensorRT engine from an exported ONNX file, without a GPU a TensorRT-RTX one, or, from a calibrated"
-        " checkpoint, a package of the project's own INT8 kernels (inductor)."
+        " checkpoint, a package of the project's own kernels, in INT8 or FP8 (inductor)."
     )
     parser.epilog = (
         "example:\n"
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--onnx", type=Path, help="the exported file to build from")
     parser.add_argument(
-        "--checkpoint", type=Path, help="to build from, of --target inductor: calibrated with recipe=attention"
+        "--checkpoint",
+        type=Path,
+        help="to build from, of --target inductor: calibrated with recipe=attention or attention-fp8",
     )
     parser.add_argument("--engine", required=True, type=Path, help="the file to write; its sidecar goes beside it")
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)}; default: best")

@@ -112,8 +112,8 @@ class LoweredNorm(nn.Module):
 
     def norm_quantize(self, x: Tensor, reader: LoweredLinear) -> Tensor:
         """(B, L, C) float -> (B * R, T * C) levels for the layer that reads them."""
-        scale, dtype = 1 / reader.input_scale, reader.weight.dtype
-        return norm_quantize(x, self.token_ids, self.weight, self.bias, self.eps, scale, dtype)
+        inv_scale, dtype = 1 / reader.input_scale, reader.weight.dtype
+        return norm_quantize(x, self.token_ids, self.weight, self.bias, self.eps, inv_scale, dtype)
 
     def gather_quantize(self, x: Tensor, reader: LoweredLinear) -> Tensor:
         """(B, L, C) float -> (B * R, T * C) levels of x itself for the layer that reads them.

@@ -46,7 +46,7 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
         ValueError: a site that the kernels need is in float, of another format or not calibrated, a site that they lack
             is quantized, or one scales channels that they do not (it is named); or no block is among `parts`.
     """
-    check_formats(twin)
+    check_one_format(twin)
     lowered = copy.deepcopy(twin).eval()
     sizes = _input_sizes(lowered, image)
     if not sizes:
@@ -64,7 +64,7 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
     return lowered
 
 
-def check_formats(twin: nn.Module) -> None:
+def check_one_format(twin: nn.Module) -> None:
     """Raises ValueError, naming the first site at fault, unless all sites are in INT8, or all in FP8.
 
     With INT8, the probabilities of attention may be unsigned.
@@ -76,7 +76,8 @@ def check_formats(twin: nn.Module) -> None:
         if first == INT8.name and site.endswith("attn.probs"):
             allowed.add(UINT8.name)
         if name not in allowed:
-            raise ValueError(f"{site} is in {name}; the kernels need all sites in int8, or all in fp8")
+            what = "the kernels need all sites in int8, or all in fp8: calibrate with recipe=attention or attention-fp8"
+            raise ValueError(f"{site} is in {name}; {what}")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -139,6 +139,9 @@ class TensorQuantizer(nn.Module):
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         """Counts |x| into the histogram; the binning is `Histogram.add`'s, done on x's device."""
+        if self.spec.grid.qmin == 0 and bool((x < 0).any()):
+            name = self.spec.grid.name
+            raise ValueError(f"{self.site}: it has negative values, which {name} lacks; choose int8 or fp8 there")
         if self.histogram is None or self.spec.amax is not None:
             return
         parts = x.detach().split(_rows(x))

@@ -129,9 +129,10 @@ class Recipe:
 
 def _check(settings: Rule | Recipe) -> None:
     """Raises ValueError for a format or a calibrator that is not known."""
-    for format_name in (settings.weight_format, settings.activation_format):
-        if format_name is not None:
-            grid_of(format_name)
+    if settings.activation_format is not None:
+        grid_of(settings.activation_format)
+    if settings.weight_format is not None:
+        _ = grid_of(settings.weight_format).of_weights
     for calibrator in (settings.weight_calibrator, settings.calibrator):
         if calibrator is not None:
             parse_calibrator(calibrator)

@@ -1,5 +1,6 @@
 """Calibrators against brute force on the raw values."""
 
+import dataclasses
 import tracemalloc
 from collections import Counter
 
@@ -12,7 +13,7 @@ from scipy import stats
 
 from qswin.calib import calibrators
 from qswin.calib.calibrators import CALIBRATORS, Histogram, Parameter, calibrator, find_range, parse_calibrator
-from qswin.calib.grid import FP8, grid_of
+from qswin.calib.grid import FP8, UINT8, grid_of
 from tests.helpers import filled
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -212,3 +213,12 @@ def test_fp8_has_its_own_search_and_no_entropy():
     assert error <= 1.01 * min(errors)
     with pytest.raises(ValueError, match="'entropy' is for evenly spaced levels, not for fp8; choose max or mse"):
         find_range(histogram, "entropy", FP8)
+
+
+def test_entropy_of_unsigned_levels_is_that_of_twice_as_many():
+    """uint8 has 256 levels from 0, int8 128: with half the values' resolution the best range is another."""
+    values = np.random.default_rng(1).exponential(1.0, 20000).astype(np.float32) ** 2
+    histogram = filled(values)
+    nine = dataclasses.replace(grid_of("int8"), name="int9", bits=9, qmin=-256, qmax=255)
+    assert find_range(histogram, "entropy", UINT8) == find_range(histogram, "entropy", nine)
+    assert find_range(histogram, "entropy", UINT8) != find_range(histogram, "entropy", grid_of("int8"))

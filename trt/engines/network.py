@@ -10,7 +10,7 @@ from qswin.trt.engines.options import BuildOptions
 from qswin.trt.engines.precision import set_layer_precisions
 from qswin.trt.engines.version import TensorRT, tensorrt_module
 from qswin.trt.graphs.files import with_batch
-from qswin.trt.graphs.half_precision import formats
+from qswin.trt.graphs.half_precision import level_formats
 
 DEFAULT_CAPABILITY = "8.9"  # of TensorRT-RTX's engines
 
@@ -51,7 +51,7 @@ def build_network(
         if tensorrt.can.weak_typing:
             set_layer_precisions(network, overrides)
         mark_outputs(network, outputs)
-        config = _config(network, profile, options, tensorrt, calibrator, formats(model))
+        config = _config(network, profile, options, tensorrt, calibrator, level_formats(model))
         engine = engine_bytes_from_network((builder, network, parser), config, save_timing_cache=_timing_cache(options))
     except PolygraphyException as error:
         raise ValueError(f"{path}: {tensorrt} cannot build it ({error}); its log is above") from error
@@ -104,7 +104,7 @@ def _config(
         tf32=precision in ("tf32", "best"),
         fp16=weak and precision in ("fp16", "int8", "fp8", "best"),
         fp8=weak and "fp8" in levels,
-        int8=weak and (precision == "int8" or (precision == "best" and (calibrator is not None or "int8" in levels))),
+        int8=weak and (precision == "int8" or "int8" in levels or (precision == "best" and calibrator is not None)),
         calibrator=calibrator,
         precision_constraints="prefer" if weak and options.override else None,
         # Without cuBLAS and cuDNN, off by default since TensorRT 10: an engine without them needs neither installed.

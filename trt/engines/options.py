@@ -10,7 +10,7 @@ from qswin.calib.trt_cache.cache_file import read_cache
 from qswin.trt.engines.cuda import find_gpu
 from qswin.trt.engines.version import TARGETS, TensorRT
 from qswin.trt.graphs.files import opset
-from qswin.trt.graphs.half_precision import formats, is_half, is_quantized
+from qswin.trt.graphs.half_precision import is_half, is_quantized, level_formats
 
 PRECISIONS = ("fp32", "tf32", "fp16", "int8", "fp8", "best")
 FLOATING = ("fp32", "tf32", "fp16")
@@ -82,7 +82,9 @@ def check_possible(
             f"{tensorrt} builds on a GPU, and there is none here; --target tensorrt-rtx builds without one"
         )
     if options.override and options.precision in ("fp32", "tf32"):
-        raise ValueError("--override is for --precision fp16, int8 or best: in fp32 and tf32 there is nothing to keep")
+        raise ValueError(
+            "--override is for --precision fp16, int8, fp8 or best: in fp32 and tf32 there is nothing to keep"
+        )
     _check_precision(path, model, options, calibrated)
     _check_formats(path, model, options, tensorrt)
     if options.calib_cache is not None:
@@ -101,7 +103,7 @@ def _check_precision(path: Path, model: onnx.ModelProto, options: BuildOptions, 
 
 def _check_formats(path: Path, model: onnx.ModelProto, options: BuildOptions, tensorrt: TensorRT) -> None:
     """Raises ValueError where the number formats of the graph's Q/DQ are not the precision's, or none of TensorRT's."""
-    found = formats(model)
+    found = level_formats(model)
     if "uint8" in found:
         raise ValueError(
             f"{path}: has Q/DQ nodes with unsigned levels, which {tensorrt} lacks; calibrate without uint8"
@@ -117,8 +119,16 @@ def _check_formats(path: Path, model: onnx.ModelProto, options: BuildOptions, te
     capability = options.capability
     if capability is None and tensorrt.can.needs_gpu and (gpu := find_gpu()) is not None:
         capability = gpu.capability
-    if capability is not None and tuple(map(int, capability.split("."))) < OLDEST_FP8:
+    if capability is not None and _numbers(capability) < OLDEST_FP8:
         raise ValueError(f"{path}: FP8 needs compute capability 8.9 or newer, not {capability}; calibrate to INT8")
+
+
+def _numbers(capability: str) -> tuple[int, ...]:
+    """(8, 9) of "8.9". Raises ValueError for what is not a compute capability."""
+    parts = capability.split(".")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--capability {capability}: give a compute capability, such as 8.9")
+    return tuple(map(int, parts))
 
 
 def _check_cache(path: Path, cache: Path, options: BuildOptions, tensorrt: TensorRT, quantized: bool) -> None:

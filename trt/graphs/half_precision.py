@@ -11,12 +11,25 @@ def is_quantized(model: onnx.ModelProto) -> bool:
     return any(node.op_type in QDQ for node in model.graph.node)
 
 
-def formats(model: onnx.ModelProto) -> set[str]:
-    """The number formats of the Q/DQ nodes, by the types of their zero points: int8, uint8, fp8, or ONNX's name."""
+def level_formats(model: onnx.ModelProto) -> set[str]:
+    """The number formats of the Q nodes, and of the DQ nodes of stored weights: int8, uint8, fp8, or ONNX's name.
+
+    One without a zero point and `output_dtype` counts as INT8, which it is to TensorRT.
+    """
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types |= {node.output[0]: node.attribute[0].t.data_type for node in model.graph.node if node.op_type == "Constant"}
-    found = {types.get(node.input[2], 0) for node in model.graph.node if node.op_type in QDQ and len(node.input) > 2}
-    return {FORMATS.get(kind, onnx.TensorProto.DataType.Name(kind).lower()) for kind in found}
+    found = {_level_type(node, types) for node in model.graph.node if node.op_type in QDQ}
+    return {FORMATS.get(kind, onnx.TensorProto.DataType.Name(kind).lower()) for kind in found - {None}}
+
+
+def _level_type(node: onnx.NodeProto, types: dict[str, int]) -> int | None:
+    """ONNX's type of what a Q node gives, or a DQ node takes; None of a DQ node that a Q node feeds."""
+    if len(node.input) > 2 and node.input[2] in types:
+        return types[node.input[2]]
+    if node.op_type == "DequantizeLinear":
+        return types.get(node.input[0])
+    written = next((attribute.i for attribute in node.attribute if attribute.name == "output_dtype"), 0)
+    return written or onnx.TensorProto.INT8
 
 
 def is_half(model: onnx.ModelProto) -> bool:

@@ -85,9 +85,7 @@ def test_odd_sizes_become_settings(tmp_path, name):
 def test_other_families_are_told_apart(tmp_path, variant):
     torch.save(VARIANTS[variant].build().state_dict(), tmp_path / "a.pth")
     if variant == "cvt":
-        with pytest.raises(
-            ValueError, match=r"a.pth: a CvT of \[1, 2, 3\] layers; the published ones have \[1, 2, 10\]"
-        ):
+        with pytest.raises(ValueError, match=r"a.pth: a CvT of \[1, 2, 3\] layers; only those of \[1, 2, 10\]"):
             recognize(tmp_path / "a.pth")
     else:
         assert recognize(tmp_path / "a.pth")[1].name == "swin_unet_tiny_patch4_window7_224"

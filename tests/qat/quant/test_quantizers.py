@@ -9,7 +9,7 @@ import torch
 
 from qswin.calib.calibrators import Histogram, find_range
 from qswin.calib.data.images import Preprocessing
-from qswin.calib.grid import INT8, grid_of
+from qswin.calib.grid import INT8, UINT8, grid_of
 from qswin.qat.checkpoint import Description, load_checkpoint, save_checkpoint
 from qswin.qat.quant.quantizers import IN_FLOAT, Mode, QuantSpec, TensorQuantizer, quantizers, table
 from qswin.qat.quant.recipe import named_recipe
@@ -305,3 +305,11 @@ def test_a_checkpoint_of_a_model_that_is_switched_off_quantizes(quantized, tmp_p
     save_checkpoint(tmp_path / "a.safetensors", quantized, description)
     loaded, _ = load_checkpoint(tmp_path / "a.safetensors")
     assert modes(loaded) == {Mode.QUANTIZING} and not [key for key in loaded.state_dict() if key.endswith("_off")]
+
+
+def test_unsigned_levels_are_refused_where_values_are_negative():
+    quantizer = TensorQuantizer(QuantSpec(UINT8), "fc2")
+    quantizer.observe()
+    quantizer(torch.rand(10))
+    with pytest.raises(ValueError, match="fc2: it has negative values, which uint8 lacks; choose int8 or fp8"):
+        quantizer(torch.tensor([0.5, -0.1]))
