@@ -122,8 +122,8 @@ def recognize(weights: Weights) -> Recognized:
     depth = [sum(stage == str(index) for stage, _ in blocks) for index in range(3)]
     name = next((name for name, known in DEPTHS.items() if known == depth), None)
     if name is None:
-        known = " or ".join(map(str, DEPTHS.values()))
-        raise ValueError(f"a CvT of {depth} layers; only those of {known} are known, cvt-13 and cvt-21")
+        published = " or ".join(map(str, DEPTHS.values()))
+        raise ValueError(f"a CvT of {depth} layers; only those of {published} are known, cvt-13 and cvt-21")
     head = weights.state.get("head.weight" if original else "classifier.weight")
     settings = {"activation": "quick_gelu"} if original else {}
     return Recognized(name, None if head is None else len(head), settings)

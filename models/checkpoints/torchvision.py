@@ -78,7 +78,7 @@ def read_vit(state: dict[str, Tensor], folder: Path) -> Weights:
     renamed = {rename(key, VIT_RENAMES): value for key, value in state.items()}
     embedding, _, patch, _ = renamed["patch_embed.proj.weight"].shape
     sizes = VIT_SIZES.get((embedding, patch))
-    heads = {"num_heads": 16} if embedding == 1280 else {}  # vit_h_14's, which no tensor tells
+    heads: dict[str, object] = {"num_heads": 16} if embedding == 1280 else {}  # vit_h_14's, which no tensor tells
     return _weights(renamed, heads, sizes, "bilinear")
 
 
