@@ -3,7 +3,11 @@
 import onnx
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
-FORMATS = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "uint8", onnx.TensorProto.FLOAT8E4M3FN: "fp8"}
+FORMATS: dict[int, str] = {
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.UINT8: "uint8",
+    onnx.TensorProto.FLOAT8E4M3FN: "fp8",
+}
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
@@ -18,8 +22,8 @@ def level_formats(model: onnx.ModelProto) -> set[str]:
     """
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     types |= {node.output[0]: node.attribute[0].t.data_type for node in model.graph.node if node.op_type == "Constant"}
-    found = {_level_type(node, types) for node in model.graph.node if node.op_type in QDQ}
-    return {FORMATS.get(kind, onnx.TensorProto.DataType.Name(kind).lower()) for kind in found - {None}}
+    found = (_level_type(node, types) for node in model.graph.node if node.op_type in QDQ)
+    return {FORMATS.get(kind, onnx.TensorProto.DataType.Name(kind).lower()) for kind in found if kind is not None}
 
 
 def _level_type(node: onnx.NodeProto, types: dict[str, int]) -> int | None:
