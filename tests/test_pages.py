@@ -90,6 +90,7 @@ def run_page(page: str, capsys) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_tutorial(folder, capsys):
     assert run_page("docs/tutorial.md", capsys) > 15
     assert {"report.html", "qat.safetensors", "int8.onnx", "rtx.engine", "mixed.yaml", "pictures"} <= {
@@ -98,6 +99,7 @@ def test_the_tutorial(folder, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_readme_and_the_pages_that_go_on_from_it(folder, capsys):
     assert run_page("README.md", capsys) > 10
     for page in ("docs/recipes.md", "docs/tensorrt.md", "docs/performance.md"):
@@ -107,6 +109,7 @@ def test_the_readme_and_the_pages_that_go_on_from_it(folder, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_readmes_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
