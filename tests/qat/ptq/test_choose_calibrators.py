@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -41,6 +42,7 @@ def test_each_site_gets_what_is_best_for_its_block(images):
                 assert torch.equal(quantizer.amax, kept) and errors[chosen[quantizer.site]] == min(errors.values())
 
 
+@pytest.mark.slow
 def test_chosen_ranges_are_better_than_the_worst(images):
     model = lively_swin()
     expected = model(images).detach()

@@ -17,8 +17,12 @@ from qswin.qat.quant.rewrite import disable, enable, quantize
 from qswin.qat.schema import CalibrationConfig
 from tests.helpers import V1, V2, VARIANTS, small_swin
 
+LONG = ("cvt", "swin-unet", "vit, ")  # how the names of variants begin that take ten seconds
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(LONG)) for name in VARIANTS]
+)
 def test_the_float_model_computes_what_it_did(variant):
     """And its state dict, with the scales that could not be folded, loads into a fresh twin."""
     small = VARIANTS[variant]
