@@ -37,7 +37,7 @@ SHAPES: dict[str, tuple[str, Values]] = {  # of kinds that list rows: under whic
 }
 UNSHOWN = (  # kinds of JSON that are qswin's, and that no section shows
     *("checkpoint", "engine", "package", "calibration cache", "checkpoint report", "calibration cache report"),
-    *("quantizers", "doctor", "report"),
+    *("quantizers", "doctor", "report", "checkpoint description"),
 )
 MOST_TIMED = 1000  # rows that a picture can show
 Results = dict[str, dict[str, Values]]  # {kind: {file: what it holds}}
