@@ -25,7 +25,7 @@ from qswin.calib.reading import open_regular, read_json
 RECORDED = ("qswin", "torch", "timm", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx_cu13_bindings")
 
 
-_saved: list[Path] = []  # by this process, in order
+_saved: dict[Path, None] = {}  # by this process, in order; a job writes the same few again and again
 
 
 class NotSaved(OSError):
@@ -34,7 +34,7 @@ class NotSaved(OSError):
 
 def saved_files() -> list[Path]:
     """The files that this process has written whole, and that are there; each once, in order."""
-    return [path for path in dict.fromkeys(_saved) if path.is_file()]
+    return [path for path in _saved if path.is_file()]
 
 
 def forget_saved() -> None:
@@ -62,7 +62,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise NotSaved(f"{path}: not saved ({reason}); free some space, or choose another name or folder") from error
-    _saved.append(path)
+    _saved[path] = None
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -169,7 +169,7 @@ def write_with_sidecar(path: str | Path, data: bytes, kind: str, values: dict[st
     try:
         write_json(sidecar_path(path), {"kind": kind, **values, "sha256": hashlib.sha256(data).hexdigest()})
     except NotSaved as error:
-        _saved.remove(path)  # it is of no use without
+        del _saved[path]  # it is of no use without
         raise NotSaved(f"{error}; without it, {path} cannot be read") from error
 
 
