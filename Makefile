@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check floors browser coverage demo wheel lock audit clean
+.PHONY: setup test slow check floors browser coverage demo wheel lock audit clean
 
 setup: .venv/ready
 
@@ -28,6 +28,10 @@ check: setup
 test: check
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
+# The tests that take long: the commands of README.md and docs/, and the long variants of others
+slow: setup
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load
+
 # The tests with the oldest release of every dependency: make floors PYTHON=python3.10
 floors: .floors/ready
 	.floors/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
@@ -46,7 +50,7 @@ browser: .browser/chromium
 	cd .browser && node --input-type=module --eval "import chromium from '@sparticuz/chromium'; \
 	  import { copyFileSync } from 'fs'; copyFileSync(await chromium.executablePath(), 'chromium')"
 
-# Which lines the tests reach; takes about twice as long as the tests
+# Which lines all the tests reach; takes about twice as long as they do
 coverage: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 

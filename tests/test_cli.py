@@ -302,6 +302,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # equalizing a Swin-T takes minutes on one core
 @pytest.mark.assets
 def test_the_trained_swin_scores_what_it_should(assets, tmp_path, capsys):
     """The shared Swin-T, INT8 by calibration on 32 images, on 100 validation images: near the float model's answers."""
