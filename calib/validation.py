@@ -22,7 +22,7 @@ Number = Annotated[float, Meta(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]  # neither NaN 
 Count = Annotated[int, Meta(ge=1, le=sys.maxsize)]
 Name = Annotated[str, Meta(min_length=1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Task = Literal["classification", "segmentation"]
+Task = Literal["classification", "segmentation", "features"]  # the last of backbones
 LONGEST = 60  # characters of a value that a message repeats
 AT = re.compile(r"(?s)(?P<what>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?$")  # the form of msgspec's messages
 STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]|\[\.\.\.\]")  # of a path: .key, [index], or some key of a mapping

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from qswin.calib.data.coco import ANNOTATIONS, read_coco
 from qswin.calib.data.images import EXTENSIONS
 from qswin.calib.data.shards import ImageFile, scan_shard
 
@@ -27,9 +28,11 @@ def scan_folder(task: str, root: str | Path, classes: Sequence[str] | None = Non
     it, and numbers where there is no such file.
     Segmentation: `images/NAME.*` and `masks/NAME.png`, whose pixel values are class indices; the classes are the lines
     of `classes.txt` beside `root`, the background first.
+    Features: the images that `annotations.json`, in COCO's format (qswin.calib.data.coco), names; or all images in the
+    folder and in those below it. There are no classes.
 
     Args:
-        task: "classification" or "segmentation".
+        task: "classification", "segmentation" or "features".
         classes: the class names the model was trained with, in order; None accepts any.
 
     Raises:
@@ -91,14 +94,24 @@ def _scan_masks(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
     return ImageFolder(root, found, tuple((image, masks[image.stem]) for image in images))
 
 
+def _scan_images(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
+    annotations = root / ANNOTATIONS
+    named = annotations.is_file()
+    files = [root / picture.file_name for picture in read_coco(annotations).images] if named else _images(root)
+    if not files:
+        raise ValueError(f"{annotations if named else root}: no images")
+    return ImageFolder(root, (), tuple((path, 0) for path in files))
+
+
 def _images(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in EXTENSIONS]
 
 
-SCANNERS = {"classification": _scan_classes, "segmentation": _scan_masks}
+SCANNERS = {"classification": _scan_classes, "segmentation": _scan_masks, "features": _scan_images}
 LAYOUTS = {
     "classification": "one folder of images a class, or WebDataset shards (*.tar)",
     "segmentation": "images/NAME.png and masks/NAME.png",
+    "features": "images, and perhaps their annotations.json",
 }
 
 

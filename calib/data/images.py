@@ -39,10 +39,10 @@ Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a model's input: the shorter side is resized to size / crop_pct, then the centre is cropped.
+    """How an image becomes a model's input: resized so that it just covers size / crop_pct, then its centre is cropped.
 
     `size` is (height, width) in pixels. `mean` and `std` are for each RGB channel, with pixel values in [0, 1]. The
-    `crop_mode` "squash" resizes both sides to size / crop_pct, whatever the image's proportions.
+    `crop_mode` "squash" resizes to size / crop_pct, whatever the image's proportions.
     """
 
     size: tuple[Side, Side] = (224, 224)
@@ -59,8 +59,6 @@ class Preprocessing:
             )
         for field in ("size", "mean", "std"):  # JSON and YAML give lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        if self.size[0] != self.size[1]:
-            raise ValueError(f"input size {self.size} is not square; only square inputs are supported")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -167,29 +165,43 @@ def _normalize(pixels: np.ndarray, preprocessing: Preprocessing, out: np.ndarray
 
 
 def _resize_and_crop(image: Image.Image, preprocessing: Preprocessing, resampling: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side, or both, to floor(size / crop_pct), then crops the centre, as timm and torchvision do.
+    """Resizes to floor(size / crop_pct), or to the smallest size that covers it, then crops the centre, as timm does.
 
     Of an image that is longer than `LONGEST` times its width only the centre is resized, so that memory follows the
     output. Its pixels are almost the same: places within the box are rounded otherwise.
     """
-    side = preprocessing.size[0]
-    short = math.floor(side / preprocessing.crop_pct)
+    height, width = preprocessing.size
+    target = (math.floor(width / preprocessing.crop_pct), math.floor(height / preprocessing.crop_pct))
     squash = preprocessing.crop_mode == "squash"
-    long = short if squash else int(short * max(image.size) / min(image.size))
-    size = (short, long) if image.width <= image.height else (long, short)
+    size = target if squash else _covering(image.size, target)
     if max(image.size) > LONGEST * min(image.size) and not squash:
-        return _resize_centre(image, size, side, resampling)
+        return _resize_centre(image, size, (width, height), resampling)
     if image.size != size:
         image = image.resize(size, resampling)
-    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
-def _resize_centre(image: Image.Image, size: tuple[int, int], side: int, resampling: Image.Resampling) -> Image.Image:
-    """The centre, side x side, of an image resized to `size`, without the rest of it."""
-    corner = [round((length - side) / 2) for length in size]
+def _covering(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """The size in the same proportions that just covers a target, both (width, height).
+
+    Sides are rounded to the nearest for a rectangle, as in timm's ResizeKeepRatio, and down for a square.
+    """
+    width, height = size
+    if target[0] == target[1]:
+        long = int(target[0] * max(size) / min(size))
+        return (target[0], long) if width <= height else (long, target[0])
+    ratio = min(width / target[0], height / target[1])
+    return round(width / ratio), round(height / ratio)
+
+
+def _resize_centre(
+    image: Image.Image, size: tuple[int, int], cropped: tuple[int, int], resampling: Image.Resampling
+) -> Image.Image:
+    """The centre, `cropped`, of an image resized to `size`, without the rest of it."""
+    corner = [round((length - side) / 2) for length, side in zip(size, cropped, strict=True)]
     scale = [whole / length for whole, length in zip(image.size, size, strict=True)]
     left, top = (start * factor for start, factor in zip(corner, scale, strict=True))
-    right, bottom = ((start + side) * factor for start, factor in zip(corner, scale, strict=True))
+    right, bottom = ((start + side) * factor for start, side, factor in zip(corner, cropped, scale, strict=True))
     box = (left, top, min(right, image.width), min(bottom, image.height))
-    return image.resize((side, side), resampling, box=box)
+    return image.resize(cropped, resampling, box=box)
