@@ -5,7 +5,7 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from absl import logging
 from torch import Tensor, nn
 
 from qswin import models
+from qswin.models.backbone import Backbone
 from qswin.models.checkpoints.architectures import Recognized
 from qswin.models.checkpoints.state_dicts import mismatch, read_content, read_state, rename
 from qswin.models.checkpoints.unsupported import why_unsupported
@@ -69,6 +70,11 @@ def family_of(name: str) -> Family:
     known = [known for family in families() for known in family.names()]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
     raise ValueError(f"model {name!r} is not known; the nearest names are {', '.join(near)}")
+
+
+def task_of(arguments: Mapping[str, Any]) -> str:
+    """What the model of `build_model`'s arguments is for: its family's task, or "features" for a backbone."""
+    return "features" if arguments.get("out_features") else family_of(arguments["name"]).task
 
 
 def site_name(path: str) -> str:
@@ -193,7 +199,7 @@ def load_weights(model: nn.Module, family: Family, weights: Weights, new_head: b
     if new_head:
         own = {key: value for key, value in expected.items() if key.startswith(family.head)}
         state = {**{key: value for key, value in state.items() if not key.startswith(family.head)}, **own}
-    elif weights.headless is not None:
+    elif weights.headless is not None and not isinstance(model, Backbone):
         raise ValueError(f"{weights.file}: {weights.headless}; to fine-tune it with a new head set model.new_head=true")
     try:
         converted = family.convert_state(state, model)

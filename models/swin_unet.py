@@ -3,7 +3,7 @@
 The state-dict names are those of the published code, so its checkpoints load. Blocks and patch merging are timm's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from timm.layers import to_2tuple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
+from qswin.models.backbone import Backbone
 from qswin.models.checkpoints.architectures import Recognized
 from qswin.models.checkpoints.weights import Source, Weights
 from qswin.models.family import Family
@@ -157,23 +158,65 @@ class SwinUnet(nn.Module):
         return self.output(x.permute(0, 3, 1, 2))
 
 
+class SwinUnetEncoder(Backbone):
+    """The encoder of a Swin-Unet, which gives what its decoder joins: each stage's tokens before they are merged."""
+
+    def __init__(self, unet: SwinUnet, out_features: Sequence[str], feature_norms: bool) -> None:
+        embed: Any = unet.patch_embed
+        dim, stages = embed.proj.out_channels, range(len(unet.layers))
+        strides = [embed.proj.stride[0] << stage for stage in stages]
+        super().__init__([dim << stage for stage in stages], strides, out_features, feature_norms)
+        self.patch_embed, self.layers = embed, unet.layers[: self.last + 1]
+        self.layers[self.last].downsample = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, SwinTransformerBlock):
+                module.dynamic_mask = True
+
+    def stages(self, x: Tensor) -> Iterator[Tensor]:
+        x = self.patch_embed(x)
+        stage: Any
+        for stage in self.layers:
+            x = stage.blocks(x)
+            yield x
+            x = stage.downsample(x)
+
+
 def names() -> list[str]:
     """The published model's name; other sizes are settings of it."""
     return list(NAMES)
 
 
-def build(name: str, num_classes: int | None = None, pretrained: bool = False, **kwargs: Any) -> SwinUnet:
-    """A Swin-Unet; `kwargs` are SwinUnet's. Raises ValueError for `pretrained`: nobody hosts its weights."""
+def build(
+    name: str,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    out_features: Sequence[str] | None = None,
+    feature_norms: bool = False,
+    **kwargs: Any,
+) -> SwinUnet | SwinUnetEncoder:
+    """A Swin-Unet, or, where `out_features` are named, its encoder as a backbone, see `Backbone`.
+
+    Args:
+        kwargs: SwinUnet's.
+
+    Raises:
+        ValueError: for `pretrained`, since nobody hosts its weights, and for a wrong setting.
+    """
     if pretrained:
         raise ValueError(f"{name} has no published weights to download; give model.checkpoint=FILE")
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    return SwinUnet(**{**NAMES[name], **classes, **kwargs})
+    unet = SwinUnet(**{**NAMES[name], **classes, **kwargs})
+    return unet if out_features is None else SwinUnetEncoder(unet, out_features, feature_norms)
 
 
 def convert_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The state under our names: the published code wraps its model as `swin_unet`, and stores masks and indices."""
     state = {key.removeprefix("swin_unet."): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not key.endswith(("relative_position_index", "attn_mask"))}
+    state = {key: value for key, value in state.items() if not key.endswith(("relative_position_index", "attn_mask"))}
+    if not isinstance(model, Backbone):
+        return state
+    last = f"layers.{model.last}.downsample."
+    return {key: value for key, value in state.items() if key in model.state_dict() and not key.startswith(last)}
 
 
 def read(state: dict[str, Tensor], folder: Path) -> Weights:
@@ -199,7 +242,7 @@ def preprocessing(model: Any) -> dict[str, Any]:
 
 SETTINGS = (
     *("img_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size"),
-    *("mlp_ratio", "qkv_bias", "drop_path_rate"),
+    *("mlp_ratio", "qkv_bias", "drop_path_rate", "out_features", "feature_norms"),
 )
 FAMILY = Family(
     name="swin-unet",

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 from torch import Tensor
 
-from qswin.models.checkpoints.layouts import join_qkv, next_stage, without_buffers
+from qswin.models.checkpoints.layouts import feature_norms, join_qkv, next_stage, without_buffers
 from qswin.models.checkpoints.state_dicts import rename
 from qswin.models.checkpoints.weights import Source, Weights
 
@@ -92,6 +92,7 @@ VIT_RENAMES = (
     (r"^distillation_classifier\.", "head_dist."),
 )
 UNUSED = r"^embeddings\.mask_token$|^pooler\.|^decoder\."  # of pretraining, and of models without a classifier
+FEATURE_NORM = r"^hidden_states_norms\.stage(\d)\."  # of a SwinBackbone, whose first stage is 1
 BASE = "it is a model without a classifier"
 
 
@@ -107,9 +108,13 @@ def read_swin(state: dict[str, Tensor], folder: Path) -> Weights:
     if config.layer_norm_eps not in (None, SWIN_EPS):
         raise ValueError(f"layer_norm_eps={config.layer_norm_eps} in config.json is not supported; timm has {SWIN_EPS}")
     renamed = {next_stage(key): value for key, value in _renamed(state, SWIN_RENAMES).items()}
+    renamed = {re.sub(FEATURE_NORM, _feature_norm, key): value for key, value in renamed.items()}
     settings: dict[str, Any] = {"img_size": config.image_size, "window_size": config.window_size}
+    settings |= feature_norms(renamed)
+    settings["padding"] = "huggingface-backbone" if "feature_norms" in settings else "huggingface"
     if config.model_type == "swinv2":
         stages = len({key.split(".")[1] for key in renamed if key.startswith("layers.")})
+        settings["padding"] = "huggingface-v2"
         settings["pretrained_window_sizes"] = (config.pretrained_window_sizes or [0] * stages)[:stages]
     return _weights(renamed, "head.fc.weight", settings, config, folder)
 
@@ -131,6 +136,10 @@ def read_vit(state: dict[str, Tensor], folder: Path) -> Weights:
         renamed["reg_token"] = token
         settings["reg_tokens"] = 1
     return _weights(renamed, "head.weight", settings, config, folder)
+
+
+def _feature_norm(match: re.Match[str]) -> str:
+    return f"norm{int(match[1]) - 1}."
 
 
 def _renamed(state: Mapping[str, Tensor], renames: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:

@@ -54,3 +54,8 @@ def window_of(state: Mapping[str, Tensor], ends: str = "relative_position_bias_t
             tables[int(match[1])] = value
     sides = [(table.shape[1] if table.ndim == 4 else round(len(table) ** 0.5)) for _, table in sorted(tables.items())]
     return [(side + 1) // 2 for side in sides]
+
+
+def feature_norms(state: Mapping[str, Tensor]) -> dict[str, bool]:
+    """The setting of a backbone whose feature maps have norms, `norm0`, ...; none where the state lacks them."""
+    return {"feature_norms": True} if any(re.match(r"norm\d\.", key) for key in state) else {}

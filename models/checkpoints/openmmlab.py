@@ -2,10 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from qswin.models.checkpoints.layouts import NO_ABSOLUTE_POSITIONS, next_stage, window_of, without_buffers
+from qswin.models.checkpoints.layouts import (
+    NO_ABSOLUTE_POSITIONS,
+    feature_norms,
+    next_stage,
+    window_of,
+    without_buffers,
+)
 from qswin.models.checkpoints.state_dicts import rename
 from qswin.models.checkpoints.weights import Source, Weights
 
@@ -34,15 +41,17 @@ def read_swin(state: dict[str, Tensor], folder: Path) -> Weights:
     last = max(int(key.split(".")[1]) for key in renamed if key.startswith("layers."))
     converted: dict[str, Tensor] = {}
     for key, value in without_buffers(renamed).items():
-        if re.match(r"norm\d\.", key):  # one for each of out_indices; a classifier reads the last
-            if not key.startswith(f"norm{last}."):
-                continue
-            key = re.sub(r"^norm\d\.", "norm.", key)
+        if key.startswith(f"norm{last}."):  # one for each of out_indices; a classifier reads the last
+            converted[re.sub(r"^norm\d\.", "norm.", key)] = value
         if ".downsample." in key:
             value = _unfold_order_to_timms(value)
         converted[next_stage(key)] = value
     head = {key: value for key, value in state.items() if key.startswith(HEAD)}
-    settings = {"window_size": window_of(converted)[0]}
+    settings: dict[str, Any] = {
+        "window_size": window_of(converted)[0],
+        "padding": "mmpretrain" if head else "mmdetection",
+    }
+    settings |= feature_norms(converted)
     if not head:
         return Weights(converted, "OpenMMLab", settings, headless="it is a detector's or segmentor's backbone")
     crop = {"crop_pct": 224 / 256, "crop_mode": "center"}

@@ -46,7 +46,11 @@ def read_swin(state: dict[str, Tensor], folder: Path) -> Weights:
     if v2:
         renamed = _split_bias(renamed)
     sides = window_of(renamed, "relative_coords_table" if v2 else "relative_position_bias_table")
-    settings = {"window_size": sides[0], **({"pretrained_window_sizes": [0] * len(sides)} if v2 else {})}
+    settings = {
+        "window_size": sides[0],
+        "padding": "torchvision",
+        **({"pretrained_window_sizes": [0] * len(sides)} if v2 else {}),
+    }
     embedding = renamed["patch_embed.proj.weight"].shape[0]
     depth = len({key.split(".")[3] for key in renamed if key.startswith("layers.2.blocks.")})
     sizes = (SWIN_V2_SIZES if v2 else SWIN_SIZES).get((embedding, depth))

@@ -17,6 +17,7 @@ from qswin.calib.grid import FP8, INT8, UINT8
 from qswin.models.discovery import offers
 from qswin.qat import lowering
 from qswin.qat.lowering.layers import LoweredHead, LoweredPatchEmbed
+from qswin.qat.quant.blocks import input_sizes
 from qswin.qat.quant.layers import QuantLinear
 from qswin.qat.quant.quantizers import quantizers
 
@@ -48,13 +49,13 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
     """
     check_one_format(twin)
     lowered = copy.deepcopy(twin).eval()
-    sizes = _input_sizes(lowered, image)
+    sizes = input_sizes(lowered, [module for module in lowered.modules() if type(module) in parts()], image)
     if not sizes:
         known = ", ".join(kind.__name__ for kind in parts())
         raise ValueError(f"this model has no block that the kernels are for; those are {known} (of Swin V1 and V2)")
     for name, module in list(lowered.named_modules()):
-        if name in sizes:
-            _replace(lowered, name, parts()[type(module)](module, name, *sizes[name]))
+        if module in sizes:
+            _replace(lowered, name, parts()[type(module)](module, name, *sizes[module]))
         elif isinstance(module, PatchEmbed) and isinstance(module.norm, nn.LayerNorm):
             _replace(lowered, name, LoweredPatchEmbed(module, name))
         elif name == "head.fc" and isinstance(module, QuantLinear):
@@ -83,21 +84,3 @@ def check_one_format(twin: nn.Module) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-@torch.no_grad()
-def _input_sizes(model: nn.Module, image: Tensor) -> dict[str, tuple[int, int]]:
-    """(H, W) of what each block and patch merging gets."""
-    sizes: dict[str, tuple[int, int]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if type(module) in parts():
-
-            def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                sizes[name] = (inputs[0].shape[1], inputs[0].shape[2])
-
-            handles.append(module.register_forward_pre_hook(record))
-    model(image)
-    for handle in handles:
-        handle.remove()
-    return sizes

@@ -42,7 +42,7 @@ class LoweredBlock(nn.Module):
         self.unsigned = quantizers["probs"].spec.grid.name == UINT8.name
         self._fold_channel_scales(block)
         self.register_buffer("qk_scale", self._fold_scales(attn))
-        self.register_buffer("position_bias", padded_bias(attn._bias(block.attn_mask).detach()))
+        self.register_buffer("position_bias", padded_bias(attn._bias(block.mask(height, width)).detach()))
         self.tokens = attn.relative_position_index.shape[0]
         self.qk_scale: Tensor
         self.position_bias: Tensor
@@ -166,7 +166,7 @@ def _token_numbers(height: int, width: int) -> Tensor:
 
 def window_token_ids(block: QuantSwinBlock, height: int, width: int) -> Tensor:
     """(R, 1): the token ids of the block's windows, rolled and padded as the block does it; -1 for padding."""
-    return block.to_windows(_token_numbers(height, width)).flatten()[:, None].long() - 1
+    return block.windows.cut(_token_numbers(height, width)).flatten()[:, None].long() - 1
 
 
 PARTS = {

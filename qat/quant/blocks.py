@@ -1,7 +1,8 @@
 """A model's blocks, and what flows through them: what block-wise methods work on."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,10 @@ class FoldingBlock(nn.Module):
         """Computes it once, for inference: an exported graph then holds a constant instead."""
         raise NotImplementedError
 
+    def fix_size(self, height: int, width: int) -> None:
+        """Takes inputs of one size from now on, (B, height, width, C), where the block took any."""
+        raise NotImplementedError
+
 
 class _Reached(Exception):
     """The forward has come to the block that was asked for."""
@@ -73,6 +78,28 @@ class BlockOutputs:
         """The outputs since the last call, in order."""
         taken, self._outputs = self._outputs, []
         return taken
+
+
+@torch.no_grad()
+def input_sizes(model: nn.Module, modules: Collection[nn.Module], image: Tensor) -> dict[nn.Module, tuple[int, int]]:
+    """(H, W) of what some of a model's modules get, (B, H, W, C), when it sees an image (1, 3, H, W)."""
+    sizes: dict[nn.Module, tuple[int, int]] = {}
+
+    def record(module: nn.Module, arguments: Arguments) -> None:
+        sizes[module] = (arguments[0].shape[1], arguments[0].shape[2])
+
+    handles = [module.register_forward_pre_hook(record) for module in modules]
+    model(image)
+    for handle in handles:
+        handle.remove()
+    return sizes
+
+
+def fix_size(model: nn.Module, image: Tensor) -> None:
+    """Makes constants of all that depends on the image's size, in place: the model takes such images only."""
+    found = [module for module in model.modules() if isinstance(module, FoldingBlock)]
+    for block, (height, width) in input_sizes(model, found, image).items():
+        cast(FoldingBlock, block).fix_size(height, width)
 
 
 @torch.no_grad()

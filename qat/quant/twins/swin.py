@@ -10,11 +10,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
+from qswin.models.windows import PadsFirstBlock, PadsFirstV2Block, Windows, pad_to_multiple
 from qswin.qat.quant.blocks import Fold, FoldingBlock, behind_norm, behind_values
 from qswin.qat.quant.layers import MakeQuantizer, QuantAdd, QuantMatMul
 
@@ -60,11 +60,13 @@ class QuantWindowAttention(nn.Module):
 
     def _bias(self, mask: Tensor | None) -> Tensor:
         """Position bias plus mask: (num_windows or 1, heads, N, N)."""
-        if self.folded_bias is not None:
-            return self.folded_bias
+        bias = self._position_bias().unsqueeze(0) if self.folded_bias is None else self.folded_bias
+        return bias if mask is None else bias + mask.unsqueeze(1)
+
+    def _position_bias(self) -> Tensor:
+        """(heads, N, N)."""
         index = self.relative_position_index
-        bias = self.relative_position_bias_table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
-        return bias.unsqueeze(0) if mask is None else bias + mask.unsqueeze(1)
+        return self.relative_position_bias_table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
 
 
 class QuantWindowAttentionV2(nn.Module):
@@ -115,12 +117,14 @@ class QuantWindowAttentionV2(nn.Module):
 
     def _bias(self, mask: Tensor | None) -> Tensor:
         """Continuous position bias plus mask: (num_windows or 1, heads, N, N)."""
-        if self.folded_bias is not None:
-            return self.folded_bias
+        bias = self._position_bias().unsqueeze(0) if self.folded_bias is None else self.folded_bias
+        return bias if mask is None else bias + mask.unsqueeze(1)
+
+    def _position_bias(self) -> Tensor:
+        """(heads, N, N)."""
         index = self.relative_position_index
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        bias = 16 * torch.sigmoid(table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1))
-        return bias.unsqueeze(0) if mask is None else bias + mask.unsqueeze(1)
+        return 16 * torch.sigmoid(table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1))
 
 
 def _normalize(x: Tensor) -> Tensor:
@@ -145,9 +149,7 @@ class QuantSwinBlock(FoldingBlock):
 
     def __init__(self, block: v1.SwinTransformerBlock, site: str, quantizer: MakeQuantizer) -> None:
         super().__init__()
-        if block.dynamic_mask:
-            raise ValueError(f"{site}: models with a dynamic image size are not supported; build it for one img_size")
-        self.window_size, self.shift_size = block.window_size, block.shift_size
+        self.windows = Windows.of(block)
         self.norm1 = block.norm1
         self.attn: Any = block.attn  # a twin by now
         self.drop_path1 = block.drop_path1
@@ -158,6 +160,7 @@ class QuantSwinBlock(FoldingBlock):
         self.add2 = QuantAdd(f"{site}.add2", quantizer)
         self.attn_mask: Tensor | None
         self.register_buffer("attn_mask", dict(block.named_buffers()).get("attn_mask"), persistent=False)
+        self.any_size = block.dynamic_mask
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape
@@ -171,31 +174,22 @@ class QuantSwinBlock(FoldingBlock):
         return behind_norm(self.norm1, self.attn.qkv) + behind_norm(self.norm2, self.mlp.fc1)
 
     def fold(self) -> None:
-        """Folds what does not depend on the input; see QuantWindowAttention.fold."""
+        """Folds what does not depend on the input; see QuantWindowAttention.fold. At any size the mask does."""
         self.attn.fold(self.attn_mask)
+        self.attn_mask = None
 
-    def to_windows(self, x: Tensor) -> Tensor:
-        """Rolls, pads and cuts: (B, H, W, C) -> (B * num_windows, N, C)."""
-        window_h, window_w = self.window_size
-        shift_h, shift_w = self.shift_size
-        if shift_h or shift_w:
-            x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
-        x = _pad_to_multiple(x, window_h, window_w)
-        return v1.window_partition(x, self.window_size).view(-1, window_h * window_w, x.shape[-1])
+    def fix_size(self, height: int, width: int) -> None:
+        """Takes inputs of one size from now on, (B, height, width, C), whose mask is then a constant."""
+        self.attn_mask, self.any_size = self.mask(height, width), False
+
+    def mask(self, height: int, width: int) -> Tensor | None:
+        """What is added to the scores for an input of this size, (num_windows, N, N); None where nothing is."""
+        return self.windows.mask(height, width, self.attn.proj.weight.detach()) if self.any_size else self.attn_mask
 
     def _window_attention(self, x: Tensor) -> Tensor:
-        _, height, width, channels = x.shape
-        window_h, window_w = self.window_size
-        shift_h, shift_w = self.shift_size
-        padded_h, padded_w = height + -height % window_h, width + -width % window_w
-        x = self.attn(self.to_windows(x), self.attn_mask)
-        x = x.view(-1, window_h, window_w, channels)
-        x = v1.window_reverse(x, self.window_size, padded_h, padded_w)
-        if (padded_h, padded_w) != (height, width):
-            x = x[:, :height, :width, :].contiguous()
-        if shift_h or shift_w:
-            x = torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2))
-        return x
+        _, height, width, _ = x.shape
+        x = self.attn(self.windows.cut(x), self.mask(height, width))
+        return self.windows.join(x, height, width)
 
 
 class QuantSwinV2Block(QuantSwinBlock):
@@ -241,16 +235,10 @@ class QuantPatchMergingV2(QuantPatchMerging):
 
 
 def _merge_2x2(x: Tensor) -> Tensor:
-    x = _pad_to_multiple(x, 2, 2)
+    x = pad_to_multiple(x, 2, 2)
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
     return x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C)
-
-
-def _pad_to_multiple(x: Tensor, height: int, width: int) -> Tensor:
-    """Zero-pads (B, H, W, C) below and right; a tensor that fits is left alone, and so is the graph."""
-    pad_h, pad_w = -x.shape[1] % height, -x.shape[2] % width
-    return F.pad(x, (0, 0, 0, pad_w, 0, pad_h)) if pad_h or pad_w else x
 
 
 TWINS = {
@@ -260,4 +248,6 @@ TWINS = {
     v2.WindowAttention: QuantWindowAttentionV2,
     v2.SwinTransformerV2Block: QuantSwinV2Block,
     v2.PatchMerging: QuantPatchMergingV2,
+    PadsFirstBlock: QuantSwinBlock,
+    PadsFirstV2Block: QuantSwinV2Block,
 }
