@@ -33,8 +33,8 @@ from qswin.qat.checkpoint import Description
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model
 from qswin.qat.ptq.calibrate import calibrate
+from qswin.qat.ptq.prediction import LOGITS, divergence
 from qswin.qat.ptq.ranges import find_ranges
-from qswin.qat.ptq.verdict import divergence
 from qswin.qat.quant.recipe import RECIPES, Recipe, Rule
 from qswin.qat.quant.rewrite import quantize
 from qswin.qat.schema import CalibrationConfig
@@ -216,7 +216,7 @@ class Bench:
 @torch.no_grad()
 def kl_sum(expected: Tensor, found: Tensor) -> float:
     """KL(expected || found) of the classes' distributions, summed over images or pixels. Logits (N, classes, ...)."""
-    return float(divergence(found.double(), expected.double()).sum())
+    return float(divergence({LOGITS: found.double()}, {LOGITS: expected.double()}).sum())
 
 
 def main() -> None:

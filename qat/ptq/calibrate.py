@@ -4,13 +4,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qswin.qat.ptq.automatic import costly_sites
 from qswin.qat.ptq.bias_correction import correct_biases
 from qswin.qat.ptq.choose_calibrators import choose_calibrators
 from qswin.qat.ptq.equalization import equalize
+from qswin.qat.ptq.few_images import batches_of
 from qswin.qat.ptq.massive import leave_massive_adds
 from qswin.qat.ptq.ranges import check_count, find_ranges, image_tensors
 from qswin.qat.ptq.ranks import gathered, of_first_rank
@@ -54,7 +54,7 @@ def calibrate(
     images = image_tensors(model, batches)
     first = list(_first(images, FEW_IMAGES))
     check_count(model, len(first))
-    few = gathered(torch.cat(first)[:FEW_IMAGES])[:FEW_IMAGES].split(BATCH)
+    few = batches_of(gathered([image for batch in first for image in batch][:FEW_IMAGES]), FEW_IMAGES, BATCH)
     if options.equalize:
         equalize(model, few, seed)
     again = needs_images_again(options)

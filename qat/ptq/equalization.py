@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qswin.qat.ptq.few_images import batches_of
 from qswin.qat.ptq.fisher import squared_gradients
 from qswin.qat.ptq.ranks import reduced
 from qswin.qat.quant.blocks import Arguments, Fold, block_arguments, blocks
@@ -57,7 +58,8 @@ def equalize(model: nn.Module, batches: Sequence[Tensor], seed: int = 0) -> dict
     reached = [layer for layer in layers if amax[layer].any()]
     if not reached:
         return strengths
-    images, groups = torch.cat(list(batches))[:TRIAL_IMAGES].split(TRIAL_BATCH), _by_block(model, reached)
+    images = batches_of((image for batch in batches for image in batch), TRIAL_IMAGES, TRIAL_BATCH)
+    groups = _by_block(model, reached)
     weights = _error_weights(model, [block for block, _ in groups], images, seed)
     for block, layers in tqdm(groups, "equalize", disable=not sys.stderr.isatty()):
         examples = [

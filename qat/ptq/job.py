@@ -16,10 +16,10 @@ from qswin.calib.data.folders import Sample, check_class_count, draw_samples, sc
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.histogram_file import HISTOGRAMS, save_histograms
-from qswin.models.registry import family_of
+from qswin.models.registry import task_of
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
-from qswin.qat.float_model import build_float_model, check_class_order
+from qswin.qat.float_model import build_float_model, check_class_order, model_arguments
 from qswin.qat.ptq.calibrate import calibrate, needs_images_again
 from qswin.qat.ptq.ranges import observations
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, tell
@@ -59,7 +59,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     if run.finished(PTQ) is not None and (run.folder / HISTOGRAMS).is_file():
         logging.info("%s: already calibrated; resume=never starts over", path)
         return path
-    folder = scan_folder(family_of(config.model.name).task, Path(config.data.root) / "train")
+    folder = scan_folder(task_of(model_arguments(config.model)), Path(config.data.root) / "train")
     floating = build_float_model(config.model, config.data.preprocessing)
     preprocessing = floating.preprocessing
     check_class_count(folder.root, len(folder.classes), floating.model.num_classes)
@@ -81,7 +81,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         floating.arguments,
         "ptq",
         preprocessing,
-        folder.classes,
+        folder.classes or None,
         recipe_of(twin),
         parent=floating.sha256,
         metrics=metrics,

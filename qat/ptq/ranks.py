@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,14 +17,14 @@ def reduced(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     return values
 
 
-def gathered(images: Tensor) -> Tensor:
-    """The images (N, ...) of all ranks, the first of each, then the second of each, and so on; N may differ."""
+def gathered(images: list[Tensor]) -> list[Tensor]:
+    """The images of all ranks, the first of each, then the second of each, and so on; sizes may differ."""
     if not dist.is_initialized():
         return images
     parts = [images] * dist.get_world_size()
-    dist.all_gather_object(parts, images.cpu())
-    in_turn = (image for row in itertools.zip_longest(*parts) for image in row if image is not None)
-    return torch.stack(list(in_turn)).to(images.device)
+    dist.all_gather_object(parts, [image.cpu() for image in images])
+    device = images[0].device
+    return [image.to(device) for row in itertools.zip_longest(*parts) for image in row if image is not None]
 
 
 def of_first_rank(find: Callable[[], T]) -> T:

@@ -39,7 +39,7 @@ def reconstruct(
     """Trains a calibrated model block by block, in place; its ranges are constants again afterwards.
 
     Args:
-        model: gives logits, (N, C) or (N, C, H, W).
+        model: gives logits or feature maps.
         batches: (N, 3, H, W) each, on the model's device; they take turns, one for each step.
         steps: of each block.
         lr: of weights and biases, Adam's, falling to 0 as a cosine.

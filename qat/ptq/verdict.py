@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from absl import logging
 from torch import Tensor, nn
 
+from qswin.qat.ptq.prediction import Outputs, agreement, divergence, named_outputs
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
 from qswin.qat.quant.rewrite import disable, enable
 
@@ -26,8 +26,9 @@ class Verdict:
 
     Args:
         images: how many it was measured on.
-        agreement: of a classifier, how often both give the same class; of masks, the mean Dice of both; in per cent.
-        kl: mean KL(float || quantized) of the class distributions, over images or pixels.
+        agreement: of a classifier, how often both give the same class; of masks, the mean Dice of both; of a backbone,
+            how many values of its feature maps are near each other; in per cent.
+        kl: mean KL(float || quantized) of what they predict (qat/ptq/prediction.py), over images, pixels or values.
         blame: {kind of site: the KL without it}, the worst first; of a bad verdict only.
     """
 
@@ -75,7 +76,7 @@ class Comparison:
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], reference: nn.Module | None = None) -> None:
         self.model, self.batches = model, batches
         disable(model, quiet=True)
-        self.reference = [_logits(reference or model, batch) for batch in batches]
+        self.reference = [_outputs(reference or model, batch) for batch in batches]
         enable(model)
 
     def verdict(self) -> Verdict:
@@ -85,11 +86,10 @@ class Comparison:
 
     def measure(self) -> Verdict:
         """Measured with the quantizers as they are."""
-        logits = [_logits(self.model, batch) for batch in self.batches]
-        pairs = list(zip(logits, self.reference, strict=True))
+        outputs = [_outputs(self.model, batch) for batch in self.batches]
+        pairs = zip(outputs, self.reference, strict=True)
         kl = torch.cat([divergence(*pair).flatten() for pair in pairs]).mean()
-        classes = (torch.cat([each.argmax(1) for each in side]) for side in (logits, self.reference))
-        return Verdict(sum(map(len, self.batches)), _agreement(*classes), float(kl))
+        return Verdict(sum(map(len, self.batches)), agreement(outputs, self.reference), float(kl))
 
     def without(self, group: Sequence[TensorQuantizer]) -> Verdict:
         """Measured without some of the quantizers."""
@@ -120,23 +120,8 @@ def kinds(model: nn.Module) -> dict[str, list[TensorQuantizer]]:
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+def _outputs(model: nn.Module, batch: Tensor) -> Outputs:
     training = model.training
-    logits = model.eval()(batch).double()
+    outputs = named_outputs(model.eval()(batch))
     model.train(training)
-    return logits
-
-
-def divergence(ours: Tensor, reference: Tensor) -> Tensor:
-    """KL(reference || ours) of the class distributions of each image, or pixel; logits (N, classes, ...)."""
-    logs = F.log_softmax(reference, 1)
-    return (logs.exp() * (logs - F.log_softmax(ours, 1))).sum(1)
-
-
-def _agreement(ours: Tensor, reference: Tensor) -> float:
-    """Of classes (N,), or masks (N, H, W), in per cent; see `Verdict`."""
-    if ours.ndim == 1:
-        return float(100 * (ours == reference).double().mean())
-    classes = torch.cat((ours, reference)).unique()
-    sizes = [((ours == c).sum() + (reference == c).sum(), ((ours == c) & (reference == c)).sum()) for c in classes]
-    return float(100 * torch.stack([2 * both / size for size, both in sizes]).double().mean())
+    return {name: each.double() for name, each in outputs.items()}
