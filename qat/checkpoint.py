@@ -20,7 +20,7 @@ from qswin.calib.files import (
 from qswin.calib.reading import read_json
 from qswin.calib.validation import Sha256, validate
 from qswin.models.checkpoints.state_dicts import check_state, mismatch, read_content, read_state
-from qswin.models.registry import build_model, family_of
+from qswin.models.registry import build_model, task_of
 from qswin.qat.config import load_config
 from qswin.qat.float_model import Origin, build_float_model, input_size
 from qswin.qat.quant.layers import check_channel_scales
@@ -32,7 +32,14 @@ KIND = "checkpoint"
 SUFFIX = ".safetensors"
 REMEDY = "save or copy both again; for bare weights give their --config"
 ADDED = ("source",)  # keys that the sidecars of older versions lack
-UNSEEN = ("eps", "num_heads", "window_size", "shift_size")  # attributes of modules that no tensor's shape tells
+UNSEEN = (
+    "eps",
+    "num_heads",
+    "window_size",
+    "shift_size",
+    "padding",
+    "windows",
+)  # attributes of modules that no tensor's shape tells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +71,8 @@ class Description:
 
     @property
     def task(self) -> str:
-        """classification or segmentation."""
-        return family_of(self.model["name"]).task
+        """classification, segmentation, or features for a backbone."""
+        return task_of(self.model)
 
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

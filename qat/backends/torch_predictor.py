@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qswin.trt.evaluation.evaluate import joined
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -27,5 +29,8 @@ class TorchPredictor:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         import torch
 
+        from qswin.qat.ptq.prediction import named_outputs
+
         with torch.inference_mode():
-            return self._model(torch.from_numpy(images).to(self._device)).float().cpu().numpy()
+            outputs = named_outputs(self._model(torch.from_numpy(images).to(self._device)))
+        return joined([output.float().cpu().numpy() for output in outputs.values()])

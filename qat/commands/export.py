@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--opset", type=int, default=20, help="17 for TensorRT 8.x, else 18 or newer")
     parser.add_argument("--batch-size", default="dynamic", help="a number, or dynamic")
+    parser.add_argument(
+        "--sizes",
+        metavar="HxW,...",
+        help="of images, for a backbone: a graph for each, as 800x1344,1344x800; or dynamic, one graph for any",
+    )
     parser.add_argument("--config", help="for bare weights, which lack a sidecar: the YAML file that describes them")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="over --config's"
@@ -30,10 +35,13 @@ def main(args: argparse.Namespace) -> None:
     from absl import logging
 
     from qswin.calib.files import write_result
-    from qswin.qat.export.job import export_checkpoint, parse_batch_size
+    from qswin.qat.export.job import ExportOptions, export_checkpoint, parse_batch_size, parse_sizes
 
-    options = (args.precision, args.opset, parse_batch_size(args.batch_size))
-    exported = export_checkpoint(args.checkpoint, args.onnx, *options, args.config, args.overrides, args.strict)
+    batch_size, sizes = parse_batch_size(args.batch_size), parse_sizes(args.sizes)
+    options = ExportOptions(args.precision, args.opset, batch_size, sizes, args.strict)
+    exported = export_checkpoint(args.checkpoint, args.onnx, options, args.config, args.overrides)
+    for each in exported:
+        logging.info("%s", each)
     if args.json:
-        write_result(args.json, "export", exported.to_dict())
-    logging.info("%s", exported)
+        first, *others = (each.to_dict() for each in exported)
+        write_result(args.json, "export", {**first, "others": others} if others else first)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from qswin.calib.files import write_atomic
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_passes import finish_weights, lower_to_opset_17
+from qswin.qat.float_model import input_size
+from qswin.qat.ptq.prediction import LOGITS, Outputs, named_outputs
+from qswin.qat.quant.blocks import fix_size
 from qswin.qat.quant.layers import undo_channel_scales
 from qswin.qat.quant.quantizers import own_precision, quantizers
 from qswin.qat.quant.recipe import RECIPES
@@ -25,18 +28,20 @@ from qswin.qat.quant.rewrite import clip_weights, disable, enable, fold_biases, 
 QUANTIZED = ("int8", "fp8")
 PRECISIONS = (*QUANTIZED, "fp32", "fp16")
 OLDEST_OPSET = 17  # TensorRT 8.6's newest
+SMALLEST_SIDE = 64  # of a graph for images of any size: two patches of the last stage
 DEFAULT_OPSET = 20  # the first in which Gelu is one node
 
 
-class _HalfPrecision(nn.Module):
-    """Takes and gives float32 and computes in float16."""
+class _Flat(nn.Module):
+    """Takes float32 and gives a tuple of float32. Where `half`, it computes in float16."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, half: bool) -> None:
         super().__init__()
-        self.model = model.half()
+        self.model, self.half_precision = model.half() if half else model, half
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.half()).float()
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = named_outputs(self.model(x.half() if self.half_precision else x))
+        return tuple(output.float() for output in outputs.values())
 
 
 def export_onnx(
@@ -45,8 +50,11 @@ def export_onnx(
     precision: str | None = None,
     opset: int = DEFAULT_OPSET,
     batch: int | None = None,
+    any_size: bool = False,
 ) -> ir.Model:
     """Exports a float or quantized model to an ONNX graph with input `input` (N, 3, H, W) and output `logits`.
+
+    A backbone's graph has an output for each feature map instead, of its name.
 
     Each quantized site is exactly one QuantizeLinear and DequantizeLinear pair; weights are INT8 or FP8 initializers
     with a DequantizeLinear, or, at opset 17, which is for TensorRT 8.x, float32 initializers with a pair. A site with
@@ -58,6 +66,8 @@ def export_onnx(
             fp32 and fp16 export the same weights without them, and take channel scales back into the weights.
         opset: 17 or newer. The exporter writes 18 and newer; for 17 the reductions, which changed since, are rewritten.
         batch: a fixed batch size; None leaves it free.
+        any_size: leaves height and width free, of a model that takes any; else they are those of the description's
+            preprocessing. What depends on them is then computed by the graph.
 
     Raises:
         ValueError: int8 or fp8 of a model that is not quantized, not calibrated or of another format, or whose format
@@ -74,11 +84,14 @@ def export_onnx(
     if opset > newest:
         raise ValueError(f"opset {opset} is too new: the newest that the installed onnx knows is {newest}")
     twin = _prepare(model, description, precision, opset)
-    check_fits(twin, description)
-    if precision == "fp16":
-        twin = _HalfPrecision(twin)
+    outputs = check_fits(twin, description)
     example = torch.randn(batch or 2, 3, *description.preprocessing.size)
-    graph = _export(twin, example, max(opset, 18), dynamic=batch is None)
+    if not any_size:
+        fix_size(twin, example[:1])
+    fold_biases(twin)
+    free = {0: torch.export.Dim("batch", min=1)} if batch is None else {}
+    free |= free_sides(twin) if any_size else {}
+    graph = _export(_Flat(twin, half=precision == "fp16"), example, max(opset, 18), free, list(outputs))
     if graph.opset_imports.get("") != max(opset, 18):
         written = graph.opset_imports.get("")
         raise ValueError(f"opset {opset} cannot be written, the exporter gives {written}; choose --opset {written}")
@@ -107,7 +120,6 @@ def _prepare(model: nn.Module, description: Description, precision: str, opset: 
     else:
         disable(twin, quiet=True)
         undo_channel_scales(twin)
-    fold_biases(twin)
     return twin
 
 
@@ -126,11 +138,14 @@ def check_formats(model: nn.Module, opset: int) -> None:
             )
 
 
-def check_fits(model: nn.Module, description: Description) -> None:
+def check_fits(model: nn.Module, description: Description) -> Outputs:
     """Runs a model once, on an image of the size that its description says.
 
     Args:
         model: float32, on the CPU, in evaluation mode.
+
+    Returns:
+        What it gives.
 
     Raises:
         ValueError: the model does not take such an image, or does not give as many classes as the description says.
@@ -138,34 +153,44 @@ def check_fits(model: nn.Module, description: Description) -> None:
     height, width = description.preprocessing.size
     try:
         with torch.no_grad():
-            output = model(torch.zeros(1, 3, height, width))
+            outputs = named_outputs(model(torch.zeros(1, 3, height, width)))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         what = (
             f"the model does not take an image of 3 x {height} x {width}, the size of its description's preprocessing"
         )
         raise ValueError(f"{what}: {reason}") from error
-    if not isinstance(output, Tensor):
-        return  # feature maps have no classes
+    if LOGITS not in outputs:
+        return outputs  # feature maps have no classes
     promised = {"model's num_classes": description.model.get("num_classes")}
     if description.classes is not None:
         promised["classes"] = len(description.classes)
     for name, count in promised.items():
-        if count and output.shape[1] != count:
-            raise ValueError(f"the model gives {output.shape[1]} classes, but its description's {name} says {count}")
+        found = outputs[LOGITS].shape[1]
+        if count and found != count:
+            raise ValueError(f"the model gives {found} classes, but its description's {name} says {count}")
+    return outputs
 
 
-def _export(twin: nn.Module, example: Tensor, opset: int, dynamic: bool) -> ir.Model:
-    shapes = {0: torch.export.Dim("batch", min=1)} if dynamic else None
+def free_sides(model: nn.Module) -> dict[int, Any]:
+    """The dimensions of height and width, left free. Raises ValueError for a model that takes one size."""
+    if (size := input_size(model)) is not None:
+        takes = "the model takes images of {} x {} only".format(*size)
+        raise ValueError(f"{takes}; a backbone (model.kwargs.out_features) takes any, or build the model for the size")
+    return {2: torch.export.Dim("height", min=SMALLEST_SIDE), 3: torch.export.Dim("width", min=SMALLEST_SIDE)}
+
+
+def _export(model: nn.Module, example: Tensor, opset: int, free: dict[int, Any], names: list[str]) -> ir.Model:
+    """Traces a model; `free` are the dimensions of its input that are not the example's."""
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")  # the exporter's deprecations, which a user cannot act on
         program: Any = torch.onnx.export(
-            twin,
+            model,
             (example,),
             input_names=["input"],
-            output_names=["logits"],
+            output_names=names,
             opset_version=opset,
-            dynamic_shapes=(shapes,),
+            dynamic_shapes=(free or None,),
             dynamo=True,
             verbose=False,
         )

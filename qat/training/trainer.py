@@ -18,11 +18,11 @@ from torch import nn
 from tqdm import tqdm
 
 from qswin.calib.data.folders import ImageFolder
-from qswin.models.registry import family_of
+from qswin.models.registry import family_of, task_of
 from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
-from qswin.qat.float_model import build_float_model
+from qswin.qat.float_model import build_float_model, model_arguments
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, Verdict, tell
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES
@@ -48,7 +48,9 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.options = config, ranks, config.train
-        self.task = family_of(config.model.name).task
+        self.task = task_of(model_arguments(config.model))
+        if self.task == "features":
+            raise ValueError("model.kwargs.out_features: a backbone is trained in its detector; see docs/backbones.md")
         check_decoder(config.data.decoder, self.task)
         self.run_folder = Run.of(config, "train")
         folders = scan_folders(self.task, Path(config.data.root))

@@ -20,16 +20,26 @@ from qswin.trt.evaluation.worst import WorstImages
 
 
 class Predictor(Protocol):
-    """A model in some backend: (N, 3, H, W) float32 -> (N, classes) float32, or (N, classes, H, W) of segmentation."""
+    """A model in some backend: (N, 3, H, W) float32 -> (N, classes) float32, or (N, classes, H, W) of segmentation.
+
+    A backbone's feature maps come as one array, (N, values), one map after the other.
+    """
 
     backend: str  # "onnxruntime 1.31.1"
     precision: str  # "int8"
-    task: str  # classification or segmentation
+    task: str  # classification, segmentation or features
     preprocessing: Preprocessing
     classes: list[str] | None
     batch_size: int | None
 
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
+
+
+def joined(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """The only output of a model, (N, ...), or all of them as one array, (N, values)."""
+    return (
+        outputs[0] if len(outputs) == 1 else np.concatenate([each.reshape(len(each), -1) for each in outputs], axis=1)
+    )
 
 
 class Metric(Protocol):
@@ -65,7 +75,10 @@ class Accuracy:
 
 
 def main_metric(task: str, classes: Sequence[str]) -> CountingMetric:
-    """What a model of a task is judged by."""
+    """What a model of a task is judged by. Raises ValueError for a backbone, which gives feature maps."""
+    if task == "features":
+        what = "a backbone has no accuracy of its own: judge the detector or segmentor that it is for"
+        raise ValueError(f"{what}, or take qswin compare, which needs no labels")
     return Dice(classes) if task == "segmentation" else Accuracy()
 
 

@@ -61,25 +61,34 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             graphs += [graph for graph in (attribute.g, *attribute.graphs) if graph.node]
 
 
-def check_interface(path: str | Path, model: onnx.ModelProto) -> None:
-    """Raises ValueError unless a graph takes float32 `input` (N, 3, H, W) and gives float32 `logits`, (N, ...)."""
+def check_interface(path: str | Path, model: onnx.ModelProto) -> list[str]:
+    """The names of a graph's outputs: `logits`, or a backbone's feature maps.
+
+    Raises:
+        ValueError: the graph does not take float32 `input` (N, 3, H, W), or does not give float32 (N, ...).
+    """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
-    for name, values, rank in (("input", inputs, 4), ("logits", list(model.graph.output), None)):
+    outputs, maps = list(model.graph.output), _gives_features(path, model)
+    expected = {"input": inputs} if maps else {"input": inputs, "logits": outputs}
+    for name, values in expected.items():
         if [value.name for value in values] != [name]:
             found = shown([value.name for value in values])
             raise ValueError(f"{path}: its {name} should be one tensor named {name!r}, it has {found}; {REMEDY}")
-        kind = values[0].type.WhichOneof("value")
-        tensor = values[0].type.tensor_type
-        ranks = len(tensor.shape.dim) if kind == "tensor_type" else 0
-        if (
-            kind != "tensor_type"
-            or tensor.elem_type != onnx.TensorProto.FLOAT
-            or ranks < 2
-            or rank not in (None, ranks)
-        ):
-            what = f"{onnx.TensorProto.DataType.Name(tensor.elem_type)}, of {ranks} dimensions"
-            raise ValueError(f"{path}: its {name} is {kind} {what}; qswin's is a float32 tensor (N, ...); {REMEDY}")
+    for value in (*inputs, *outputs):
+        kind, tensor = value.type.WhichOneof("value"), value.type.tensor_type
+        rank = len(tensor.shape.dim) if kind == "tensor_type" else 0
+        wrong = rank != 4 if value.name == "input" or maps else rank < 2
+        if tensor.elem_type != onnx.TensorProto.FLOAT or wrong:
+            what = f"{kind} {onnx.TensorProto.DataType.Name(tensor.elem_type)}, of {rank} dimensions"
+            raise ValueError(f"{path}: its {value.name} is {what}; qswin's is a float32 tensor (N, ...); {REMEDY}")
+    return [output.name for output in outputs]
+
+
+def _gives_features(path: str | Path, model: onnx.ModelProto) -> bool:
+    """Whether the metadata, where there are some, say that the graph is a backbone's."""
+    known = properties(model)
+    return "qswin" in known and metadata_values(path, known).get("task") == "features"
 
 
 def properties(model: onnx.ModelProto) -> dict[str, str]:

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qswin.calib.data.batches import fill_up
 from qswin.calib.trt_cache.session import Session
+from qswin.trt.evaluation.evaluate import joined
 from qswin.trt.graphs.files import check_interface, parse_metadata, parse_onnx, read_graph
 from qswin.trt.graphs.half_precision import is_quantized
 
@@ -60,7 +61,7 @@ def read_properties(path: str | Path, session: onnxruntime.InferenceSession) -> 
 
 
 class OnnxRuntimePredictor:
-    """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> logits, float32.
+    """Runs an ONNX file that qswin exported: (N, 3, H, W) float32 -> logits, float32, or `joined` feature maps.
 
     Args:
         threads: of computing; 0 for all cores.
@@ -74,7 +75,7 @@ class OnnxRuntimePredictor:
     def __init__(self, path: str | Path, threads: int = 0, timeout: float | None = None) -> None:
         data = read_graph(path)
         model = parse_onnx(path, data)
-        check_interface(path, model)
+        self._outputs = check_interface(path, model)
         self._session = Session(path, data, timeout, threads)
         batch = self._session.session.get_inputs()[0].shape[0]
         self.batch_size: int | None = batch if isinstance(batch, int) else None  # None: any
@@ -91,4 +92,4 @@ class OnnxRuntimePredictor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         padded = fill_up(images, self.batch_size or 0)
-        return self._session.run(["logits"], padded)[0][: len(images)]
+        return joined([output[: len(images)] for output in self._session.run(self._outputs, padded)])
