@@ -11,7 +11,7 @@ from torch import nn
 # The settings of timm's models that timm takes and that end in an error later: in calibration, or in exporting.
 FIXED = {
     "in_chans": (3, "images have three channels"),
-    "features_only": (False, "only whole classifiers are quantized"),
+    "features_only": (False, "out_features makes a backbone, see docs/backbones.md"),
 }
 # What timm's transformers have in common: data, which choose no file, address, device or code.
 SETTINGS = (

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qswin.qat.kernels.linear import linear_add, linear_float, linear_gelu_quantize, linear_quantize
@@ -133,7 +134,7 @@ class LoweredPatchEmbed(LoweredWeight):
     def __init__(self, embed: Any, site: str) -> None:
         super().__init__(embed.proj, f"{site}.proj")
         refuse_channel_scales(embed.proj._input_quantizer, f"{site}.proj")
-        self.grid_size, self.eps = embed.grid_size, embed.norm.eps
+        self.patch_size, self.pads, self.eps = embed.patch_size, embed.dynamic_img_pad, embed.norm.eps
         self.register_buffer("norm_weight", embed.norm.weight.detach().float())
         self.register_buffer("norm_bias", embed.norm.bias.detach().float())
         self.norm_weight: Tensor
@@ -141,7 +142,18 @@ class LoweredPatchEmbed(LoweredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = (self.weight, self.scale, self.bias, self.norm_weight, self.norm_bias)
-        return patch_embed(x, *weights, 1 / self.input_scale, self.eps).view(x.shape[0], *self.grid_size, -1)
+        x = self._whole_patches(x)
+        grid = [side // patch for side, patch in zip(x.shape[2:], self.patch_size, strict=True)]
+        return patch_embed(x, *weights, 1 / self.input_scale, self.eps).view(x.shape[0], *grid, -1)
+
+    def _whole_patches(self, x: Tensor) -> Tensor:
+        """The image without the rows and columns that make no patch, or, where `pads`, with zeros behind them."""
+        rest_h, rest_w = (side % patch for side, patch in zip(x.shape[2:], self.patch_size, strict=True))
+        if not (rest_h or rest_w):
+            return x
+        if self.pads:
+            return F.pad(x, (0, -x.shape[3] % self.patch_size[1], 0, -x.shape[2] % self.patch_size[0]))
+        return x[:, :, : x.shape[2] - rest_h, : x.shape[3] - rest_w].contiguous()
 
 
 class LoweredHead(LoweredLinear):

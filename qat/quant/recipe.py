@@ -154,7 +154,10 @@ def plain_keys(values: Any) -> Any:
     return values
 
 
-_WEIGHTED = ("patch_embed", "attn.conv", "qkv", "proj", "fc1", "fc2", "reduction", "expand", "concat_back_dim", "head")
+_WEIGHTED = (
+    *("patch_embed", "attn.conv", "qkv", "proj", "fc1", "fc2", "reduction", "expand", "concat_back_dim", "head"),
+    *("inner_blocks", "layer_blocks"),  # of torchvision's feature pyramid
+)
 _GEMM = tuple(Rule(site, quantize=True) for site in _WEIGHTED)
 _ATTENTION = (Rule("attn.q", quantize=True), Rule("attn.k", quantize=True), Rule("attn.v", quantize=True))
 # A row of softmax is about 1 / tokens: with a fixed range of 1, little of rows of 144 tokens and more would be left.

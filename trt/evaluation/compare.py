@@ -33,24 +33,26 @@ def logits_of(predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, s
     return np.concatenate([predict(images[at : at + size]) for at in range(0, len(images), size)])
 
 
-def output_errors(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Errors of logits against a reference's.
+def output_errors(ours: np.ndarray, reference: np.ndarray, task: str) -> dict[str, float]:
+    """Errors of logits, or of feature maps, against a reference's.
 
     Args:
-        ours, reference: (N, classes).
+        ours, reference: (N, classes), or (N, values) of feature maps.
+        task: what the models are for.
 
     Returns:
-        {"max_abs", "mean_abs", "median_abs"}; the same of |ours - reference| / |reference| as "_rel"; "top1_agreement"
-        in per cent; "nan", how many values of ours are NaN or infinite.
+        {"max_abs", "mean_abs", "median_abs"}; the same of |ours - reference| / |reference| as "_rel"; of logits,
+        "top1_agreement" in per cent; "nan", how many values of ours are NaN or infinite.
     """
     difference = np.abs(ours.astype(np.float64) - reference)
     relative = difference / np.maximum(np.abs(reference), np.finfo(np.float32).tiny)
     errors: dict[str, Any] = {}
     for kind, values in (("abs", difference), ("rel", relative)):
         errors |= {f"max_{kind}": values.max(), f"mean_{kind}": values.mean(), f"median_{kind}": np.median(values)}
-    agreement = 100 * (ours.argmax(axis=1) == reference.argmax(axis=1)).mean()
+    if task != "features":
+        errors["top1_agreement"] = 100 * (ours.argmax(axis=1) == reference.argmax(axis=1)).mean()
     errors = {name: float(value) for name, value in errors.items()}
-    return {**errors, "top1_agreement": float(agreement), "nan": int((~np.isfinite(ours)).sum())}
+    return {**errors, "nan": int((~np.isfinite(ours)).sum())}
 
 
 def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:

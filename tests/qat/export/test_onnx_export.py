@@ -17,12 +17,13 @@ from onnx import numpy_helper
 
 from qswin.calib import grid
 from qswin.calib.data.images import Preprocessing
+from qswin.models.registry import build_model
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES, named_recipe
-from qswin.qat.quant.rewrite import disable, quantize
+from qswin.qat.quant.rewrite import disable, enable, quantize
 from tests.helpers import SMALL, V1, V2, scale_channels, small_swin
 
 SLOW = pytest.mark.slow  # an export takes ten seconds; those at opset 17 that no other test here needs
@@ -331,3 +332,50 @@ def test_a_format_needs_its_opset_and_its_precision(images):
         export_onnx(twin, description, opset=17)
     with pytest.raises(ValueError, match="quantized to fp8, not int8; leave --precision out"):
         export_onnx(twin, description, "int8")
+
+
+@functools.cache
+def backbone(padding: str = "timm") -> tuple[torch.nn.Module, Description]:
+    """A small backbone for any image size, calibrated."""
+    settings = {**SMALL, "depths": [2, 1], "out_features": ["stage1", "stage2"], "padding": padding}
+    torch.manual_seed(0)
+    twin = quantize(build_model(V1, **settings), named_recipe("attention"))
+    find_ranges(twin, [torch.randn(4, 3, 32, 32), torch.randn(1, 3, 44, 36)])
+    return twin, Description({"name": V1, **settings}, "ptq", Preprocessing(size=(44, 36)), recipe=twin.recipe)
+
+
+def assert_same_maps(graph: onnx.ModelProto, model: torch.nn.Module, size: tuple[int, int]) -> None:
+    """Of ONNX Runtime and torch: almost all values are equal, and the others fell on another level somewhere."""
+    images = torch.randn(2, 3, *size)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"input": images.numpy()})
+    with torch.no_grad():
+        expected = model(images)
+    assert [output.name for output in session.get_outputs()] == list(expected)
+    for ours, theirs in zip(found, expected.values(), strict=True):
+        error = np.abs(ours - theirs.numpy())
+        assert ours.shape == theirs.shape and error.mean() < 0.05 * theirs.std().item()  # sums saturate without VNNI
+
+
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp32", marks=SLOW)])
+def test_a_backbone_of_one_size_gives_feature_maps(precision):
+    twin, description = backbone()
+    graph = saved(export_onnx(twin, description, precision))
+    disable(twin, quiet=True) if precision == "fp32" else enable(twin)
+    assert_same_maps(graph, twin, (44, 36))
+    sides = [dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim[2:]]
+    assert sides == [44, 36]
+
+
+@SLOW  # tracing for any size takes a minute
+@pytest.mark.parametrize("padding", ["timm", "torchvision", "mmdetection"])
+def test_a_backbone_of_any_size_is_one_graph(padding):
+    twin, description = backbone(padding)
+    graph = saved(export_onnx(twin, description, any_size=True))
+    for size in ((44, 36), (64, 96), (100, 68), (128, 128)):
+        assert_same_maps(graph, twin, size)
+
+
+def test_a_classifier_takes_one_size():
+    with pytest.raises(ValueError, match="takes images of 32 x 32 only; a backbone"):
+        export_onnx(small_swin(), FLOAT, "fp32", any_size=True)

@@ -22,7 +22,7 @@ from tests.helpers import fails, invoke
 
 def test_output_errors_by_hand():
     ours, reference = np.array([[1.0, 5.0], [3.0, 2.0]]), np.array([[2.0, 4.0], [2.0, 4.0]])
-    errors = output_errors(ours, reference)
+    errors = output_errors(ours, reference, "classification")
     assert (errors["max_abs"], errors["mean_abs"], errors["median_abs"]) == (2, 1.25, 1)
     assert (errors["max_rel"], errors["median_rel"]) == (0.5, 0.5)
     assert (errors["top1_agreement"], errors["nan"]) == (50, 0)
@@ -31,7 +31,7 @@ def test_output_errors_by_hand():
 def test_values_that_are_not_finite_are_infinitely_wrong():
     assert relative_error(np.array([1.0, np.nan]), np.ones(2)) == np.inf
     assert relative_error(np.array([3.0, 4.0]), np.array([0.0, 4.0])) == pytest.approx(0.75)
-    assert output_errors(np.array([[np.nan, 1.0]]), np.ones((1, 2)))["nan"] == 1
+    assert output_errors(np.array([[np.nan, 1.0]]), np.ones((1, 2)), "classification")["nan"] == 1
 
 
 def errors_of(model, reference, images):
