@@ -25,7 +25,7 @@ from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 
 from benchmarks.results import commit, device_name, write_rows
 from qswin.calib.data.images import Preprocessing
-from qswin.models.detection import PyramidBackbone
+from qswin.models.backbones.pyramid import PyramidBackbone
 from qswin.models.registry import build_model
 from qswin.qat.checkpoint import Description
 from qswin.qat.export.onnx_export import export_onnx, save_onnx

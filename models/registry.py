@@ -13,7 +13,7 @@ from absl import logging
 from torch import Tensor, nn
 
 from qswin import models
-from qswin.models.backbone import Backbone
+from qswin.models.backbones.backbone import Backbone
 from qswin.models.checkpoints.architectures import Recognized
 from qswin.models.checkpoints.state_dicts import mismatch, read_content, read_state, rename
 from qswin.models.checkpoints.unsupported import why_unsupported

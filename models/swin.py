@@ -9,13 +9,13 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
 from qswin.models import timm_models
-from qswin.models.backbone import Backbone
+from qswin.models.backbones.backbone import Backbone
+from qswin.models.backbones.windows import SHRINK, set_padding
 from qswin.models.checkpoints import huggingface, openmmlab, published, torchvision
 from qswin.models.checkpoints.architectures import recognize_swin
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, preprocessing
 from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS
-from qswin.models.windows import SHRINK, set_padding
 
 
 def names() -> list[str]:
@@ -51,7 +51,7 @@ def build(
     """A timm model, or a backbone of its stages.
 
     Args:
-        padding: the library whose way to fill up incomplete windows is taken (models/windows.py).
+        padding: the library whose way to fill up incomplete windows is taken (models/backbones/windows.py).
         out_features: of a backbone, which takes images of any size: see `Backbone`. None makes a classifier.
         feature_norms: of a backbone, see `Backbone`.
         kwargs: see `timm_models.build`.

@@ -12,7 +12,7 @@ from timm.layers import to_2tuple
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
-from qswin.models.backbone import Backbone
+from qswin.models.backbones.backbone import Backbone
 from qswin.models.checkpoints.architectures import Recognized
 from qswin.models.checkpoints.weights import Source, Weights
 from qswin.models.family import Family

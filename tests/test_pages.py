@@ -117,6 +117,21 @@ def test_the_readmes_python(tmp_path, monkeypatch):
     assert OnnxRuntimePredictor(Path("int8.onnx"))(np.zeros((1, 3, 224, 224), np.float32)).shape == (1, 200)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_python_on_backbones():
+    scope: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "backbones.md").read_text(), re.DOTALL):
+        exec(block, scope)
+    twin, detector = scope["twin"], scope["detector"].eval()
+    (found,) = detector([torch.rand(3, 96, 160)])
+    assert set(found) == {"boxes", "labels", "scores"} and detector.backbone is twin
+    assert {type(twin.fpn.inner_blocks[0][0]).__name__, type(detector.rpn.head.conv[0][0]).__name__} == {
+        "QuantConv2d",
+        "Conv2d",
+    }
+
+
 def save_as_theirs() -> None:
     """The checkpoint of recipe gemm under the names that ModelOpt would give it."""
     from safetensors.torch import load_file

@@ -31,6 +31,13 @@ class Batch(NamedTuple):
     files: list[ImageFile]  # of the images
 
 
+def joined(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """The only output of a model, (N, ...), or all of them as one array, (N, values)."""
+    return (
+        outputs[0] if len(outputs) == 1 else np.concatenate([each.reshape(len(each), -1) for each in outputs], axis=1)
+    )
+
+
 def fill_up(images: np.ndarray, size: int) -> np.ndarray:
     """A batch of at least `size` images: the last image is repeated. The caller drops the outputs of the repeats.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qswin.calib.data.batches import fill_up
+from qswin.calib.data.batches import fill_up, joined
 from qswin.qat.backends.findings import Finding, library
 from qswin.qat.backends.registry import Backend, OpenOptions
 from qswin.qat.backends.torch_timing import captured, torch_timer
@@ -24,7 +24,7 @@ from qswin.trt.engines.engine import BuiltModel
 from qswin.trt.evaluation.timing import CUDA_GRAPH, Subject, Timer, TimingOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 SUFFIX = ".pt2"
 TARGET = "inductor"
@@ -173,12 +173,13 @@ class Package(BuiltModel):
         self.run: Any = aoti_load_package(io.BytesIO(data), run_single_threaded=True)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""
+        """(N, 3, H, W) float32 -> logits, or `joined` maps, float32; N up to `largest`, filled up to `smallest`."""
         import torch
 
-        padded = torch.from_numpy(fill_up(images, self.smallest)).cuda()
-        logits: Tensor = self.run(padded)
-        return logits[: len(images)].cpu().numpy()
+        from qswin.qat.ptq.prediction import named_outputs
+
+        outputs = named_outputs(self.run(torch.from_numpy(fill_up(images, self.smallest)).cuda()))
+        return joined([output[: len(images)].cpu().numpy() for output in outputs.values()])
 
 
 class PackageSubject(Subject):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qswin.trt.evaluation.evaluate import joined
+from qswin.calib.data.batches import joined
 
 if TYPE_CHECKING:
     from torch import nn

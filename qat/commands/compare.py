@@ -43,7 +43,8 @@ def main(args: argparse.Namespace) -> None:
     ours, theirs = open_predictor(args.model, opening), OnnxRuntimePredictor(args.reference, timeout=args.timeout)
     images = read_images(args.data, args.images, theirs.task, theirs.preprocessing, args.skip_unreadable)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)
-    errors = output_errors(*(logits_of(predictor, images, size) for predictor in (ours, theirs)), theirs.task)
+    outputs, expected = (logits_of(predictor, images, size) for predictor in (ours, theirs))
+    errors = output_errors(outputs, expected, theirs.task)
     report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **errors}
     print(json.dumps(report, indent=1))
     if args.layers:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from qswin.qat.kernels.linear import linear_add, linear_float, linear_gelu_quantize, linear_quantize
 from qswin.qat.kernels.norm_add import norm_add
@@ -171,7 +172,7 @@ class LoweredHead(LoweredLinear):
 
 
 class Float32Interface(nn.Module):
-    """A model of another dtype with float32 images and logits, as engines have them.
+    """A model of another dtype with float32 images and logits, or feature maps, as engines have them.
 
     The model itself is not converted: its scales are float32, and FP16 could not hold them.
     """
@@ -180,5 +181,5 @@ class Float32Interface(nn.Module):
         super().__init__()
         self.model, self.dtype = model, next(model.parameters()).dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.to(self.dtype)).float()
+    def forward(self, x: Tensor) -> Any:
+        return tree_map(Tensor.float, self.model(x.to(self.dtype)))

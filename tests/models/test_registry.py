@@ -77,7 +77,7 @@ VIT_NAME, UNET_NAME = "vit_tiny_patch16_224", "swin_unet_tiny_patch4_window7_224
     [
         (V1, {"embed_dimension": 3}, "embed_dimension"),
         (V1, {"in_chans": 1}, "in_chans=1 is not supported: images have three channels; leave it at 3"),
-        (V2, {"features_only": True}, "features_only=True is not supported: only whole classifiers"),
+        (V2, {"features_only": True}, "features_only=True is not supported: out_features makes a backbone"),
         (VIT_NAME, {"in_chans": 4}, "in_chans=4 is not supported"),
         (UNET_NAME, {"in_chans": 1}, "in_chans"),
         (V1, {"num_heads": [0, 0, 0, 0]}, "settings do not work: .*zero"),

@@ -181,7 +181,7 @@ def test_one_number_is_the_side_of_a_square(config_file):
     ("override", "words"),
     [
         ("model.kwargs.in_chans=1", "in_chans=1 is not supported: images have three channels"),
-        ("model.kwargs.features_only=true", "features_only=True is not supported: only whole classifiers"),
+        ("model.kwargs.features_only=true", "features_only=True is not supported: out_features makes a backbone"),
         ("data.preprocessing.size=[64]", r"data.preprocessing: size is \[64\]: expected array of length 2, got 1"),
         ("data.preprocessing.size=large", "data.preprocessing: size is 'large': expected array, got str"),
         ("data.preprocessing.size=0", r"data.preprocessing: size\[0\] is 0: expected int >= 1"),

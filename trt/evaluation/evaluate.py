@@ -35,13 +35,6 @@ class Predictor(Protocol):
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
 
 
-def joined(outputs: Sequence[np.ndarray]) -> np.ndarray:
-    """The only output of a model, (N, ...), or all of them as one array, (N, values)."""
-    return (
-        outputs[0] if len(outputs) == 1 else np.concatenate([each.reshape(len(each), -1) for each in outputs], axis=1)
-    )
-
-
 class Metric(Protocol):
     """What is counted over batches of logits."""
 

@@ -8,9 +8,8 @@ import onnxruntime
 from absl import logging
 from onnx import TensorProto, helper, numpy_helper
 
-from qswin.calib.data.batches import fill_up
+from qswin.calib.data.batches import fill_up, joined
 from qswin.calib.trt_cache.session import Session
-from qswin.trt.evaluation.evaluate import joined
 from qswin.trt.graphs.files import check_interface, parse_metadata, parse_onnx, read_graph
 from qswin.trt.graphs.half_precision import is_quantized
 

@@ -14,7 +14,7 @@ from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 from torch import Tensor, nn
 
-from qswin.models.windows import PadsFirstBlock, PadsFirstV2Block, Windows, pad_to_multiple
+from qswin.models.backbones.windows import PadsFirstBlock, PadsFirstV2Block, Windows, pad_to_multiple
 from qswin.qat.quant.blocks import Fold, FoldingBlock, behind_norm, behind_values
 from qswin.qat.quant.layers import MakeQuantizer, QuantAdd, QuantMatMul
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from qswin.models.backbone import Backbone
+from qswin.models.backbones.backbone import Backbone
 
 
 class PyramidBackbone(nn.Module):

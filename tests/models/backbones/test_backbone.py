@@ -6,8 +6,8 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
+from qswin.models.backbones.windows import SHIFTS, Windows
 from qswin.models.registry import build_model, read_checkpoint
-from qswin.models.windows import SHIFTS, Windows
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
 from tests.helpers import V1, V2

@@ -154,7 +154,8 @@ class PadsFirst:
 
     def get_attn_mask(self, x: Tensor | None = None, device: Any = None, dtype: Any = None) -> Tensor | None:
         """The mask at the size that the block was built for; timm's blocks call it then."""
-        return Windows.of(self).mask(*self.input_resolution, self.norm1.weight.detach())
+        height, width = self.input_resolution
+        return Windows.of(self).mask(height, width, self.norm1.weight.detach())
 
 
 class PadsFirstBlock(PadsFirst, v1.SwinTransformerBlock):

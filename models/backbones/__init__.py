@@ -1,0 +1,1 @@
+"""Backbones: feature maps at any image size, for detectors and segmentors."""
