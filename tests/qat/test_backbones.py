@@ -45,6 +45,7 @@ device: cpu
     return tmp_path / "config.yaml"
 
 
+@pytest.mark.slow
 def test_it_is_calibrated_exported_for_sizes_and_compared(config, tmp_path, capsys):
     assert invoke("calibrate", "--config", config) == 0
     checkpoint = tmp_path / "run" / "ptq.safetensors"
@@ -89,6 +90,7 @@ def calibrated(name: str, **settings) -> torch.nn.Module:
     return twin
 
 
+@pytest.mark.slow
 def test_its_gradients_are_those_of_a_compiled_one():
     twin, images = calibrated(V1, padding="torchvision").train(), torch.randn(2, 3, 44, 36)
     torch._dynamo.reset()
