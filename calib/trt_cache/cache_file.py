@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from qswin.calib.files import read_sidecar, sha256, write_with_sidecar
+from qswin.calib.files import read_sidecar, write_with_sidecar
 from qswin.calib.grid import INT8
 from qswin.calib.validation import Sha256, take
 
@@ -85,18 +85,18 @@ def parse_cache(data: bytes, name: str = "cache") -> tuple[str, str, dict[str, f
     return header[1], header[2], ranges
 
 
-def write_cache(path: Path, data: bytes, onnx: Path, details: dict[str, Any]) -> None:
-    """Writes a cache and the sidecar that binds it to `onnx`, each atomically, the sidecar last.
+def write_cache(path: Path, data: bytes, bound: BoundTo, details: dict[str, Any]) -> None:
+    """Writes a cache and the sidecar that binds it to its ONNX file, each atomically, the sidecar last.
 
     Raises:
         ValueError: the data is malformed, or the sidecar's name belongs to a file of another kind.
     """
     parse_cache(data, str(path))
-    write_with_sidecar(path, data, KIND, {**details, "onnx": onnx.name, "onnx_sha256": sha256(onnx)})
+    write_with_sidecar(path, data, KIND, {**details, **dataclasses.asdict(bound)})
 
 
-def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
-    """The ranges of a cache that was made for this TensorRT and this ONNX file.
+def read_cache(path: Path, version: str, onnx_sha256: str) -> bytes:
+    """The content of a cache that was made for this TensorRT and this ONNX file; see `parse_cache`.
 
     Args:
         version: TensorRT's, "8.6.0".
@@ -106,13 +106,13 @@ def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
         FileNotFoundError: the cache or its sidecar is missing.
         ValueError: it is malformed, of another version, or of another ONNX file.
     """
-    data = path.read_bytes() if path.is_file() else None
+    data = path.read_bytes() if path.is_file() else b""
     bound = take(read_sidecar(path, KIND, (), REMEDY, data), BoundTo, f"{path}: its sidecar", REMEDY)
-    made_by, _, ranges = parse_cache(data or b"", str(path))
+    made_by, _, _ = parse_cache(data, str(path))
     if made_by != version_number(version):
         raise ValueError(
             f"{path}: made for TensorRT {made_by}, here is {version_number(version)}; make the cache again"
         )
     if bound.onnx_sha256 != onnx_sha256:
         raise ValueError(f"{path}: stale: made for another ONNX file, {bound.onnx}; make the cache again")
-    return ranges
+    return data

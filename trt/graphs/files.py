@@ -1,6 +1,7 @@
 """ONNX files as qswin writes them: the graph, and the metadata that makes evaluation need no config."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ def read_graph(path: str | Path) -> bytes:
 
 def read_onnx(path: str | Path) -> onnx.ModelProto:
     """The model of an ONNX file. Raises FileNotFoundError, and ValueError as `parse_onnx` does."""
-    return parse_onnx(path, read_graph(path))
+    return open_onnx(path)[0]
+
+
+def open_onnx(path: str | Path) -> tuple[onnx.ModelProto, str]:
+    """The model of an ONNX file and the SHA-256 of the bytes that it was read from. Raises as `read_onnx` does."""
+    data = read_graph(path)
+    return parse_onnx(path, data), hashlib.sha256(data).hexdigest()
 
 
 def parse_onnx(path: str | Path, data: bytes) -> onnx.ModelProto:
