@@ -6,6 +6,7 @@ file of another kind.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -23,7 +24,7 @@ from qswin.calib.reading import open_regular, read_json
 
 # Distributions whose versions a result records, where they are installed.
 RECORDED = ("qswin", "torch", "timm", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx_cu13_bindings")
-
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit of the process
 
 _saved: dict[Path, None] = {}  # by this process, in order; a job writes the same few again and again
 
@@ -74,8 +75,9 @@ def _saving(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "free some space, or choose" if error.errno in FULL else "choose"
         reason = error.strerror or error
-        raise NotSaved(f"{path}: not saved ({reason}); free some space, or choose another name or folder") from error
+        raise NotSaved(f"{path}: not saved ({reason}); {remedy} another name or folder") from error
 
 
 def _status(path: Path) -> os.stat_result | None:
