@@ -2,9 +2,9 @@
 
     python -m benchmarks.hostile --out docs/lab/hostile.md [--only WORD] [--jobs 2]
 
-The cases are in hostile_cases.py and hostile_more.py. Each has a folder of its own, with a small model, its graphs and
-some images. A case is as expected when the command ends in time as it should: refused is one line and exit code 2,
-never a traceback.
+The cases are in hostile_cases.py, hostile_more.py and hostile_files.py. Each has a folder of its own, with a small
+model, its graphs and some images. A case is as expected when the command ends in time as it should: refused is one line
+and exit code 2, never a traceback.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import hostile_more  # noqa: F401  # adds its cases
+from benchmarks import hostile_files, hostile_more  # noqa: F401  # which add their cases
 from benchmarks.hostile_cases import CASES, Case
 from benchmarks.hostile_world import World, make_world
 from benchmarks.results import commit, device_name

@@ -13,10 +13,12 @@ from typing import Any
 
 from qswin.calib.files import read_sidecar, write_with_sidecar
 from qswin.calib.grid import INT8
+from qswin.calib.reading import read_regular
 from qswin.calib.validation import Sha256, take
 
 KIND = "calibration cache"
 SUFFIX = ".cache"
+LARGEST = 64 << 20  # bytes
 REMEDY = "make the cache again with qswin calib-cache"
 ALGORITHMS = {"entropy2": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
@@ -106,7 +108,7 @@ def read_cache(path: Path, version: str, onnx_sha256: str) -> bytes:
         FileNotFoundError: the cache or its sidecar is missing.
         ValueError: it is malformed, of another version, or of another ONNX file.
     """
-    data = path.read_bytes() if path.is_file() else b""
+    data = read_regular(path, LARGEST) if path.is_file() else b""
     bound = take(read_sidecar(path, KIND, (), REMEDY, data), BoundTo, f"{path}: its sidecar", REMEDY)
     made_by, _, _ = parse_cache(data, str(path))
     if made_by != version_number(version):

@@ -11,17 +11,18 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
 
 from qswin.calib.data.images import Preprocessing
-from qswin.calib.reading import parse_json
+from qswin.calib.reading import parse_json, read_regular
 from qswin.calib.validation import Task, shown, take
 
 REMEDY = "export it with qswin export"
+LARGEST = (2 << 30) - 1  # bytes of a protobuf message
 
 
 def read_graph(path: str | Path) -> bytes:
-    """The content of an ONNX file. Raises FileNotFoundError."""
+    """The content of an ONNX file. Raises FileNotFoundError, and ValueError for one that protobuf cannot hold."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such ONNX file")
-    return Path(path).read_bytes()
+    return read_regular(path, LARGEST)
 
 
 def read_onnx(path: str | Path) -> onnx.ModelProto:
