@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks import hostile_files, hostile_more  # noqa: F401  # which add their cases
 from benchmarks.hostile_cases import CASES, Case
 from benchmarks.hostile_world import World, make_world
-from benchmarks.results import commit, device_name
+from benchmarks.results import commit, machine
 
 LOG = re.compile(r"^[IWEF]\d{4} |^usage: | ")  # a line of absl's log, or of how a command is used
 HEAD = """\
@@ -158,7 +158,8 @@ def main() -> None:
             good += as_expected
             print(line, flush=True)
     head = ["# Hostile files and settings", "", HEAD, "", f"{good} of {len(chosen)} are as expected."]
-    head += ["", f"Commit {commit()}, {time.strftime('%Y-%m-%d')}, {device_name('cpu')}.", ""]
+    command = f"`python -m benchmarks.hostile {' '.join(sys.argv[1:])}`"
+    head += ["", f"{command} at commit {commit()}, {time.strftime('%Y-%m-%d')}; {machine()}.", ""]
     head += ["| rule | case | expected | found | time, memory | the line |", "| --- | --- | --- | --- | --- | --- |"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join([*head, *lines]) + "\n")

@@ -109,7 +109,8 @@ def _by_processes(
         while True:
             for chunk in itertools.islice(remaining, len(free)):
                 slot = free.popleft()
-                pending.append((slot, len(chunk), pool.submit(_decode_to_slot, chunk, slot)))
+                with _without_ctrl_c():
+                    pending.append((slot, len(chunk), pool.submit(_decode_to_slot, chunk, slot)))
             if not pending:
                 return
             slot, count, future = pending.popleft()
@@ -117,6 +118,16 @@ def _by_processes(
             images = _view(slots[slot], count, preprocessing).copy()
             free.append(slot)
             yield images, decoded
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started within get no Ctrl-C, not even while they start: their parent handles it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -138,10 +149,9 @@ _preprocessing = Preprocessing()
 
 
 def _start_worker(slots: list[Any], preprocessing: Preprocessing) -> None:
-    """Prepares a decoding process. It ignores Ctrl-C, which the parent handles, and ends when the parent is killed."""
+    """Prepares a decoding process. It ends when the parent is killed."""
     global _slots, _preprocessing
     _slots, _preprocessing = slots, preprocessing
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -11,11 +11,10 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from qswin.calib.data.images import EXTENSIONS
+from qswin.calib.data.images import EXTENSIONS, LARGEST
 from qswin.calib.reading import open_regular
 
 LONGEST_LABEL = 20  # bytes of a .cls file
-LARGEST_IMAGE = 256 << 20  # bytes: an image is read as a whole
 LARGEST_LABEL = 1_000_000  # there is a name for each class up to the largest
 NAME = re.compile(r"^((?:.*/)?[^./]+)(\.[^/]*)$")  # as webdataset splits: a sample's name ends at the first dot
 
@@ -83,8 +82,8 @@ def _add(found: dict[str, Any], name: str, value: Any, shard: Path) -> None:
 
 
 def _image(member: tarfile.TarInfo, shard: Path) -> TarImage:
-    if member.size > LARGEST_IMAGE:
-        raise ValueError(f"{shard}: {member.name} is larger than {LARGEST_IMAGE >> 20} MiB; take it out")
+    if member.size > LARGEST:
+        raise ValueError(f"{shard}: {member.name} is larger than {LARGEST >> 20} MiB; take it out")
     return TarImage(shard, member.offset_data, member.size, member.name)
 
 
