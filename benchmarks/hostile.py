@@ -110,7 +110,7 @@ def complaint(case: Case, found: Found, world: World) -> str:
         return f"exit code {found.code}"
     if "Traceback" in found.log:
         return "a traceback"
-    if case.code == 2 and len(found.errors) != (not case.closed):
+    if case.code and len(found.errors) != (not case.closed):
         return f"{len(found.errors)} lines"
     if case.words and not re.search(case.words, found.log):
         return f"not a word of {case.words!r}"

@@ -202,6 +202,38 @@ for budget in ("kl<=nan", "evil", "acc1_drop<=1e400", "bops<=-1", "latency<=", "
         return [*common, "--sensitivity", "r.json", "--budget", budget]
 
 
+def _many(world: World, split: str) -> Path:
+    """A folder whose images take longer than the command has."""
+    for index in range(5000):
+        shutil.copy(world.images / split / "a/0.png", world.images / split / f"a/more{index}.png")
+    return world.images / split
+
+
+for seconds in (1, 3, 5):
+
+    @case(7, f"a Ctrl-C {seconds} s after evaluate began, with four processes", code=130, interrupt=seconds)
+    def _(world: World) -> Command:
+        return ["evaluate", "--model", world.onnx, "--data", _many(world, "val"), "--workers", 4]
+
+
+@case(7, "a Ctrl-C while training with four processes", code=130, interrupt=15)
+def _(world: World) -> Command:
+    _many(world, "train")
+    return world.train("train.epochs=1000", "data.workers=4")
+
+
+@case(7, "a Ctrl-C while sites are probed", code=130, interrupt=15)
+def _(world: World) -> Command:
+    common = ["--checkpoint", world.checkpoint, "--data", _many(world, "train"), "--images", 5000]
+    return ["sensitivity", *common, "--json", world.out]
+
+
+@case(7, "a Ctrl-C while a cache is made", code=130, interrupt=4)
+def _(world: World) -> Command:
+    common = ["--onnx", world.onnx, "--data", _many(world, "train"), "--images", 5000]
+    return ["calib-cache", *common, "--cache", world.folder / "x.cache", "--offline"]
+
+
 @case(7, "class names that are not text", "classes.txt: not text")
 def _(world: World) -> Command:
     _shard(world, n0_png=(world.images / "val/a/0.png").read_bytes(), n0_cls=b"0")
