@@ -21,6 +21,7 @@ from qswin.calib.data.folders import Sample
 from qswin.calib.data.images import Preprocessing, load_image, load_mask
 from qswin.calib.data.shards import ImageFile
 
+MOST_IMAGES = 65_536  # of a batch that a flag asks for
 Target = int | np.ndarray  # a class index, or a mask (H, W) uint8
 Decoded = list[Target | ValueError]  # for each sample of a batch: its target, or the error of its files
 

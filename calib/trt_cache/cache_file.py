@@ -14,13 +14,14 @@ from typing import Any
 from qswin.calib.files import read_sidecar, write_with_sidecar
 from qswin.calib.grid import INT8
 from qswin.calib.reading import read_regular
-from qswin.calib.validation import Sha256, take
+from qswin.calib.validation import Sha256, shown, take
 
 KIND = "calibration cache"
 SUFFIX = ".cache"
 LARGEST = 64 << 20  # bytes
 REMEDY = "make the cache again with qswin calib-cache"
 ALGORITHMS = {"entropy2": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
+VERSION = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(\.|$)")
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
 LINE = re.compile(r"(.+): ([0-9a-f]{8}|0)")  # TensorRT leaves leading zeros out: a scale of 0 is "0"
 
@@ -34,7 +35,13 @@ class BoundTo:
 
 
 def version_number(version: str) -> str:
-    """TensorRT's version as its caches write it: "8600" of "8.6.0", "100300" of "10.3.0"."""
+    """TensorRT's version as its caches write it: "8600" of "8.6.0", "100300" of "10.3.0".
+
+    Raises:
+        ValueError: it does not begin with three numbers.
+    """
+    if not VERSION.match(version):
+        raise ValueError(f"TensorRT's version {shown(version)} is not one; give three numbers, such as 8.6.0")
     major, minor, patch = (int(part) for part in version.split(".")[:3])
     return f"{major}{minor}{patch:02d}" if major < 10 else f"{major}{minor:02d}{patch:02d}"
 

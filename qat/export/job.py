@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qswin.calib.data.batches import MOST_IMAGES
 from qswin.calib.files import check_suffix
 from qswin.calib.validation import shown, validate
 from qswin.qat.checkpoint import load_model
 from qswin.qat.export.onnx_export import QUANTIZED, export_onnx, save_onnx
 from qswin.qat.ptq.verdict import Verdict, tell
 from qswin.qat.quant.quantizers import own_precision
-
-MOST = 65_536  # images of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +36,8 @@ def parse_batch_size(text: str) -> int | None:
     """None of "dynamic", 16 of "16". Raises ValueError for anything else, and for more than 65,536."""
     if text == "dynamic":
         return None
-    if not text.isdecimal() or len(text) > 5 or not 0 < int(text) <= MOST:
-        raise ValueError(f"--batch-size {shown(text)}: give a number of 1 to {MOST}, or dynamic")
+    if not text.isdecimal() or len(text) > 5 or not 0 < int(text) <= MOST_IMAGES:
+        raise ValueError(f"--batch-size {shown(text)}: give a number of 1 to {MOST_IMAGES}, or dynamic")
     return int(text)
 
 

@@ -17,7 +17,15 @@ from qswin.calib.data.folders import Sample, draw_samples, scan_folder
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import check_replaceable, check_suffix, sidecar_path
-from qswin.calib.trt_cache.cache_file import KIND, SUFFIX, BoundTo, format_cache, parse_cache, write_cache
+from qswin.calib.trt_cache.cache_file import (
+    KIND,
+    SUFFIX,
+    BoundTo,
+    format_cache,
+    parse_cache,
+    version_number,
+    write_cache,
+)
 from qswin.calib.trt_cache.native import BatchStream, make_calibrator
 from qswin.calib.trt_cache.offline import activation_ranges
 from qswin.trt.engines.network import build_network
@@ -41,6 +49,9 @@ class CacheOptions:
         offline_for: make the cache from ONNX Runtime's activations, for this TensorRT version, "8.6.0"; None for
             TensorRT's own cache.
         timeout: seconds that a run in ONNX Runtime may take; None for any number.
+
+    Raises:
+        ValueError: `offline_for` is not a version.
     """
 
     algorithm: str = "entropy2"
@@ -51,6 +62,10 @@ class CacheOptions:
     skip_unreadable: bool = False
     offline_for: str | None = None
     timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.offline_for is not None:
+            version_number(self.offline_for)
 
 
 def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import onnx
 
+from qswin.calib.data.batches import MOST_IMAGES
+from qswin.calib.validation import shown
 from qswin.trt.engines.cuda import find_gpu
 from qswin.trt.engines.version import TARGETS, TensorRT
 from qswin.trt.graphs.files import opset
@@ -145,8 +147,9 @@ def parse_profile(text: str) -> tuple[int, int, int]:
     except ValueError:
         batches = []
     low, usual, high = batches * 3 if len(batches) == 1 else batches if len(batches) == 3 else (0, 0, 0)
-    if not 0 < low <= usual <= high:
-        raise ValueError(f"--batch-sizes {text}: give the smallest, usual and largest batch in order, such as 1,16,64")
+    if not 0 < low <= usual <= high <= MOST_IMAGES:
+        how = f"give the smallest, usual and largest batch in order, such as 1,16,64, up to {MOST_IMAGES}"
+        raise ValueError(f"--batch-sizes {shown(text)}: {how}")
     return low, usual, high
 
 

@@ -187,7 +187,7 @@ def test_the_command_writes_an_engine_and_its_sidecar(rtx, graphs, tmp_path):
 def test_profiles_and_sizes():
     assert parse_profile("1,16,64") == (1, 16, 64) and parse_profile("64") == (64, 64, 64)
     assert (parse_bytes("4GiB"), parse_bytes("512MiB"), parse_bytes("7")) == (4 << 30, 512 << 20, 7)
-    for wrong in ("", "1,2", "0", "4,2,1", "a"):
+    for wrong in ("", "1,2", "0", "4,2,1", "a", "1000000000000"):
         with pytest.raises(ValueError, match="smallest, usual and largest"):
             parse_profile(wrong)
 

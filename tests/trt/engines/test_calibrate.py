@@ -74,6 +74,9 @@ def test_what_cannot_be_calibrated_says_why(graphs, data, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "has Q/DQ nodes, whose ranges are in the graph" in says("int8", "--offline")
+    for version in ("8.6", "x", "8..0"):
+        line = says("fp32", "--offline", "--tensorrt-version", version)
+        assert f"TensorRT's version '{version}' is not one; give three numbers, such as 8.6.0" in line
     assert "0 images to calibrate on" in says("fp32", "--offline", "--images", 0)
     if importlib.util.find_spec("tensorrt") is None:
         assert "tensorrt is not installed" in says("fp32")
