@@ -2,9 +2,9 @@
 
     python -m benchmarks.hostile --out docs/lab/hostile.md [--only WORD] [--jobs 2]
 
-The cases are in hostile_cases.py and hostile_more.py. Each has a folder of its own, with a small model, its graphs and
-some images. A case is as expected when the command ends in time as it should: refused is one line and exit code 2,
-never a traceback.
+The cases are in hostile_cases.py, hostile_more.py and hostile_files.py. Each has a folder of its own, with a small
+model, its graphs and some images. A case is as expected when the command ends in time as it should: refused is one line
+and exit code 2, never a traceback.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import hostile_more  # noqa: F401  # adds its cases
+from benchmarks import hostile_files, hostile_more  # noqa: F401  # which add their cases
 from benchmarks.hostile_cases import CASES, Case
 from benchmarks.hostile_world import World, make_world
-from benchmarks.results import commit, device_name
+from benchmarks.results import commit, machine
 
 LOG = re.compile(r"^[IWEF]\d{4} |^usage: | ")  # a line of absl's log, or of how a command is used
 HEAD = """\
@@ -110,7 +110,7 @@ def complaint(case: Case, found: Found, world: World) -> str:
         return f"exit code {found.code}"
     if "Traceback" in found.log:
         return "a traceback"
-    if case.code == 2 and len(found.errors) != (not case.closed):
+    if case.code and len(found.errors) != (not case.closed):
         return f"{len(found.errors)} lines"
     if case.words and not re.search(case.words, found.log):
         return f"not a word of {case.words!r}"
@@ -158,7 +158,8 @@ def main() -> None:
             good += as_expected
             print(line, flush=True)
     head = ["# Hostile files and settings", "", HEAD, "", f"{good} of {len(chosen)} are as expected."]
-    head += ["", f"Commit {commit()}, {time.strftime('%Y-%m-%d')}, {device_name('cpu')}.", ""]
+    command = f"`python -m benchmarks.hostile {' '.join(sys.argv[1:])}`"
+    head += ["", f"{command} at commit {commit()}, {time.strftime('%Y-%m-%d')}; {machine()}.", ""]
     head += ["| rule | case | expected | found | time, memory | the line |", "| --- | --- | --- | --- | --- | --- |"]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join([*head, *lines]) + "\n")

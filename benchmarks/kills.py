@@ -32,6 +32,9 @@ from qswin.calib.trt_cache.cache_file import parse_cache
 from qswin.qat.checkpoint import read_description
 
 SENSITIVITY = RUN / "sensitivity.json"  # of the demo's checkpoint, for search
+MEASURED = {"images_per_second", "first_ms", "ms", "p95_ms"}  # of results: no two runs have the same
+NAMES = {"command", "pictures"}  # the folder
+ONCE = {"init"}  # refuses to write over what is there
 Check = Callable[[Path], object]
 
 
@@ -50,8 +53,25 @@ def commands(folder: Path) -> dict[str, tuple[list[str], str]]:
     images = ["--data", str(data / "train"), "--images", "64"]
     ptq, graph = str(RUN / "ptq.safetensors"), str(RUN / "fp32.onnx")
     compared = ["--model", str(RUN / "int8.onnx"), "--reference", graph, "--data", str(data / "val"), "--images", "64"]
-    probe = ["--checkpoint", ptq, *images]
+    probe, val = ["--checkpoint", ptq, *images], ["--data", str(data / "val"), "--images", "64"]
+    timed = ["--batch-sizes", "1", "--cpu-repeats", "1", "--plot", str(folder / "bench.png")]
     return {
+        "init": (
+            ["qswin", "init", str(weights), "--data", str(data), "--out", str(folder / "x.yaml")]
+            + ["--json", str(folder / "init.json")],
+            "x.yaml",
+        ),
+        "inspect": (["qswin", "inspect", "--model", ptq, "--json", str(folder / "inspect.json")], "inspect.json"),
+        "doctor": (["qswin", "doctor", "--json", str(folder / "doctor.json")], "doctor.json"),
+        "evaluate": (
+            ["qswin", "evaluate", "--model", graph, *val, "--pictures", str(folder / "pictures"), "--worst", "4"]
+            + ["--workers", "0", "--json", str(folder / "evaluate.json")],
+            "evaluate.json",
+        ),
+        "bench": (
+            ["qswin", "bench", "--model", graph, *timed, "--json", str(folder / "bench.json")],
+            "bench.json",
+        ),
         "search": (
             ["qswin", "search", *probe, "--sensitivity", str(SENSITIVITY), "--budget", "bops<=0.5"]
             + ["--recipe", str(folder / "mixed.yaml"), "--json", str(folder / "search.json")],
@@ -118,15 +138,41 @@ def read_all(folder: Path) -> None:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether two results are: tensors to float32's last digits, as sums are taken in any order; others to the byte."""
-    if first.suffix == ".json":  # but for the command, which names the folder
-        a, b = ({**json.loads(path.read_text()), "command": None} for path in (first, second))
+    """Whether two results are: tensors to float32's last digits, as sums are taken in any order; others to the byte.
+
+    The name of the folder is taken out of both.
+    """
+    if first.suffix == ".json":
+        a, b = (steady(json.loads(path.read_text())) for path in (first, second))
         return a == b
     if first.suffix != ".safetensors":
-        return first.read_bytes() == second.read_bytes()
+        a, b = (path.read_bytes().replace(str(path.parent).encode(), b"") for path in (first, second))
+        return a == b
     read_description(second)  # its sidecar is its own
     a, b = (safetensors.torch.load_file(path) for path in (first, second))
     return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a)
+
+
+def steady(value: Any) -> Any:
+    """A result without what is measured, and without what names the folder."""
+    if isinstance(value, list):
+        return [steady(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: steady(entry) for key, entry in value.items() if key not in MEASURED | NAMES}
+
+
+def bit_equal(first: Path, second: Path) -> bool:
+    """Whether two checkpoints have the same tensors to the bit."""
+    a, b = (safetensors.torch.load_file(path) for path in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def make_sensitivity() -> None:
+    """Writes what `search` reads, if it is not there."""
+    if not SENSITIVITY.is_file():
+        command, _ = commands(SENSITIVITY.parent)["sensitivity"]
+        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
 
 
 def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -136,9 +182,8 @@ def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
     for run in (whole, folder):
         run.mkdir(parents=True)
     log, begun = work / "log", time.perf_counter()
-    if job == "search" and not SENSITIVITY.is_file():
-        command, _ = commands(SENSITIVITY.parent)["sensitivity"]
-        Job(command, log).wait()
+    if job == "search":
+        make_sensitivity()
     command, product = commands(whole)[job]
     Job(command, log).wait()
     seconds, killed, finished = time.perf_counter() - begun, 0, 0
@@ -155,7 +200,10 @@ def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
             running.kill()
             killed += 1
             read_all(folder)
+            if job in ONCE:
+                (folder / product).unlink(missing_ok=True)
     Job(command, log).wait()
+    trained = product.endswith(".safetensors")
     left = sum(path.name.startswith(".") for path in folder.iterdir())
     return {
         "job": job,
@@ -163,6 +211,7 @@ def torture(job: str, work: Path, kills: int, seed: int) -> dict[str, Any]:
         "killed": killed,
         "finished_between_kills": finished,
         "same_result": same(whole / product, folder / product),
+        **({"bit_equal": bit_equal(whole / product, folder / product)} if trained else {}),
         "temporary_files_left": left,
         "commit": commit(),
     }

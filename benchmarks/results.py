@@ -1,6 +1,7 @@
 """Rows of docs/results: what every benchmark adds to them."""
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -15,6 +16,13 @@ def device_name(device: str) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def machine() -> str:
+    """The CPU, its cores, the memory and the GPU, in words."""
+    (total,) = (line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
+    cpu, gpu = device_name("cpu").partition(",")[0], device_name("cuda") if torch.cuda.is_available() else "no GPU"
+    return f"{cpu}, {os.cpu_count()} cores, {round(int(total) / 2**20)} GiB, {gpu}"
 
 
 def commit() -> str:

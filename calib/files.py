@@ -6,6 +6,7 @@ file of another kind.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import importlib.metadata
@@ -15,7 +16,7 @@ import platform
 import secrets
 import stat
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qswin.calib.reading import open_regular, read_json
 
 # Distributions whose versions a result records, where they are installed.
 RECORDED = ("qswin", "torch", "timm", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx_cu13_bindings")
-
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota, a limit of the process
 
 _saved: dict[Path, None] = {}  # by this process, in order; a job writes the same few again and again
 
@@ -53,20 +54,38 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         NotSaved: nothing could be written (a full disk, say); a regular file is as it was before.
     """
     path = Path(path)
-    try:
+    with _saving(path):
         status = _status(path)
         if status is None or _is_replaced(status):
             _replace(Path(os.path.realpath(path)), status, data)
         else:
             _append(path, status, data)
-    except OSError as error:
-        reason = error.strerror or error
-        raise NotSaved(f"{path}: not saved ({reason}); free some space, or choose another name or folder") from error
     _saved[path] = None
 
 
+def make_folder_of(path: Path) -> None:
+    """Makes the folder that a file is to be written in. Raises NotSaved where it cannot."""
+    with _saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    """Turns an OSError into NotSaved, which names the file."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free some space, or choose" if error.errno in FULL else "choose"
+        reason = error.strerror or error
+        raise NotSaved(f"{path}: not saved ({reason}); {remedy} another name or folder") from error
+
+
 def _status(path: Path) -> os.stat_result | None:
-    """What stands at a path, links followed; None where nothing does. Raises OSError for a circle of links."""
+    """What stands at a path, links followed; None where nothing does.
+
+    Raises:
+        OSError: a circle of links, a file in the place of a folder, or a folder that may not be looked into.
+    """
     try:
         return path.stat()
     except FileNotFoundError:
@@ -224,8 +243,14 @@ def write_result(path: str | Path, kind: str, values: dict[str, Any]) -> None:
 
 
 def check_replaceable(path: Path, kind: str) -> None:
-    """Raises ValueError unless a JSON file may be written: nothing is there, JSON of the same kind, or a device."""
-    status = _status(path)
+    """Whether a JSON file may be written: nothing is there, JSON of the same kind, or a device.
+
+    Raises:
+        ValueError: a file of another kind is there.
+        NotSaved: what is there cannot be seen.
+    """
+    with _saving(path):
+        status = _status(path)
     if status is None or not _is_replaced(status):
         return
     try:

@@ -40,12 +40,13 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     """
     try:
         with open_regular(path) as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # of /proc's files it is 0
+            data = b"" if size > limit else file.read(limit + 1)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise ValueError(f"{path}: larger than {limit / 2**20:g} MiB, which no file of its kind is")
     return data
 

@@ -4,6 +4,7 @@ The names below are the public face; each is imported when it is first used, so 
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from qswin.qat.ptq.calibrate import calibrate
     from qswin.qat.quant.recipe import Recipe, Rule, named_recipe
     from qswin.qat.quant.rewrite import disable, enable, quantize
+
+# ONNX Runtime 1.32 tells Microsoft what it runs, unless this is set before it is imported. Its own
+# disable_telemetry_events() comes too late.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "qswin.calib.data.images": ("Preprocessing",),

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NoReturn
@@ -43,6 +44,7 @@ COMMANDS = {
 }
 
 STOPPED = 130  # the exit code
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in torch's RuntimeErrors
 NAMED = 8  # files of a list in one line
 UNSAVED = "every file that it wrote is whole; the same command starts again"
 
@@ -108,7 +110,9 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
         except (ValueError, OSError) as error:
             logging.debug("traceback", exc_info=True)
             end(f"{prog}: error: {' '.join(str(error).split())}{_kept(error)}", 2)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             end(f"{prog}: error: it takes more memory than there is; take smaller batches or fewer workers", 2)
         finally:
             discard_unwritten()
@@ -116,6 +120,11 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
     open_closed_streams()
     logging.get_absl_handler().setFormatter(PrintableFormatter())
     app.run(guarded, argv=[prog, *argv], flags_parser=parse)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python's, or torch's, on a CPU or a GPU."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _kept(error: Exception) -> str:
@@ -126,7 +135,8 @@ def _kept(error: Exception) -> str:
 
 
 def end(message: str, code: int) -> NoReturn:
-    """Exits after one line on standard error."""
+    """Exits after one line on standard error. What the command held is let go first: it would complain at the exit."""
+    traceback.clear_frames(sys.exc_info()[2])
     with contextlib.suppress(OSError):  # nobody reads it
         print(printable(message), file=sys.stderr)
     sys.exit(code)
@@ -168,8 +178,12 @@ def run_command(command: str, argv: list[str]) -> None:
         limits.scale()  # which the modules of commands read while they are imported
     except ValueError as error:
         end(f"qswin {command}: error: {error}", 2)
-    module = command_module(command)
-    run(module.add_arguments, module.main, f"qswin {command}", argv)
+    try:
+        module = command_module(command)
+        run(module.add_arguments, module.main, f"qswin {command}", argv)
+    except KeyboardInterrupt:  # before there was anything to save
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        end(f"qswin {command}: stopped; {UNSAVED}", STOPPED)
 
 
 def main() -> None:

@@ -153,7 +153,9 @@ def test_export_and_evaluate_say_what_is_wrong(config_file, data, tmp_path, caps
     described = ("--checkpoint", weights, "--onnx", onnx, "--config", config_file)
     assert "run qswin calibrate first" in fails(capsys, "export", *described)
     assert "opset 13 is too old" in fails(capsys, "export", *described, "--precision", "fp32", "--opset", 13)
-    assert "--batch-size two" in fails(capsys, "export", *described, "--batch-size", "two")
+    for size in ("two", 0, 10**12):
+        line = fails(capsys, "export", *described, "--batch-size", size)
+        assert f"--batch-size '{size}': give a number of 1 to 65536, or dynamic" in line
     assert not onnx.exists()
     (tmp_path / "few" / "a").mkdir(parents=True)
     assert "no images" in fails(
@@ -252,6 +254,54 @@ def test_ctrl_c_ends_with_one_line(capsys, message, line):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_with_one_line(capsys, monkeypatch):
+    def stopped(command):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "command_module", stopped)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_command("evaluate", [])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and capsys.readouterr().err.startswith("qswin evaluate: stopped; ")
+
+
+def test_what_a_command_holds_is_let_go_before_it_exits(capsys):
+    """Processes that still decode are ended in order; Python's own exit would leave them halfway."""
+
+    def batches():
+        try:
+            yield
+        finally:
+            print("let go", file=sys.stderr)
+
+    def fails(args):
+        held = batches()
+        next(held)
+        raise ValueError("wrong")
+
+    assert run_main(fails) == 2
+    assert capsys.readouterr().err == "let go\nqswin x: error: wrong\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line(capsys, error):
+    def allocates(args):
+        raise error
+
+    assert run_main(allocates) == 2
+    assert capsys.readouterr().err.startswith("qswin x: error: it takes more memory than there is; ")
 
 
 def test_sigterm_is_as_ctrl_c(capsys):

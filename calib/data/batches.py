@@ -21,6 +21,7 @@ from qswin.calib.data.folders import Sample
 from qswin.calib.data.images import Preprocessing, load_image, load_mask
 from qswin.calib.data.shards import ImageFile
 
+MOST_IMAGES = 65_536  # of a batch that a flag asks for
 Target = int | np.ndarray  # a class index, or a mask (H, W) uint8
 Decoded = list[Target | ValueError]  # for each sample of a batch: its target, or the error of its files
 
@@ -116,7 +117,8 @@ def _by_processes(
         while True:
             for chunk in itertools.islice(remaining, len(free)):
                 slot = free.popleft()
-                pending.append((slot, len(chunk), pool.submit(_decode_to_slot, chunk, slot)))
+                with _without_ctrl_c():
+                    pending.append((slot, len(chunk), pool.submit(_decode_to_slot, chunk, slot)))
             if not pending:
                 return
             slot, count, future = pending.popleft()
@@ -124,6 +126,16 @@ def _by_processes(
             images = _view(slots[slot], count, preprocessing).copy()
             free.append(slot)
             yield images, decoded
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started within get no Ctrl-C, not even while they start: their parent handles it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -145,10 +157,9 @@ _preprocessing = Preprocessing()
 
 
 def _start_worker(slots: list[Any], preprocessing: Preprocessing) -> None:
-    """Prepares a decoding process. It ignores Ctrl-C, which the parent handles, and ends when the parent is killed."""
+    """Prepares a decoding process. It ends when the parent is killed."""
     global _slots, _preprocessing
     _slots, _preprocessing = slots, preprocessing
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

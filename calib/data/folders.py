@@ -8,7 +8,9 @@ from typing import NamedTuple
 from qswin.calib.data.coco import ANNOTATIONS, read_coco
 from qswin.calib.data.images import EXTENSIONS
 from qswin.calib.data.shards import ImageFile, scan_shard
+from qswin.calib.reading import read_regular
 
+LARGEST_NAMES = 64 << 20  # bytes of classes.txt
 Sample = tuple[ImageFile, int | Path]  # an image's file, and its class index or the file of its mask
 
 
@@ -74,7 +76,11 @@ def _scan_shards(root: Path, shards: list[Path], classes: tuple[str, ...] | None
 
 
 def _read_names(file: Path) -> tuple[str, ...]:
-    return tuple(name for line in file.read_text().split("\n") if (name := line.strip()))
+    try:
+        text = read_regular(file, LARGEST_NAMES).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not text in UTF-8; write one class name a line") from error
+    return tuple(name for line in text.split("\n") if (name := line.strip()))
 
 
 def _scan_masks(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:

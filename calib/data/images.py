@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -31,10 +32,15 @@ UNREADABLE = (
     " (--skip-unreadable, or data.skip_unreadable=true in a config)"
 )
 
+LARGEST = 256 << 20  # bytes of an image's file
 LARGEST_SIDE = int(4096 * scale())  # pixels, of a model's input
 LONGEST = 16  # times its shorter side, of an image that is resized as a whole
 SMALLEST_CROP = 0.05  # of the resized image's side: what is cropped away is computed first
 Side = Annotated[int, Meta(ge=1, le=LARGEST_SIDE)]
+
+
+class TooLarge(Exception):
+    """A file has more bytes than an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +136,19 @@ def open_image(path: str | Source, mode: str | None = None) -> Image.Image:
 
 
 def open_source(source: Source) -> IO[bytes]:
-    """Opens a file or a part of one. Raises OSError for what is not a regular file."""
-    return open_regular(source) if isinstance(source, Path) else source.open("rb")
+    """Opens a file or a part of one.
+
+    Raises:
+        OSError: it is not a regular file.
+        TooLarge: Pillow would look for an image in all of it.
+    """
+    if not isinstance(source, Path):
+        return source.open("rb")
+    file = open_regular(source)
+    if os.fstat(file.fileno()).st_size > LARGEST:
+        file.close()
+        raise TooLarge(f"larger than {LARGEST >> 20} MiB; make it smaller or remove it")
+    return file
 
 
 @contextlib.contextmanager
@@ -142,6 +159,8 @@ def naming_unreadable(path: str | Source) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's MAX_IMAGE_PIXELS"
         raise ValueError(f"{path}: {limit}; make it smaller or remove it") from error
+    except TooLarge as error:
+        raise ValueError(f"{path}: {error}") from error
     except BROKEN as error:
         raise ValueError(f"{path}: {UNREADABLE}") from error
 

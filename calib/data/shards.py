@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from qswin.calib.data.images import EXTENSIONS
+from qswin.calib.data.images import EXTENSIONS, LARGEST
 from qswin.calib.reading import open_regular
 
 LONGEST_LABEL = 20  # bytes of a .cls file
@@ -48,7 +48,7 @@ def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
 
     Raises:
         ValueError: the file is not a tar file, or is compressed, truncated or malformed; or an image lacks its label,
-            or a label its image.
+            or a label its image; or an image is too large.
     """
     images: dict[str, TarImage] = {}
     labels: dict[str, int] = {}
@@ -60,7 +60,7 @@ def scan_shard(shard: Path) -> list[tuple[TarImage, int]]:
                     continue
                 name, extension = split.group(1), split.group(2).lower()
                 if extension in EXTENSIONS:
-                    _add(images, name, TarImage(shard, member.offset_data, member.size, member.name), shard)
+                    _add(images, name, _image(member, shard), shard)
                 elif extension == ".cls":
                     _add(labels, name, _label(tar, member, shard), shard)
     except (tarfile.TarError, OSError, EOFError, OverflowError) as error:
@@ -79,6 +79,12 @@ def _add(found: dict[str, Any], name: str, value: Any, shard: Path) -> None:
     if name in found:
         raise ValueError(f"{shard}: {name} occurs twice")
     found[name] = value
+
+
+def _image(member: tarfile.TarInfo, shard: Path) -> TarImage:
+    if member.size > LARGEST:
+        raise ValueError(f"{shard}: {member.name} is larger than {LARGEST >> 20} MiB; take it out")
+    return TarImage(shard, member.offset_data, member.size, member.name)
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: Path) -> int:

@@ -11,14 +11,17 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from qswin.calib.files import read_sidecar, sha256, write_with_sidecar
+from qswin.calib.files import read_sidecar, write_with_sidecar
 from qswin.calib.grid import INT8
-from qswin.calib.validation import Sha256, take
+from qswin.calib.reading import read_regular
+from qswin.calib.validation import Sha256, shown, take
 
 KIND = "calibration cache"
 SUFFIX = ".cache"
+LARGEST = 64 << 20  # bytes
 REMEDY = "make the cache again with qswin calib-cache"
 ALGORITHMS = {"entropy2": "EntropyCalibration2", "minmax": "MinMaxCalibration"}
+VERSION = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(\.|$)")
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
 LINE = re.compile(r"(.+): ([0-9a-f]{8}|0)")  # TensorRT leaves leading zeros out: a scale of 0 is "0"
 
@@ -32,7 +35,13 @@ class BoundTo:
 
 
 def version_number(version: str) -> str:
-    """TensorRT's version as its caches write it: "8600" of "8.6.0", "100300" of "10.3.0"."""
+    """TensorRT's version as its caches write it: "8600" of "8.6.0", "100300" of "10.3.0".
+
+    Raises:
+        ValueError: it does not begin with three numbers.
+    """
+    if not VERSION.match(version):
+        raise ValueError(f"TensorRT's version {shown(version)} is not one; give three numbers, such as 8.6.0")
     major, minor, patch = (int(part) for part in version.split(".")[:3])
     return f"{major}{minor}{patch:02d}" if major < 10 else f"{major}{minor:02d}{patch:02d}"
 
@@ -85,18 +94,18 @@ def parse_cache(data: bytes, name: str = "cache") -> tuple[str, str, dict[str, f
     return header[1], header[2], ranges
 
 
-def write_cache(path: Path, data: bytes, onnx: Path, details: dict[str, Any]) -> None:
-    """Writes a cache and the sidecar that binds it to `onnx`, each atomically, the sidecar last.
+def write_cache(path: Path, data: bytes, bound: BoundTo, details: dict[str, Any]) -> None:
+    """Writes a cache and the sidecar that binds it to its ONNX file, each atomically, the sidecar last.
 
     Raises:
         ValueError: the data is malformed, or the sidecar's name belongs to a file of another kind.
     """
     parse_cache(data, str(path))
-    write_with_sidecar(path, data, KIND, {**details, "onnx": onnx.name, "onnx_sha256": sha256(onnx)})
+    write_with_sidecar(path, data, KIND, {**details, **dataclasses.asdict(bound)})
 
 
-def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
-    """The ranges of a cache that was made for this TensorRT and this ONNX file.
+def read_cache(path: Path, version: str, onnx_sha256: str) -> bytes:
+    """The content of a cache that was made for this TensorRT and this ONNX file; see `parse_cache`.
 
     Args:
         version: TensorRT's, "8.6.0".
@@ -106,13 +115,13 @@ def read_cache(path: Path, version: str, onnx_sha256: str) -> dict[str, float]:
         FileNotFoundError: the cache or its sidecar is missing.
         ValueError: it is malformed, of another version, or of another ONNX file.
     """
-    data = path.read_bytes() if path.is_file() else None
+    data = read_regular(path, LARGEST) if path.is_file() else b""
     bound = take(read_sidecar(path, KIND, (), REMEDY, data), BoundTo, f"{path}: its sidecar", REMEDY)
-    made_by, _, ranges = parse_cache(data or b"", str(path))
+    made_by, _, _ = parse_cache(data, str(path))
     if made_by != version_number(version):
         raise ValueError(
             f"{path}: made for TensorRT {made_by}, here is {version_number(version)}; make the cache again"
         )
     if bound.onnx_sha256 != onnx_sha256:
         raise ValueError(f"{path}: stale: made for another ONNX file, {bound.onnx}; make the cache again")
-    return ranges
+    return data

@@ -1,7 +1,8 @@
 """TensorRT's own implicit-INT8 calibrators, fed with image batches from disk. TensorRT before 11; no torch."""
 
+import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -33,15 +34,23 @@ class BatchStream:
             self.error = error
 
 
-def make_calibrator(algorithm: str, stream: Iterable[dict[str, np.ndarray]] = (), cache: str | None = None) -> Any:
+def make_calibrator(algorithm: str, stream: Iterable[dict[str, np.ndarray]] = (), cache: bytes | None = None) -> Any:
     """TensorRT's calibrator of that algorithm, through Polygraphy.
 
     Args:
         algorithm: entropy2 (IInt8EntropyCalibrator2) or minmax (IInt8MinMaxCalibrator).
         stream: what to calibrate on; nothing when there is a cache.
-        cache: a cache file to take the ranges from.
+        cache: the content of a cache file to take the ranges from.
     """
     import tensorrt
     from polygraphy.backend.trt import Calibrator
 
-    return Calibrator(stream, cache=cache, BaseClass=getattr(tensorrt, BASE_CLASSES[algorithm]))
+    return Calibrator(stream, cache=cache and private_file(cache), BaseClass=getattr(tensorrt, BASE_CLASSES[algorithm]))
+
+
+def private_file(data: bytes) -> IO[bytes]:
+    """An open file without a name that holds `data`: Polygraphy writes to the file that it reads a cache from."""
+    file = tempfile.TemporaryFile()
+    file.write(data)
+    file.flush()
+    return file

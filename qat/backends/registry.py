@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from qswin.calib.files import check_replaceable, check_suffix, sidecar_path, write_with_sidecar
+from qswin.calib.files import check_replaceable, check_suffix, make_folder_of, sidecar_path, write_with_sidecar
 from qswin.models.discovery import offers
 from qswin.qat import backends as package
 from qswin.qat.backends.findings import Finding
@@ -180,7 +180,7 @@ def build(target: str, output: Path, given: dict[str, Any]) -> dict[str, Any]:
     options = backend.build_options(target=target, **{key: given[key] for key in given if key != backend.source})
     check_suffix("--engine", output, backend.suffixes)
     check_replaceable(sidecar_path(output), backend.kind)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(output)
     data, values = backend.build(given[backend.source], output, options)
     write_with_sidecar(output, data, backend.kind, values)
     return {**values, "bytes": len(data)}

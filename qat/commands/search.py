@@ -26,10 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from qswin.calib.files import write_result
+    from qswin.calib.files import check_suffix, write_result
     from qswin.qat.mixed_precision.probe import ProbeImages
-    from qswin.qat.mixed_precision.search import Target, save_recipe, search_recipe
+    from qswin.qat.mixed_precision.search import SUFFIXES, Target, save_recipe, search_recipe
 
+    check_suffix("--recipe", args.recipe, SUFFIXES)
     images = ProbeImages(args.data, args.images, args.seed, args.batch_size, args.workers, args.skip_unreadable)
     target = Target(args.runtime, args.latency_batch_size, args.recipe.with_name("timing.cache"))
     found = search_recipe(args.checkpoint, images, args.sensitivity, args.budget, target, args.device)

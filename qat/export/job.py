@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qswin.calib.data.batches import MOST_IMAGES
 from qswin.calib.files import check_suffix
-from qswin.calib.validation import validate
+from qswin.calib.validation import shown, validate
 from qswin.qat.checkpoint import Description, load_model
 from qswin.qat.export.onnx_export import DEFAULT_OPSET, QUANTIZED, export_onnx, save_onnx
 from qswin.qat.ptq.verdict import Verdict, tell
@@ -35,11 +36,11 @@ class Exported:
 
 
 def parse_batch_size(text: str) -> int | None:
-    """None of "dynamic", 16 of "16". Raises ValueError for anything else."""
+    """None of "dynamic", 16 of "16". Raises ValueError for anything else, and for more than 65,536."""
     if text == "dynamic":
         return None
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"--batch-size {text}: give a positive number, or dynamic")
+    if not text.isdecimal() or len(text) > 5 or not 0 < int(text) <= MOST_IMAGES:
+        raise ValueError(f"--batch-size {shown(text)}: give a number of 1 to {MOST_IMAGES}, or dynamic")
     return int(text)
 
 

@@ -7,6 +7,7 @@ on measured latency as many as fit.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 
 from qswin.calib.files import check_suffix, write_atomic
 from qswin.calib.messages import text_of
+from qswin.calib.validation import shown
 from qswin.qat.checkpoint import Description
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.bit_operations import bit_operations
@@ -26,6 +28,8 @@ from qswin.qat.mixed_precision.latency import latencies
 from qswin.qat.mixed_precision.probe import Probe, ProbeImages, group_quantizers, open_probe
 from qswin.qat.mixed_precision.sensitivity import read_report
 from qswin.qat.quant.recipe import Recipe, Rule
+
+SUFFIXES = (".yaml", ".yml")  # of recipes
 
 
 class Budget(NamedTuple):
@@ -37,13 +41,22 @@ class Budget(NamedTuple):
     limit: float
 
 
-def parse_budget(text: str, metric: str) -> Budget:
-    """A budget such as "acc1_drop<=0.1". Raises ValueError unless it is of kl, bops, latency or the task's metric."""
-    match = re.fullmatch(r"\s*(\w+)\s*<=\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*", text)
-    known = (f"{metric}_drop", "kl", "bops", "latency")
-    if match is None or match[1] not in known:
-        raise ValueError(f"--budget {text!r}: give one of {', '.join(f'{name}<=NUMBER' for name in known)}")
-    return Budget(match[1], float(match[2]))
+def parse_budget(text: str, metric: str = r"\w+") -> Budget:
+    """A budget such as "acc1_drop<=0.1".
+
+    Args:
+        metric: the task's, or a pattern of it.
+
+    Raises:
+        ValueError: it is not of kl, bops, latency or the metric's drop, or its limit is infinite.
+    """
+    number = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
+    match = re.fullmatch(rf"\s*({metric}_drop|kl|bops|latency)\s*<=\s*({number})\s*", text)
+    if match is None or not math.isfinite(limit := float(match[2])):
+        drop = f"{metric}_drop" if metric.isidentifier() else "acc1_drop"
+        known = ", ".join(f"{name}<=NUMBER" for name in (drop, "kl", "bops", "latency"))
+        raise ValueError(f"--budget {shown(text)}: give one of {known}")
+    return Budget(match[1], limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +126,7 @@ def search_recipe(
     Raises:
         ValueError: the report is another checkpoint's, the budget is malformed or cannot be met.
     """
+    parse_budget(budget)  # of any task, before the work begins
     report = read_report(sensitivity)
     with process_group(device) as ranks:
         probe = open_probe(checkpoint, images, str(ranks.device))
@@ -133,7 +147,7 @@ def search_recipe(
 
 def save_recipe(path: Path, recipe: Recipe) -> None:
     """Writes a recipe as YAML, for `recipe=FILE`. Raises ValueError unless the name ends in .yaml or .yml."""
-    check_suffix("--recipe", path, (".yaml", ".yml"))
+    check_suffix("--recipe", path, SUFFIXES)
     write_atomic(path, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
 
 

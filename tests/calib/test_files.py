@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from qswin.calib.files import (
+    NotSaved,
     check_suffix,
     read_sidecar,
     remove_temporaries,
@@ -120,8 +121,9 @@ def test_what_killed_writers_left_is_removed(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        write_atomic(tmp_path / "file" / "a.bin", b"x")
+    for write in (lambda path: write_atomic(path, b"x"), lambda path: write_result(path, "evaluation", {})):
+        with pytest.raises(NotSaved, match=r"file/a\.json: not saved \(Not a directory\); choose another name"):
+            write(tmp_path / "file" / "a.json")
 
 
 def test_files_that_differ_in_their_suffix_have_sidecars_of_their_own(tmp_path):

@@ -3,14 +3,14 @@
 An engine is code: load only engines you built yourself.
 """
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from qswin.calib.files import sha256
-from qswin.calib.trt_cache.cache_file import ALGORITHMS, parse_cache
+from qswin.calib.trt_cache.cache_file import ALGORITHMS, parse_cache, read_cache
 from qswin.calib.trt_cache.native import make_calibrator
 from qswin.trt.engines.cuda import find_gpu
 from qswin.trt.engines.layers import engine_layers
@@ -18,12 +18,12 @@ from qswin.trt.engines.network import DEFAULT_CAPABILITY, build_network
 from qswin.trt.engines.options import BuildOptions, check_possible
 from qswin.trt.engines.precision import not_honoured, resolve_overrides
 from qswin.trt.engines.version import TensorRT, find_tensorrt
-from qswin.trt.graphs.files import check_interface, metadata_values, parse_metadata, properties, read_onnx
+from qswin.trt.graphs.files import check_interface, metadata_values, open_onnx, parse_metadata, properties
 from qswin.trt.graphs.half_precision import write_half_precision
 
 
 def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, Any]]:
-    """Builds an engine from an ONNX file.
+    """Builds an engine from an ONNX file. It and the cache are read once: the sidecar's checksums are of what is built.
 
     Returns:
         The serialized engine, and what its sidecar says of it.
@@ -32,20 +32,21 @@ def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, An
         FileNotFoundError: a file is missing.
         ValueError: the installed TensorRT lacks what is asked for (the alternative is named), or cannot take the graph.
     """
-    tensorrt, model = find_tensorrt(options.target), read_onnx(path)
+    tensorrt, (model, digest) = find_tensorrt(options.target), open_onnx(path)
     check_possible(path, model, options, tensorrt)
     check_interface(path, model)
     parse_metadata(path, properties(model))  # what an engine could not be run with is not built
+    cache = None if options.calib_cache is None else read_cache(options.calib_cache, tensorrt.version, digest)
     model, overrides = prepare_graph(model, options, tensorrt)
     start = time.perf_counter()
     warm = options.timing_cache is not None and options.timing_cache.is_file()
-    engine, profile = build_network(path, model, options, tensorrt, overrides, _cached_calibrator(options.calib_cache))
+    engine, profile = build_network(path, model, options, tensorrt, overrides, cache and _cached_calibrator(cache))
     gpu = find_gpu()
     built_for = gpu.capability if gpu and tensorrt.can.needs_gpu else options.capability or DEFAULT_CAPABILITY
     return engine, {
         **metadata_values(path, properties(model)),
         "onnx": path.name,
-        "onnx_sha256": sha256(path),
+        "onnx_sha256": digest,
         "target": tensorrt.target,
         "version": tensorrt.version,
         "gpu": None if gpu is None else gpu.name,
@@ -53,7 +54,7 @@ def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, An
         "engine_precision": options.precision,
         "overrides": list(options.override),
         "not_honoured": _not_honoured(engine, overrides) if tensorrt.can.weak_typing and overrides else {},
-        "calib_cache_sha256": None if options.calib_cache is None else sha256(options.calib_cache),
+        "calib_cache_sha256": cache and hashlib.sha256(cache).hexdigest(),
         "profile": profile,
         "seconds": round(time.perf_counter() - start, 1),
         "warm_timing_cache": warm,
@@ -93,12 +94,10 @@ def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     return folded
 
 
-def _cached_calibrator(cache: Path | None) -> Any | None:
+def _cached_calibrator(cache: bytes) -> Any:
     """A calibrator that gives TensorRT what is in the cache."""
-    if cache is None:
-        return None
-    _, algorithm, _ = parse_cache(cache.read_bytes(), str(cache))
-    return make_calibrator(next(key for key, name in ALGORITHMS.items() if name == algorithm), cache=str(cache))
+    _, algorithm, _ = parse_cache(cache)
+    return make_calibrator(next(key for key, name in ALGORITHMS.items() if name == algorithm), cache=cache)
 
 
 def _not_honoured(engine: bytes, overrides: dict[str, str]) -> dict[str, str]:

@@ -17,13 +17,21 @@ from qswin.calib.data.folders import Sample, draw_samples, scan_folder
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import check_replaceable, check_suffix, sidecar_path
-from qswin.calib.trt_cache.cache_file import KIND, SUFFIX, format_cache, parse_cache, write_cache
+from qswin.calib.trt_cache.cache_file import (
+    KIND,
+    SUFFIX,
+    BoundTo,
+    format_cache,
+    parse_cache,
+    version_number,
+    write_cache,
+)
 from qswin.calib.trt_cache.native import BatchStream, make_calibrator
 from qswin.calib.trt_cache.offline import activation_ranges
 from qswin.trt.engines.network import build_network
 from qswin.trt.engines.options import BuildOptions, check_possible
 from qswin.trt.engines.version import find_tensorrt
-from qswin.trt.graphs.files import check_interface, parse_metadata, properties, read_onnx
+from qswin.trt.graphs.files import check_interface, open_onnx, parse_metadata, properties
 from qswin.trt.graphs.half_precision import is_quantized
 
 
@@ -41,6 +49,9 @@ class CacheOptions:
         offline_for: make the cache from ONNX Runtime's activations, for this TensorRT version, "8.6.0"; None for
             TensorRT's own cache.
         timeout: seconds that a run in ONNX Runtime may take; None for any number.
+
+    Raises:
+        ValueError: `offline_for` is not a version.
     """
 
     algorithm: str = "entropy2"
@@ -51,6 +62,10 @@ class CacheOptions:
     skip_unreadable: bool = False
     offline_for: str | None = None
     timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.offline_for is not None:
+            version_number(self.offline_for)
 
 
 def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> dict[str, Any]:
@@ -69,7 +84,7 @@ def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> di
     """
     check_suffix("--cache", cache, (SUFFIX,))
     check_replaceable(sidecar_path(cache), KIND)
-    start, model = time.perf_counter(), read_onnx(onnx)
+    start, (model, digest) = time.perf_counter(), open_onnx(onnx)
     check_interface(onnx, model)
     metadata = parse_metadata(onnx, properties(model))
     if is_quantized(model):
@@ -90,7 +105,7 @@ def make_cache(onnx: Path, data: Path, cache: Path, options: CacheOptions) -> di
         images = len(samples) - len(skipped or ())
     warn_of_skipped(skipped)
     details = {"images": images, "seed": options.seed, "offline": options.offline_for is not None}
-    write_cache(cache, content, onnx, details)
+    write_cache(cache, content, BoundTo(onnx.name, digest), details)
     ranges = len(parse_cache(content)[2])
     logging.info("%s: %d ranges in %.1f s", cache, ranges, time.perf_counter() - start)
     return {"ranges": ranges, "algorithm": options.algorithm, **details}

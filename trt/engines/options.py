@@ -5,8 +5,8 @@ from pathlib import Path
 
 import onnx
 
-from qswin.calib.files import sha256
-from qswin.calib.trt_cache.cache_file import read_cache
+from qswin.calib.data.batches import MOST_IMAGES
+from qswin.calib.validation import shown
 from qswin.trt.engines.cuda import find_gpu
 from qswin.trt.engines.version import TARGETS, TensorRT
 from qswin.trt.graphs.files import opset
@@ -88,7 +88,7 @@ def check_possible(
     _check_precision(path, model, options, calibrated)
     _check_formats(path, model, options, tensorrt)
     if options.calib_cache is not None:
-        _check_cache(path, options.calib_cache, options, tensorrt, is_quantized(model))
+        _check_cached(path, options, tensorrt, is_quantized(model))
 
 
 def _check_precision(path: Path, model: onnx.ModelProto, options: BuildOptions, calibrated: bool) -> None:
@@ -131,14 +131,13 @@ def _numbers(capability: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _check_cache(path: Path, cache: Path, options: BuildOptions, tensorrt: TensorRT, quantized: bool) -> None:
+def _check_cached(path: Path, options: BuildOptions, tensorrt: TensorRT, quantized: bool) -> None:
     if not tensorrt.can.implicit_int8:
         raise ValueError(
             f"{tensorrt} has no implicit INT8, so no use for a calibration cache; build a Q/DQ graph instead"
         )
     if quantized or options.precision in FLOATING:
         raise ValueError(f"{path}: a calibration cache is for --precision int8 or best of a graph without Q/DQ nodes")
-    read_cache(cache, tensorrt.version, sha256(path))
 
 
 def parse_profile(text: str) -> tuple[int, int, int]:
@@ -148,8 +147,9 @@ def parse_profile(text: str) -> tuple[int, int, int]:
     except ValueError:
         batches = []
     low, usual, high = batches * 3 if len(batches) == 1 else batches if len(batches) == 3 else (0, 0, 0)
-    if not 0 < low <= usual <= high:
-        raise ValueError(f"--batch-sizes {text}: give the smallest, usual and largest batch in order, such as 1,16,64")
+    if not 0 < low <= usual <= high <= MOST_IMAGES:
+        how = f"give the smallest, usual and largest batch in order, such as 1,16,64, up to {MOST_IMAGES}"
+        raise ValueError(f"--batch-sizes {shown(text)}: {how}")
     return low, usual, high
 
 

@@ -13,7 +13,7 @@ from qswin.calib.data.batches import image_batches, warn_of_skipped
 from qswin.calib.data.folders import scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing, noise_images
 from qswin.calib.data.shards import ImageFile
-from qswin.calib.files import read_sidecar, sha256
+from qswin.calib.files import read_sidecar
 from qswin.calib.messages import text_of
 from qswin.calib.trt_cache.offline import activations, value_sources
 from qswin.calib.validation import Sha256, take
@@ -22,7 +22,7 @@ from qswin.trt.engines.engine import KIND, REMEDY
 from qswin.trt.engines.network import build_network
 from qswin.trt.engines.options import BuildOptions
 from qswin.trt.engines.version import find_tensorrt
-from qswin.trt.graphs.files import read_onnx
+from qswin.trt.graphs.files import open_onnx, read_onnx
 from qswin.trt.graphs.half_precision import QDQ
 
 CHANNEL_SCALE = "._pre_quant_scale"  # ends the name of what a Mul before Q multiplies by; float graphs have none
@@ -166,11 +166,12 @@ def engine_activations(path: Path, reference: Path, images: np.ndarray) -> dict[
     from polygraphy.backend.trt import TrtRunner, engine_from_bytes
 
     source = take(read_sidecar(path, KIND, (), REMEDY), EngineSource, f"{path}: its sidecar", REMEDY)
-    if source.onnx_sha256 != sha256(reference):
+    graph, digest = open_onnx(reference)
+    if source.onnx_sha256 != digest:
         raise ValueError(
             f"{path}: built from {source.onnx}, not from {reference}; --layers needs the file it was built from"
         )
-    graph, tensorrt, batch = read_onnx(reference), find_tensorrt(source.target), len(images)
+    tensorrt, batch = find_tensorrt(source.target), len(images)
     options = BuildOptions(
         target=source.target,
         precision=source.engine_precision,

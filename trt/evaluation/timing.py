@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from qswin.calib.data.batches import MOST_IMAGES
 from qswin.calib.data.images import Preprocessing, noise_images
 from qswin.calib.messages import text_of
+from qswin.calib.validation import shown
 from qswin.trt.report import plots
 
 Row = dict[str, Any]
@@ -149,11 +151,11 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def parse_batch_sizes(text: str) -> list[int]:
-    """[1, 16, 64] of "1,16,64". Raises ValueError for anything but positive numbers."""
+    """[1, 16, 64] of "1,16,64". Raises ValueError for anything but numbers of 1 to 65,536."""
     try:
         sizes = [int(batch) for batch in text.split(",")]
     except ValueError:
         sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"--batch-sizes {text}: give batch sizes, such as 1,16,64")
+    if not sizes or min(sizes) < 1 or max(sizes) > MOST_IMAGES:
+        raise ValueError(f"--batch-sizes {shown(text)}: give batch sizes of 1 to {MOST_IMAGES}, such as 1,16,64")
     return sizes

@@ -1,6 +1,7 @@
 """ONNX files as qswin writes them: the graph, and the metadata that makes evaluation need no config."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,29 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
 
 from qswin.calib.data.images import Preprocessing
-from qswin.calib.reading import parse_json
+from qswin.calib.reading import parse_json, read_regular
 from qswin.calib.validation import Task, shown, take
 
 REMEDY = "export it with qswin export"
+LARGEST = (2 << 30) - 1  # bytes of a protobuf message
 
 
 def read_graph(path: str | Path) -> bytes:
-    """The content of an ONNX file. Raises FileNotFoundError."""
+    """The content of an ONNX file. Raises FileNotFoundError, and ValueError for one that protobuf cannot hold."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such ONNX file")
-    return Path(path).read_bytes()
+    return read_regular(path, LARGEST)
 
 
 def read_onnx(path: str | Path) -> onnx.ModelProto:
     """The model of an ONNX file. Raises FileNotFoundError, and ValueError as `parse_onnx` does."""
-    return parse_onnx(path, read_graph(path))
+    return open_onnx(path)[0]
+
+
+def open_onnx(path: str | Path) -> tuple[onnx.ModelProto, str]:
+    """The model of an ONNX file and the SHA-256 of the bytes that it was read from. Raises as `read_onnx` does."""
+    data = read_graph(path)
+    return parse_onnx(path, data), hashlib.sha256(data).hexdigest()
 
 
 def parse_onnx(path: str | Path, data: bytes) -> onnx.ModelProto:

@@ -1,6 +1,8 @@
 """Batches that processes decode against the same files read one by one."""
 
 import contextlib
+import select
+import signal
 import subprocess
 import sys
 
@@ -75,6 +77,20 @@ def reader(data, tmp_path):
         assert process.stdout.readline() == "batch\n"
         yield process, psutil.Process(process.pid).children(recursive=True)
         process.kill()
+
+
+def test_decoding_processes_get_no_ctrl_c(data, tmp_path):
+    """Not even while they start: a terminal sends it to all processes, and each would print a traceback."""
+    (tmp_path / "read.py").write_text(READ_SLOWLY)
+    command = [sys.executable, str(tmp_path / "read.py"), str(data / "val")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not select.select([process.stdout], [], [], 0.02)[0]:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "batch\n"
+        process.kill()
+        assert "KeyboardInterrupt" not in process.stderr.read()
 
 
 def test_decoding_ends_with_a_killed_reader(reader):

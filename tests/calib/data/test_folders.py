@@ -59,6 +59,16 @@ def test_folders_that_cannot_be_used_say_why(masks):
         scan_folder("segmentation", masks / "empty", ["a", "b"])
 
 
+def test_class_names_are_text_of_a_bounded_size(masks):
+    (names := masks / "classes.txt").write_bytes(b"background\n\xff\n")
+    with pytest.raises(ValueError, match=r"classes\.txt: not text in UTF-8; write one class name a line"):
+        scan_folder("segmentation", masks / "val")
+    with names.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"classes\.txt: larger than 64 MiB"):
+        scan_folder("segmentation", masks / "val")
+
+
 def test_a_mask_in_colour_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="8-bit class indices.*'RGB'"):

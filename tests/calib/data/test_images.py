@@ -159,3 +159,11 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
         pytest.raises(ValueError, match="a.png: has more than 2000 pixels"),
     ):
         load_pixels(tmp_path / "a.png", Preprocessing())
+
+
+def test_a_file_of_1_tb_is_not_an_image(tmp_path):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.write(b"\xff\xd8\xff\xe0")
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"a\.jpg: larger than 256 MiB; make it smaller or remove it"):
+        load_pixels(tmp_path / "a.jpg", Preprocessing())

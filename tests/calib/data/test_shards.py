@@ -84,6 +84,17 @@ def test_malformed_shards_are_refused(tmp_path, members, message):
         scan_shard(write_tar(tmp_path / "x.tar", members))
 
 
+def test_an_image_is_not_larger_than_memory(tmp_path):
+    """A file of 1 TB that takes no space."""
+    data = tar_bytes([("a.cls", b"0")])[:1024]
+    (info := tarfile.TarInfo("a.png")).size = 1 << 40
+    with (file := tmp_path / "x.tar").open("wb") as opened:
+        opened.write(data + info.tobuf())
+        opened.truncate(len(data) + 512 + (1 << 40))
+    with pytest.raises(ValueError, match=r"x\.tar: a\.png is larger than 256 MiB; take it out"):
+        scan_shard(file)
+
+
 def test_nothing_leaves_a_shard(tmp_path):
     """Names that point elsewhere are names and no more; links and devices are no images."""
     shard = write_tar(tmp_path / "x.tar", [("../../evil.jpg", b"x"), ("../../evil.cls", b"0")])

@@ -1,12 +1,21 @@
 """Calibration caches: TensorRT's format, bit for bit, and every reason to refuse one."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qswin.calib.files import sha256, sidecar_path
-from qswin.calib.trt_cache.cache_file import format_cache, parse_cache, read_cache, version_number, write_cache
+from qswin.calib.files import sidecar_path
+from qswin.calib.trt_cache.cache_file import (
+    BoundTo,
+    format_cache,
+    parse_cache,
+    read_cache,
+    version_number,
+    write_cache,
+)
 
 NAMES = st.text(st.characters(codec="ascii", exclude_characters="\n", min_codepoint=32), min_size=1, max_size=40)
 RANGES = st.dictionaries(NAMES, st.floats(2.0**-100, 2.0**100, width=32), max_size=20)
@@ -69,15 +78,14 @@ def test_ranges_must_be_ranges():
 
 @pytest.fixture
 def cache(tmp_path):
-    onnx, path = tmp_path / "a.onnx", tmp_path / "a.cache"
-    onnx.write_bytes(b"graph")
-    write_cache(path, format_cache({"input": 2.0}, "8.6.0", "entropy2"), onnx, {"images": 4})
-    return path, sha256(onnx)
+    path, checksum = tmp_path / "a.cache", hashlib.sha256(b"graph").hexdigest()
+    write_cache(path, format_cache({"input": 2.0}, "8.6.0", "entropy2"), BoundTo("a.onnx", checksum), {"images": 4})
+    return path, checksum
 
 
 def test_a_fitting_cache_is_read(cache):
     path, checksum = cache
-    assert read_cache(path, "8.6.0", checksum)["input"] == pytest.approx(2.0)
+    assert parse_cache(read_cache(path, "8.6.0", checksum))[2]["input"] == pytest.approx(2.0)
 
 
 def test_caches_that_do_not_fit_are_refused_with_the_reason(cache):

@@ -123,6 +123,9 @@ def test_search_says_what_is_wrong_with_its_files(checkpoint, data, tmp_path, ca
     ]
     report = tmp_path / "s.json"
     files = ["--sensitivity", report, "--recipe", tmp_path / "mixed.yaml"]
+    for budget in ("kl<=nan", "kl<=1e400", "mAP<=1"):
+        assert "--budget '" in fails(capsys, "search", *common, *files, "--budget", budget)
+    assert "--recipe mixed: the name must end in" in fails(capsys, "search", *common, *files, "--recipe", "mixed")
     assert "no such file" in fails(capsys, "search", *common, *files)
     report.write_text('{"kind": "sensitivity", "rows": []}')
     assert "not a sensitivity report" in fails(capsys, "search", *common, *files)
@@ -131,7 +134,9 @@ def test_search_says_what_is_wrong_with_its_files(checkpoint, data, tmp_path, ca
     assert not (tmp_path / "mixed.yaml").exists()
 
 
-@pytest.mark.parametrize("text", ["acc1_drop<0.1", "speed<=3", "kl<=", "acc1_drop<=-1", ""])
+@pytest.mark.parametrize(
+    "text", ["acc1_drop<0.1", "speed<=3", "kl<=", "acc1_drop<=-1", "kl<=1e400", "dice_drop<=1", ""]
+)
 def test_a_wrong_budget_lists_the_right_ones(text):
     with pytest.raises(ValueError, match="acc1_drop<=NUMBER, kl<=NUMBER, bops<=NUMBER"):
         parse_budget(text, "acc1")

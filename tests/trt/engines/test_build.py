@@ -1,5 +1,6 @@
 """TensorRT-RTX takes every graph that is exported, on a CPU; what cannot be built says why and what can."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,11 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qswin.calib.files import sha256, sidecar_path
+from qswin.calib.trt_cache.cache_file import BoundTo, format_cache, write_cache
 from qswin.calib.trt_cache.offline import activations
 from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
+from qswin.trt.engines import build as engine_build
 from qswin.trt.engines import options as engine_options
 from qswin.trt.engines.build import build_engine, fold_constants
 from qswin.trt.engines.network import with_tf32
@@ -58,6 +61,29 @@ def test_every_graph_builds(rtx, graphs, graph, precision, overrides):
     assert len(engine) > 100_000
     assert sidecar["profile"] == ((2, 2, 2) if graph == "int8-batch2" else (1, 2, 4))
     assert sidecar["onnx_sha256"] == sha256(graphs[graph]) and sidecar["classes"] == list(DESCRIPTION.classes)
+
+
+def test_the_checksums_are_of_what_was_read(graphs, tmp_path, monkeypatch):
+    """Another job writes the graph and the cache again while the engine is built."""
+    onnx, cache = tmp_path / "a.onnx", tmp_path / "a.cache"
+    content = format_cache({"input": 2.0}, "8.6.0", "entropy2")
+    write_cache(cache, content, BoundTo("a.onnx", sha256(graphs["fp32-17"])), {})
+    onnx.write_bytes(graphs["fp32-17"].read_bytes())
+
+    def meanwhile(path, model, options, tensorrt, overrides, calibrator):
+        onnx.write_bytes(b"another graph")
+        cache.write_bytes(b"another cache")
+        assert calibrator == content
+        return b"engine", (1, 1, 1)
+
+    monkeypatch.setattr(engine_options, "find_gpu", lambda: object())
+    monkeypatch.setattr(engine_build, "find_gpu", lambda: None)
+    monkeypatch.setattr(engine_build, "find_tensorrt", lambda target: TENSORRT86)
+    monkeypatch.setattr(engine_build, "make_calibrator", lambda algorithm, cache: cache)
+    monkeypatch.setattr(engine_build, "build_network", meanwhile)
+    _, sidecar = build_engine(onnx, BuildOptions(precision="int8", calib_cache=cache))
+    assert sidecar["onnx_sha256"] == sha256(graphs["fp32-17"])
+    assert sidecar["calib_cache_sha256"] == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("tf32", [True, False])
@@ -161,7 +187,7 @@ def test_the_command_writes_an_engine_and_its_sidecar(rtx, graphs, tmp_path):
 def test_profiles_and_sizes():
     assert parse_profile("1,16,64") == (1, 16, 64) and parse_profile("64") == (64, 64, 64)
     assert (parse_bytes("4GiB"), parse_bytes("512MiB"), parse_bytes("7")) == (4 << 30, 512 << 20, 7)
-    for wrong in ("", "1,2", "0", "4,2,1", "a"):
+    for wrong in ("", "1,2", "0", "4,2,1", "a", "1000000000000"):
         with pytest.raises(ValueError, match="smallest, usual and largest"):
             parse_profile(wrong)
 

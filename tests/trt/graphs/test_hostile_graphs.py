@@ -51,6 +51,12 @@ def test_graphs_of_another_interface_are_refused(tmp_path, capsys, data, case):
         make_cache(path, data / "val", tmp_path / "a.cache", CacheOptions(offline_for="8.6.0"))
 
 
+def test_a_graph_of_1_tb_is_not_read(tmp_path, capsys, data):
+    with (path := tmp_path / "a.onnx").open("wb") as file:
+        file.truncate(1 << 40)
+    assert "a.onnx: larger than 2048 MiB" in fails(capsys, "evaluate", "--model", path, "--data", data / "val")
+
+
 def test_a_graph_of_another_interface_can_be_inspected(tmp_path, capsys):
     for case, (hostile, _) in GRAPHS.items():
         assert invoke("inspect", "--model", save(tmp_path / "a.onnx", hostile)) == 0, case

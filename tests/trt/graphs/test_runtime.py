@@ -1,6 +1,9 @@
-"""ONNX Runtime: a run that does not end is stopped, and INT8 sums that are wrong on this CPU are found out."""
+"""ONNX Runtime: it sends nothing of what it runs, and INT8 sums that are wrong on this CPU are found out."""
 
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +27,12 @@ def test_int8_graphs_warn_where_sums_saturate(graphs, monkeypatch, graph, satura
     monkeypatch.setattr(logging, "warning", lambda message, *values: said.append(message % values))
     OnnxRuntimePredictor(graphs[graph])
     assert len(said) == warnings and all("lacks VNNI" in line for line in said)
+
+
+def test_onnx_runtime_keeps_nothing_to_send(graphs, tmp_path):
+    """Its telemetry queues events in a database in the home folder, and sends them from there later."""
+    script = f"from qswin.trt.graphs.runtime import OnnxRuntimePredictor; OnnxRuntimePredictor({str(graphs['fp32'])!r})"
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", script], env={**environment, **home}, check=True)
+    assert not list(tmp_path.iterdir())
