@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from qswin.calib.data.images import Preprocessing
@@ -24,7 +25,7 @@ from qswin.models.registry import build_model, family_of
 from qswin.qat.config import load_config
 from qswin.qat.float_model import Origin, build_float_model, input_size
 from qswin.qat.quant.layers import check_channel_scales
-from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
+from qswin.qat.quant.quantizers import GAIN_KEY, OFF_KEY, SCALE_KEY, TensorQuantizer, is_sharded, quantizers, whole
 from qswin.qat.quant.recipe import Recipe, plain_keys
 from qswin.qat.quant.rewrite import enable, rewrite
 
@@ -93,13 +94,16 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
 
     Args:
         path: the name ends in .safetensors.
+        model: may be in a wrapper: DistributedDataParallel, what torch.compile gives, a ModelEma of timm. One that
+            fully_shard has sharded is saved by all ranks together: each calls this, and rank 0 writes. Learned ranges
+            are saved as ranges.
 
     Raises:
         ValueError: a quantizer was never calibrated or its range is dead; the description does not fit the model; or
             the name ends otherwise.
         OSError: nothing could be written.
     """
-    path = Path(path)
+    path, model = Path(path), unwrap_model(model)
     check_suffix("checkpoint", path, (SUFFIX,))
     for quantizer in quantizers(model):
         quantizer.check_range()
@@ -107,13 +111,18 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
         check_description(model, description)
     except ValueError as error:
         raise ValueError(f"{path}: not saved: {error}") from error
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(model).items()}
-    write_with_sidecar(path, safetensors.torch.save(tensors), KIND, description.to_dict())
+    tensors = {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors_of(model).items()}
+    if not is_sharded(model) or torch.distributed.get_rank() == 0:
+        write_with_sidecar(path, safetensors.torch.save(tensors), KIND, description.to_dict())
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: its state dict without the flags of quantizers that are off."""
-    return without(model.state_dict(), OFF_KEY)
+    """What a checkpoint holds of a model: its state dict, with learned ranges as ranges and without `_off`."""
+    state = model.state_dict()
+    for path, module in model.named_modules():
+        if isinstance(module, TensorQuantizer):
+            state[f"{path}._amax"] = module.amax
+    return without(state, OFF_KEY, GAIN_KEY)
 
 
 def without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
@@ -125,7 +134,7 @@ def check_description(model: nn.Module, description: Description) -> None:
     """Raises ValueError, which says what differs, unless a checkpoint of this model and description can be loaded."""
     with torch.random.fork_rng(devices=()):  # the weights of the model that is built are drawn at random
         described = _build(description)
-    difference = mismatch(without(model.state_dict(), OFF_KEY, SCALE_KEY), tensors_of(described))
+    difference = mismatch(without(tensors_of(model), SCALE_KEY), tensors_of(described))
     if difference is not None:
         raise ValueError(f"the model is not what description.model and its recipe say: {difference}")
     size = description.preprocessing.size
