@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
+from absl import logging
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
@@ -21,13 +22,14 @@ from qswin.calib.files import (
 from qswin.calib.reading import read_json
 from qswin.calib.validation import Sha256, validate
 from qswin.models.checkpoints.state_dicts import check_state, mismatch, read_content, read_state
-from qswin.models.registry import build_model, family_of
+from qswin.models.registry import build_model, family_of, recognize
 from qswin.qat.config import load_config
-from qswin.qat.float_model import Origin, build_float_model, input_size
+from qswin.qat.float_model import Origin, build_float_model, config_of, input_size
 from qswin.qat.quant.layers import check_channel_scales
 from qswin.qat.quant.quantizers import GAIN_KEY, OFF_KEY, SCALE_KEY, TensorQuantizer, is_sharded, quantizers, whole
 from qswin.qat.quant.recipe import Recipe, plain_keys
 from qswin.qat.quant.rewrite import enable, rewrite
+from qswin.qat.schema import ModelConfig
 
 KIND = "checkpoint"
 SUFFIX = ".safetensors"
@@ -241,16 +243,32 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def load_model(path: Path, config_file: str | None, overrides: list[str]) -> Loaded:
-    """A checkpoint, or, with a config file that describes them, bare float weights.
+    """A checkpoint; with a config file that describes them, bare float weights; or a folder of transformers.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the file is not a checkpoint, or is not what its sidecar or the config says.
     """
-    if config_file is None:
-        return open_checkpoint(path)
-    config = load_config(config_file, ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"])
-    floating = build_float_model(config.model, config.data.preprocessing)
+    if config_file is not None:
+        options = ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"]
+        config = load_config(config_file, options)
+        return _of_weights(config.model, config.data.preprocessing)
+    return _of_weights(_recognized(path), {}) if path.is_dir() else open_checkpoint(path)
+
+
+def _recognized(folder: Path) -> ModelConfig:
+    """The config of a model that save_pretrained wrote. Raises ValueError where it has no head."""
+    weights, found = recognize(folder)
+    if found.num_classes is None:
+        raise ValueError(f"{folder}: {weights.headless}; qswin init {folder} --data DIR writes a config to train it by")
+    for assumed in found.assumed:
+        logging.warning("%s: assumed: %s", folder, assumed)
+    return config_of(found, folder, found.num_classes)
+
+
+def _of_weights(config: ModelConfig, preprocessing: dict[str, Any]) -> Loaded:
+    """A float model with the weights of its config's checkpoint, and what it is."""
+    floating = build_float_model(config, preprocessing)
     digest = floating.sha256
     assert digest is not None  # of model.checkpoint
     description = Description(

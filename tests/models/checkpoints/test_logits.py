@@ -1,5 +1,6 @@
 """Checkpoints of other libraries: random weights of the real library, and its own logits, which ours must equal."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+from qswin.models.checkpoints.state_dicts import read_state
 from qswin.models.registry import build_model, read_checkpoint
 from tests.helpers import V1, V2, VIT
 from tests.models.checkpoints.openmmlab import OpenMMLabSwin
@@ -160,6 +162,34 @@ def test_hugging_face_files_and_names(tmp_path, case, layout):
         torch.save(state, file)
     with torch.no_grad():
         assert_same_logits(build_model(name, 5, file, **ours), model(images()).logits, images())
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_hugging_face_in_several_files(tmp_path, kind):
+    _, theirs, name, _ = HF_CASES["swin"]
+    model = save_pretrained("Swin", tmp_path, **theirs)
+    split(tmp_path, kind)
+    assert len(list(tmp_path.glob("*-of-*"))) == 3
+    weights = read_checkpoint(name, tmp_path)
+    other = next(tmp_path.glob("*-of-*"))
+    ours = build_model(name, 5, weights, **{key: value for key, value in SMALL.items() if key != "img_size"})
+    with torch.no_grad():
+        assert_same_logits(ours, model(images()).logits, images())
+    changed = {key: value + 1 for key, value in read_state(other).items()}
+    (safetensors.torch.save_file if other.suffix == ".safetensors" else torch.save)(changed, other)
+    assert read_checkpoint(name, tmp_path).sha256 != weights.sha256  # it is of every file
+
+
+def split(folder: Path, kind: str) -> None:
+    """The weights of a folder as three files and their index, as save_pretrained writes large ones."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = kind.split(".")
+    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    names = {key: f"{stem}-0000{1 + place % 3}-of-00003.{suffix}" for place, key in enumerate(state)}
+    for name in set(names.values()):
+        save({key: value for key, value in state.items() if names[key] == name}, folder / name)
+    (folder / f"{kind}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
 
 
 @pytest.mark.parametrize("layout", ["mmpretrain", "mmdet", "backbone alone"])
