@@ -6,8 +6,8 @@ import timm
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
-from qswin.models.checkpoints.architectures import recognize_swin
 from qswin.models.checkpoints.libraries import huggingface, openmmlab, published, torchvision
+from qswin.models.checkpoints.recognize_swin import recognize_swin
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
 from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS
