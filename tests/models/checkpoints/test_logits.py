@@ -12,7 +12,7 @@ from torch import nn
 
 from qswin.models.checkpoints.state_dicts import read_state
 from qswin.models.registry import build_model, read_checkpoint
-from tests.helpers import V1, V2, VIT
+from tests.helpers import CVT, V1, V2, VIT
 from tests.models.checkpoints.openmmlab import OpenMMLabSwin
 
 SMALL = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "img_size": 32}
@@ -269,13 +269,30 @@ def test_deit_with_two_heads(tmp_path):
         assert_same_logits(ours, average, images())
 
 
+def old_deit_3(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The original repository's names of a DeiT III."""
+    names = (".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2")
+    return {key.replace(*names[0]).replace(*names[1]): value for key, value in model.state_dict().items()}
+
+
 def test_deit_3_of_the_original_repository(tmp_path):
     theirs = lively(timm.create_model("deit3_small_patch16_224", num_classes=5, **VIT))
-    state = {
-        key.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): value
-        for key, value in theirs.state_dict().items()
-    }
-    torch.save({"model": state}, tmp_path / "a.pth")
+    torch.save({"model": old_deit_3(theirs)}, tmp_path / "a.pth")
     ours = build_model("deit3_small_patch16_224", 5, tmp_path / "a.pth", **VIT)
     with torch.no_grad():
         assert_same_logits(ours, theirs(images()), images())
+
+
+@pytest.mark.parametrize("name", [V1, V2, "vit_tiny_patch16_224"])
+def test_timm(tmp_path, name):
+    settings = VIT if name.startswith("vit") else {"window_size": 4, **SMALL}
+    theirs = lively(timm.create_model(name, num_classes=5, **settings))
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    with torch.no_grad():
+        assert_same_logits(build_model(name, 5, tmp_path / "a.pth", **settings), theirs(images()), images())
+
+
+def test_hugging_face_cvt(tmp_path):
+    theirs = save_pretrained("Cvt", tmp_path, **CVT)
+    with torch.no_grad():
+        assert_same_logits(build_model("cvt-13", 5, tmp_path, **CVT), theirs(images()).logits, images())
