@@ -1,7 +1,7 @@
 """Reading that ends: regular files of a bounded size, JSON and YAML of a bounded depth in which no key stands twice.
 
-Every file of JSON or YAML that the project reads is read here, but for transformers' config.json and
-preprocessor_config.json (models/checkpoints/huggingface.py).
+Every file of JSON or YAML that the project reads is read here, but for those that transformers writes beside weights
+(models/checkpoints/json_files.py).
 """
 
 import errno

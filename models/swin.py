@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qswin.models import timm_models
 from qswin.models.backbones.backbone import Backbone
 from qswin.models.backbones.windows import SHRINK, set_padding
-from qswin.models.checkpoints import huggingface, openmmlab, published, torchvision
-from qswin.models.checkpoints.architectures import recognize_swin
+from qswin.models.checkpoints.libraries import huggingface, openmmlab, published, torchvision
+from qswin.models.checkpoints.recognize_swin import recognize_swin
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, preprocessing
 from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS

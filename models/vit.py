@@ -6,8 +6,8 @@ import timm
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from qswin.models.checkpoints import huggingface, published, torchvision
-from qswin.models.checkpoints.architectures import recognize_vit
+from qswin.models.checkpoints.libraries import huggingface, published, torchvision
+from qswin.models.checkpoints.recognize_vit import recognize_vit
 from qswin.models.family import Family
 from qswin.models.timm_models import FIXED, PATCH_EMBED, build, preprocessing
 from qswin.models.timm_models import SETTINGS as TIMM_SETTINGS

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
+from absl import logging
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from qswin.calib.data.images import Preprocessing
@@ -20,13 +22,14 @@ from qswin.calib.files import (
 from qswin.calib.reading import read_json
 from qswin.calib.validation import Sha256, validate
 from qswin.models.checkpoints.state_dicts import check_state, mismatch, read_content, read_state
-from qswin.models.registry import build_model, task_of
+from qswin.models.registry import build_model, recognize, task_of
 from qswin.qat.config import load_config
-from qswin.qat.float_model import Origin, build_float_model, input_size
+from qswin.qat.float_model import Origin, build_float_model, config_of, input_size
 from qswin.qat.quant.layers import check_channel_scales
-from qswin.qat.quant.quantizers import OFF_KEY, SCALE_KEY, quantizers
+from qswin.qat.quant.quantizers import GAIN_KEY, OFF_KEY, SCALE_KEY, TensorQuantizer, is_sharded, quantizers, whole
 from qswin.qat.quant.recipe import Recipe, plain_keys
 from qswin.qat.quant.rewrite import enable, rewrite
+from qswin.qat.schema import ModelConfig
 
 KIND = "checkpoint"
 SUFFIX = ".safetensors"
@@ -100,13 +103,16 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
 
     Args:
         path: the name ends in .safetensors.
+        model: may be in a wrapper: DistributedDataParallel, what torch.compile gives, a ModelEma of timm. One that
+            fully_shard has sharded is saved by all ranks together: each calls this, and rank 0 writes. Learned ranges
+            are saved as ranges.
 
     Raises:
         ValueError: a quantizer was never calibrated or its range is dead; the description does not fit the model; or
             the name ends otherwise.
         OSError: nothing could be written.
     """
-    path = Path(path)
+    path, model = Path(path), unwrap_model(model)
     check_suffix("checkpoint", path, (SUFFIX,))
     for quantizer in quantizers(model):
         quantizer.check_range()
@@ -114,13 +120,18 @@ def save_checkpoint(path: str | Path, model: nn.Module, description: Description
         check_description(model, description)
     except ValueError as error:
         raise ValueError(f"{path}: not saved: {error}") from error
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(model).items()}
-    write_with_sidecar(path, safetensors.torch.save(tensors), KIND, description.to_dict())
+    tensors = {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors_of(model).items()}
+    if not is_sharded(model) or torch.distributed.get_rank() == 0:
+        write_with_sidecar(path, safetensors.torch.save(tensors), KIND, description.to_dict())
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: its state dict without the flags of quantizers that are off."""
-    return without(model.state_dict(), OFF_KEY)
+    """What a checkpoint holds of a model: its state dict, with learned ranges as ranges and without `_off`."""
+    state = model.state_dict()
+    for path, module in model.named_modules():
+        if isinstance(module, TensorQuantizer):
+            state[f"{path}._amax"] = module.amax
+    return without(state, OFF_KEY, GAIN_KEY)
 
 
 def without(state: dict[str, Tensor], *keys: str) -> dict[str, Tensor]:
@@ -132,7 +143,7 @@ def check_description(model: nn.Module, description: Description) -> None:
     """Raises ValueError, which says what differs, unless a checkpoint of this model and description can be loaded."""
     with torch.random.fork_rng(devices=()):  # the weights of the model that is built are drawn at random
         described = _build(description)
-    difference = mismatch(without(model.state_dict(), OFF_KEY, SCALE_KEY), tensors_of(described))
+    difference = mismatch(without(tensors_of(model), SCALE_KEY), tensors_of(described))
     if difference is not None:
         raise ValueError(f"the model is not what description.model and its recipe say: {difference}")
     size = description.preprocessing.size
@@ -239,16 +250,32 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def load_model(path: Path, config_file: str | None, overrides: list[str]) -> Loaded:
-    """A checkpoint, or, with a config file that describes them, bare float weights.
+    """A checkpoint; with a config file that describes them, bare float weights; or a folder of transformers.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the file is not a checkpoint, or is not what its sidecar or the config says.
     """
-    if config_file is None:
-        return open_checkpoint(path)
-    config = load_config(config_file, ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"])
-    floating = build_float_model(config.model, config.data.preprocessing)
+    if config_file is not None:
+        options = ["data.root=unused", "run=unused", *overrides, f"model.checkpoint={path}"]
+        config = load_config(config_file, options)
+        return _of_weights(config.model, config.data.preprocessing)
+    return _of_weights(_recognized(path), {}) if path.is_dir() else open_checkpoint(path)
+
+
+def _recognized(folder: Path) -> ModelConfig:
+    """The config of a model that save_pretrained wrote. Raises ValueError where it has no head."""
+    weights, found = recognize(folder)
+    if found.num_classes is None:
+        raise ValueError(f"{folder}: {weights.headless}; qswin init {folder} --data DIR writes a config to train it by")
+    for assumed in found.assumed:
+        logging.warning("%s: assumed: %s", folder, assumed)
+    return config_of(found, folder, found.num_classes)
+
+
+def _of_weights(config: ModelConfig, preprocessing: dict[str, Any]) -> Loaded:
+    """A float model with the weights of its config's checkpoint, and what it is."""
+    floating = build_float_model(config, preprocessing)
     digest = floating.sha256
     assert digest is not None  # of model.checkpoint
     description = Description(

@@ -9,6 +9,7 @@ from absl import logging
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import read_sidecar, sidecar_path
 from qswin.calib.validation import validate
+from qswin.models.checkpoints.architectures import Recognized
 from qswin.models.checkpoints.weights import Weights
 from qswin.models.registry import build_model, family_of, read_checkpoint
 from qswin.qat.schema import ModelConfig
@@ -49,17 +50,25 @@ class FloatModel:
     classes: tuple[str, ...] | None = None
 
 
+def config_of(recognized: Recognized, checkpoint: Path, num_classes: int | None, new_head: bool = False) -> ModelConfig:
+    """The config of a model with the weights of a file or folder, that was recognized."""
+    return ModelConfig(recognized.name, str(checkpoint), False, num_classes, new_head, dict(recognized.settings))
+
+
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
     """build_model's arguments that a config sets, without where the weights come from."""
     return {"name": config.name, "num_classes": config.num_classes, **config.kwargs}
 
 
-def build_float_model(config: ModelConfig, preprocessing: dict[str, Any], train_head: bool = False) -> FloatModel:
+def build_float_model(
+    config: ModelConfig, preprocessing: dict[str, Any], train_head: bool = False, weights: Weights | None = None
+) -> FloatModel:
     """The float model of a config, with its weights.
 
     Args:
         preprocessing: settings over the weights' and the model's own.
         train_head: the model is to be trained, so that its head may be a new one.
+        weights: those of `config.checkpoint`, where they have been read.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -68,7 +77,10 @@ def build_float_model(config: ModelConfig, preprocessing: dict[str, Any], train_
     if config.new_head and not train_head:
         what = "the new head would be random here; train the float model first (qswin train recipe=none)"
         raise ValueError(f"model.new_head=true: {what}, then give model.checkpoint=<run>/float.safetensors without it")
-    weights = None if config.checkpoint is None else _read_weights(config.name, config.checkpoint)
+    if weights is None and config.checkpoint is not None:
+        weights = read_checkpoint(config.name, config.checkpoint)
+    if weights is not None:
+        weights = _with_sidecar(config.name, weights)
     arguments = model_arguments(config)
     model = build_model(
         checkpoint=weights, pretrained=config.pretrained, new_head=config.new_head and train_head, **arguments
@@ -81,12 +93,8 @@ def build_float_model(config: ModelConfig, preprocessing: dict[str, Any], train_
     return FloatModel(model, settings, adapted_to, _origin(weights), weights.sha256, weights.classes)
 
 
-def _read_weights(name: str, checkpoint: str) -> Weights:
-    """The weights in a file or folder. Of a checkpoint that qswin saved, the sidecar says what they need.
-
-    Raises ValueError, and FileNotFoundError, as `build_float_model` does.
-    """
-    weights = read_checkpoint(name, checkpoint)
+def _with_sidecar(name: str, weights: Weights) -> Weights:
+    """The weights; of a checkpoint that qswin saved, the sidecar says what they need."""
     if weights.file is None or not sidecar_path(weights.file).is_file():
         return weights
     try:

@@ -11,11 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from qswin import cli
+from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from tests.helpers import fails, invoke
+from tests.models.checkpoints.test_logits import HF_VIT, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,6 +114,25 @@ def test_bare_weights_are_evaluated_and_exported_with_their_config(config_file, 
         invoke("export", "--checkpoint", weights, "--onnx", onnx, "--precision", "fp32", "--config", config_file) == 0
     )
     assert onnx.is_file()
+
+
+def test_a_folder_of_transformers_is_evaluated_and_exported(data, tmp_path, capsys):
+    folder, onnx = tmp_path / "vit", tmp_path / "vit.onnx"
+    transformers = pytest.importorskip("transformers")
+    model = save_pretrained("ViT", folder, **HF_VIT, num_attention_heads=2)
+    assert invoke("evaluate", "--model", folder, "--data", data / "val", "--json", tmp_path / "a.json") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["images"] == 20
+    assert invoke("export", "--checkpoint", folder, "--onnx", onnx, "--precision", "fp32") == 0
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x).logits.numpy()
+    np.testing.assert_allclose(OnnxRuntimePredictor(onnx)(x.numpy()), expected, atol=1e-4 * abs(expected).max())
+    assert "without weights" in fails(capsys, "evaluate", "--model", tmp_path, "--data", data / "val")
+    (folder / "model.safetensors").unlink()
+    assert "without weights" in fails(capsys, "evaluate", "--model", folder, "--data", data / "val")
+    transformers.ViTModel(model.config).save_pretrained(folder)
+    headless = fails(capsys, "evaluate", "--model", folder, "--data", data / "val")
+    assert "it is a model without a classifier; qswin init" in headless
 
 
 def test_calibrate_says_what_is_wrong(config_file, data, tmp_path, capsys):

@@ -116,3 +116,20 @@ def test_commands_and_options_exist():
         assert command in COMMANDS, (page, command)
         options = {word.split("=")[0] for word in words if word.startswith("--")}
         assert options <= set(COMMANDS[command]._option_string_actions), (page, command)
+
+
+def test_the_tests_that_the_table_of_checkpoints_names_exist():
+    """Each cell names a test, with its case where there are several, or gives a reason."""
+    pytest.importorskip("transformers")
+    from tests.models.checkpoints.test_logits import HF_CASES
+    from tests.qat.foreign.test_whole_way import CASES
+
+    defined = set(re.findall(r"^def (test_\w+)", "".join(f.read_text() for f in (ROOT / "tests").rglob("*.py")), re.M))
+    page = (ROOT / "docs" / "models.md").read_text()
+    rows = [line.strip("| ").split(" | ")[-6:] for line in page.splitlines() if "`test_ptq[" in line]
+    assert len(rows) == len(CASES)
+    for cell in (cell for row in rows for cell in row):
+        if not re.fullmatch(r"- \(.+\)", cell):
+            name, _, case = cell.strip("`]").partition("[")
+            assert name in defined and case in ("", *HF_CASES, *CASES), cell
+    assert {row[1] for row in rows} == {f"`test_ptq[{case}]`" for case in CASES}

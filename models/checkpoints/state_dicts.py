@@ -10,10 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from qswin.models.checkpoints.json_files import read_json
 
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
 BROKEN = (  # what torch raises over a damaged file
@@ -21,6 +24,7 @@ BROKEN = (  # what torch raises over a damaged file
     *(KeyError, IndexError, AttributeError, TypeError, MemoryError, RecursionError, ArithmeticError),
     *(zipfile.BadZipFile, struct.error),
 )
+INDEX = ".index.json"
 DEEPEST = 4  # wrappings around the weights that are looked through
 
 
@@ -51,17 +55,51 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
         raise ValueError(f"{path}: {difference}; check the model's name, its settings, num_classes and the recipe")
 
 
+class Index(msgspec.Struct):
+    """What is read of an index, by which transformers says which of several files holds a tensor."""
+
+    weight_map: dict[str, str]
+
+
 def read_content(path: Path) -> bytes:
-    """The content of a checkpoint's file. Raises FileNotFoundError."""
+    """The content of a checkpoint's file; of an index, that of one .safetensors file of all its files' tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file, or one that the index names is missing.
+        ValueError: the index, or a file that it names, cannot be read; or a tensor is missing.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    return path.read_bytes()
+    if not path.name.endswith(INDEX):
+        return path.read_bytes()
+    joined = {key: value.clone(memory_format=torch.contiguous_format) for key, value in _read_files_of(path).items()}
+    return safetensors.torch.save(joined)
+
+
+def _read_files_of(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, which lie beside it. Raises as `read_content` does."""
+    try:
+        weight_map = read_json(index, Index).weight_map
+    except ValueError as error:
+        raise ValueError(f"{index.parent}: {error}") from error
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        file = index.parent / name
+        if Path(name).name != name or name.endswith(INDEX):
+            raise ValueError(f"{index}: {name!r} is not the name of a file of weights beside it; copy it again")
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing, but {index.name} names it; copy the whole folder")
+        state |= read_state(file)
+    if missing := weight_map.keys() - state.keys():
+        raise ValueError(f"{index}: {min(missing)} is in none of its files; copy the whole folder again")
+    return state
 
 
 def read_state(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or PyTorch file, as float32 where they are floating; nothing in it is executed.
 
     Args:
+        path: the file, or the index of several (`read_content`).
         data: the file's content, where it has been read.
 
     Raises:
@@ -71,7 +109,7 @@ def read_state(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
     """
     data = read_content(path) if data is None else data
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or path.name.endswith(INDEX):
             state: Any = safetensors.torch.load(data)
         else:
             _check_stored(data)

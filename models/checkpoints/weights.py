@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from qswin.models.checkpoints.state_dicts import INDEX
 from qswin.models.checkpoints.unsupported import refuse_unsupported
 
-FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder that transformers' save_pretrained wrote
+# Of a folder that transformers' save_pretrained wrote; an index names several files of tensors.
+FILES = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Weights:
         told: settings, too, that the file mentions, but that are left to the model's name: weights may be fine-tuned to
             another size.
         headless: why the model's head cannot be had from them; None where it can.
-        file: the one that holds the tensors.
-        sha256: of that file's content, which was read once.
+        file: the one that holds the tensors, or the index of several.
+        sha256: of its content, as `read_content` gives it.
     """
 
     state: dict[str, Tensor]
@@ -66,21 +68,17 @@ class Source:
 
 
 def weights_file(path: Path) -> Path:
-    """The file of tensors that a path means: itself, or the one in a folder that save_pretrained wrote.
+    """The file of tensors that a path means: itself, or the one, or the index, in a folder that save_pretrained wrote.
 
     Raises:
         FileNotFoundError: nothing is there, or the folder holds no weights.
-        ValueError: the weights are in several files.
     """
     if not path.is_dir():
         return path
     found = next((path / name for name in FILES if (path / name).is_file()), None)
-    if found is not None:
-        return found
-    if any(path.glob("*.index.json")):
-        how = "save them by model.save_pretrained(FOLDER, max_shard_size='100GB')"
-        raise ValueError(f"{path}: its weights are in several files; {how}")
-    raise FileNotFoundError(f"{path}: a folder without weights; it must hold {' or '.join(FILES)}")
+    if found is None:
+        raise FileNotFoundError(f"{path}: a folder without weights; it must hold {' or '.join(FILES[:2])}")
+    return found
 
 
 def weights_of(

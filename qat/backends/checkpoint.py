@@ -1,4 +1,4 @@
-"""Checkpoints in torch: qswin's own, and bare weights that a config file describes."""
+"""Checkpoints in torch: qswin's own, bare weights that a config file describes, and folders of transformers."""
 
 import importlib.util
 import subprocess
@@ -48,6 +48,9 @@ class CheckpointSubject(Subject):
 class Checkpoint(Backend):
     name = "torch"
     suffixes = (".safetensors", ".pth", ".pt", ".bin")
+
+    def takes(self, path: Path) -> bool:
+        return super().takes(path) or path.is_dir()
 
     def open(self, path: Path, options: OpenOptions) -> TorchPredictor:
         from qswin.qat.checkpoint import load_model

@@ -67,6 +67,10 @@ class Backend(ABC):
     source: ClassVar[str]
     kind: ClassVar[str]
 
+    def takes(self, path: Path) -> bool:
+        """Whether a path is one of its model files, by its name."""
+        return path.suffix in self.suffixes
+
     @abstractmethod
     def open(self, path: Path, options: OpenOptions) -> Predictor:
         """A file, ready to run.
@@ -136,7 +140,7 @@ def backends() -> list[Backend]:
 def backend_of(path: Path) -> Backend:
     """The backend that runs a file. Raises ValueError, with all suffixes, for a file of another kind."""
     for backend in backends():
-        if path.suffix in backend.suffixes:
+        if backend.takes(path):
             return backend
     known = ", ".join(suffix for backend in backends() for suffix in backend.suffixes)
     raise ValueError(f"{path}: not a model file that qswin knows; its name must end in one of {known}")

@@ -12,8 +12,7 @@ from qswin.calib.messages import printable
 from qswin.models.checkpoints.architectures import Recognized
 from qswin.models.checkpoints.weights import Weights
 from qswin.models.registry import family_of, recognize
-from qswin.qat.float_model import FloatModel, build_float_model
-from qswin.qat.schema import ModelConfig
+from qswin.qat.float_model import FloatModel, build_float_model, config_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +71,20 @@ def look_at(path: Path, data: Path | None) -> Found:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is not a checkpoint of a model that is known, or holds no images where some should be.
+        ValueError: it is not a checkpoint of a model that is known; it has no head, and no images say how many classes
+            a new one is for; or the folder holds no images where some should be.
     """
     weights, recognized = recognize(path)
+    if recognized.num_classes is None and data is None:
+        what = (
+            f"{recognized.name} of {weights.library} without a head ({weights.headless or 'its tensors are missing'})"
+        )
+        raise ValueError(f"{path}: {what}; give --data DIR, the images whose classes a new head is for")
     task = family_of(recognized.name).task
     classes = None if data is None else len(scan_folder(task, data / "train").classes)
     new_head = recognized.num_classes is None or classes not in (None, recognized.num_classes)
-    number = classes or recognized.num_classes
-    config = ModelConfig(recognized.name, str(path), False, number, new_head, dict(recognized.settings))
-    floating = build_float_model(config, {}, train_head=new_head)
+    config = config_of(recognized, path, classes or recognized.num_classes, new_head)
+    floating = build_float_model(config, {}, train_head=new_head, weights=weights)
     return Found(path, weights, recognized, floating, data, classes)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qswin.calib.calibrators import BINS, Histogram, find_range, parse_calibrator
 from qswin.calib.grid import FP8, INT8, Grid
@@ -15,6 +16,7 @@ from qswin.qat.quant.fake_quantize import fake_quantize, quantize_dequantize, sc
 from qswin.qat.quant.weight_ranges import weight_ranges
 
 OFF_KEY = "_off"  # in the state dict of a quantizer that has a range and does not quantize
+GAIN_KEY = "_log_gain"  # in the state dict of a quantizer whose range is learned
 SCALE_KEY = "_pre_quant_scale"  # in the state dict of a quantizer whose input's channels are scaled first
 CPU_CHUNK = 1 << 18  # values counted at a time on a CPU: the temporaries stay in its cache
 IN_FLOAT = (
@@ -53,7 +55,8 @@ class TensorQuantizer(nn.Module):
 
     The range |x| <= `_amax` is a buffer: one value, or [C, 1, ...] for the C output channels of a weight; NaN until it
     is calibrated. With `learn_range` the range becomes _amax * exp(_log_gain), with a trained `_log_gain` that starts
-    at 0: the scale stays positive, and one learning rate suits ranges of every magnitude.
+    at 0: the scale stays positive, and one learning rate suits ranges of every magnitude. It has a dimension even where
+    `_amax` has none: fully_shard takes no scalar parameters.
 
     The state dict says whether it quantizes. One with a range does, one without is off; a quantizer that has a range
     and does not quantize is marked by one more key, `_off`. One that has a range and computes in float warns of it.
@@ -93,8 +96,10 @@ class TensorQuantizer(nn.Module):
 
     @property
     def amax(self) -> Tensor:
-        """The range, float32, of `_amax`'s shape."""
-        return self._amax if self._log_gain is None else self._amax * self._log_gain.exp()
+        """The range, float32, of `_amax`'s shape. Outside of a forward of a sharded model, every rank asks for it."""
+        if self._log_gain is None:
+            return self._amax
+        return self._amax * whole(self._log_gain).exp().view_as(self._amax)
 
     @property
     def scale(self) -> Tensor:
@@ -249,10 +254,16 @@ class TensorQuantizer(nn.Module):
     def learn_range(self) -> None:
         """Makes the range a trained parameter that starts where the range is now."""
         if self._log_gain is None:
-            self._log_gain = nn.Parameter(torch.zeros_like(self._amax))
+            self._log_gain = nn.Parameter(torch.zeros_like(self._amax.view(self._amax.shape or (1,))))
 
     def freeze_range(self) -> None:
-        """Ends `learn_range`: the learned range becomes the buffer `_amax`."""
+        """Ends `learn_range`: the learned range becomes the buffer `_amax`.
+
+        Raises:
+            ValueError: fully_shard has taken over the parameter, and would put it back.
+        """
+        if isinstance(self._log_gain, DTensor):
+            raise ValueError(f"{self.site}: its learned range is sharded; save_checkpoint saves it as a range")
         if self._log_gain is not None:
             self._amax.copy_(self.amax.detach())
             self._log_gain = None
@@ -265,6 +276,16 @@ class TensorQuantizer(nn.Module):
 def _rows(x: Tensor) -> int:
     """How much of a tensor's first dimension to count at a time: CPU_CHUNK values on a CPU, else all."""
     return max(1, CPU_CHUNK * len(x) // x.numel()) if x.is_cpu else len(x)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which a sharded model holds a part on each rank; every rank calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of its parameters, as fully_shard leaves them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def quantizers(model: nn.Module) -> Iterator[TensorQuantizer]:

@@ -57,8 +57,10 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
     calibrated ranges, then `enable` it. What the recipe covers is logged, and so is attention that it cannot reach.
 
     Raises:
-        ValueError: the recipe quantizes no site of this model, or one of its rules matches none; or a Swin of
-            torchvision is in the model, whose attention computes outside of its modules.
+        ValueError: the recipe quantizes no site of this model, or one of its rules matches none; or the model has a
+            Swin or ViT of torchvision or transformers, whose attention would stay in float. A recipe of your own
+            quantizes what its rules name of it, but of torchvision's Swin, whose attention computes outside of its
+            linears.
     """
     advice = _advice(model)
     if advice is not None and any(map(_bypasses_its_linears, model.modules())):
@@ -70,6 +72,8 @@ def quantize(model: nn.Module, recipe: Recipe) -> nn.Module:
     if not any(quantizers(twin)):
         what, layers = f"quantizes nothing of this {type(model).__name__}", ", ".join(covered.in_float[:3])
         raise ValueError(f"recipe {recipe.name!r} {what}; write rules for its layers ({layers}, ...)")
+    if covered.attention and advice is not None and is_named(recipe):
+        raise ValueError(advice)
     logging.info("recipe %s: %s", recipe.name, covered)
     for kind, path in covered.attention.items():
         remedy = advice or "see register_twins"

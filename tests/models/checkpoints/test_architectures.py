@@ -5,7 +5,8 @@ import timm
 import torch
 
 from qswin.models import swin, vit
-from qswin.models.checkpoints.architectures import recognize_swin, recognize_vit
+from qswin.models.checkpoints.recognize_swin import recognize_swin
+from qswin.models.checkpoints.recognize_vit import recognize_vit
 from qswin.models.checkpoints.weights import Weights
 from qswin.models.registry import build_model, recognize
 from tests.helpers import SMALL, V1, V2, VARIANTS, small_swin

@@ -1,5 +1,6 @@
 """Checkpoints of other libraries: random weights of the real library, and its own logits, which ours must equal."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
+from qswin.models.checkpoints.state_dicts import read_state
 from qswin.models.registry import build_model, read_checkpoint
-from tests.helpers import V1, V2, VIT
+from tests.helpers import CVT, V1, V2, VIT
 from tests.models.checkpoints.openmmlab import OpenMMLabSwin
 
 SMALL = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "img_size": 32}
@@ -162,6 +164,34 @@ def test_hugging_face_files_and_names(tmp_path, case, layout):
         assert_same_logits(build_model(name, 5, file, **ours), model(images()).logits, images())
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_hugging_face_in_several_files(tmp_path, kind):
+    _, theirs, name, _ = HF_CASES["swin"]
+    model = save_pretrained("Swin", tmp_path, **theirs)
+    split(tmp_path, kind)
+    assert len(list(tmp_path.glob("*-of-*"))) == 3
+    weights = read_checkpoint(name, tmp_path)
+    other = next(tmp_path.glob("*-of-*"))
+    ours = build_model(name, 5, weights, **{key: value for key, value in SMALL.items() if key != "img_size"})
+    with torch.no_grad():
+        assert_same_logits(ours, model(images()).logits, images())
+    changed = {key: value + 1 for key, value in read_state(other).items()}
+    (safetensors.torch.save_file if other.suffix == ".safetensors" else torch.save)(changed, other)
+    assert read_checkpoint(name, tmp_path).sha256 != weights.sha256  # it is of every file
+
+
+def split(folder: Path, kind: str) -> None:
+    """The weights of a folder as three files and their index, as save_pretrained writes large ones."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = kind.split(".")
+    save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    names = {key: f"{stem}-0000{1 + place % 3}-of-00003.{suffix}" for place, key in enumerate(state)}
+    for name in set(names.values()):
+        save({key: value for key, value in state.items() if names[key] == name}, folder / name)
+    (folder / f"{kind}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+
+
 @pytest.mark.parametrize("layout", ["mmpretrain", "mmdet", "backbone alone"])
 def test_openmmlab_swin(tmp_path, layout):
     theirs = lively(OpenMMLabSwin(16, [2, 2], [2, 4], 4, 5, norms=2 if layout == "mmdet" else 1))
@@ -239,13 +269,30 @@ def test_deit_with_two_heads(tmp_path):
         assert_same_logits(ours, average, images())
 
 
+def old_deit_3(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The original repository's names of a DeiT III."""
+    names = (".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2")
+    return {key.replace(*names[0]).replace(*names[1]): value for key, value in model.state_dict().items()}
+
+
 def test_deit_3_of_the_original_repository(tmp_path):
     theirs = lively(timm.create_model("deit3_small_patch16_224", num_classes=5, **VIT))
-    state = {
-        key.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): value
-        for key, value in theirs.state_dict().items()
-    }
-    torch.save({"model": state}, tmp_path / "a.pth")
+    torch.save({"model": old_deit_3(theirs)}, tmp_path / "a.pth")
     ours = build_model("deit3_small_patch16_224", 5, tmp_path / "a.pth", **VIT)
     with torch.no_grad():
         assert_same_logits(ours, theirs(images()), images())
+
+
+@pytest.mark.parametrize("name", [V1, V2, "vit_tiny_patch16_224"])
+def test_timm(tmp_path, name):
+    settings = VIT if name.startswith("vit") else {"window_size": 4, **SMALL}
+    theirs = lively(timm.create_model(name, num_classes=5, **settings))
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    with torch.no_grad():
+        assert_same_logits(build_model(name, 5, tmp_path / "a.pth", **settings), theirs(images()), images())
+
+
+def test_hugging_face_cvt(tmp_path):
+    theirs = save_pretrained("Cvt", tmp_path, **CVT)
+    with torch.no_grad():
+        assert_same_logits(build_model("cvt-13", 5, tmp_path, **CVT), theirs(images()).logits, images())

@@ -10,7 +10,7 @@ import torchvision
 from qswin.models.registry import build_model, family_of, read_checkpoint
 from tests.helpers import V1, V2, VIT, small_swin
 from tests.models.checkpoints.openmmlab import OpenMMLabSwin
-from tests.models.checkpoints.test_logits import HF_CASES, SMALL, save_pretrained, torchvision_swin
+from tests.models.checkpoints.test_logits import HF_CASES, SMALL, save_pretrained, split, torchvision_swin
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,15 @@ def change(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
+def spoil_split(folder, spoil):
+    """A folder of several files, after something was done to the index's map and to the files."""
+    split(folder, "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    spoil(values["weight_map"], sorted(folder.glob("*-of-*")))
+    index.write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -164,8 +173,16 @@ def change(file, **values):
         (lambda f: (f / "model.safetensors").write_bytes(b"x"), "truncated, or not a safetensors file"),
         (
             lambda f: (f / "model.safetensors").rename(f / "x") and (f / "m.index.json").write_text("{}"),
-            "several files",
+            "a folder without weights",
         ),
+        (
+            lambda f: spoil_split(f, lambda map_, files: files[1].unlink()),
+            "-of-00003.safetensors: missing, but .* names",
+        ),
+        (lambda f: spoil_split(f, lambda map_, files: map_.update(x=files[0].name)), "x is in none of its files"),
+        (lambda f: spoil_split(f, lambda map_, files: map_.update(x="../x.safetensors")), "'../x.safetensors' is not"),
+        (lambda f: spoil_split(f, lambda map_, files: map_.update(x=3)), "index.json cannot be read: .*weight_map"),
+        (lambda f: spoil_split(f, lambda map_, files: files[0].write_bytes(b"x")), "truncated, or not a safetensors"),
         (lambda f: (f / "preprocessor_config.json").write_text('{"resample": 0}'), "resample=0.*not supported"),
         (lambda f: (f / "preprocessor_config.json").write_text('{"do_resize": false}'), "do_resize=false"),
         (lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [0.5]}'), "image_mean"),

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from qswin.models.checkpoints import state_dicts
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model
 from tests.helpers import fails, invoke
@@ -72,3 +73,26 @@ def test_nothing_is_written_over_and_nothing_of_a_foreign_file(tmp_path, swin_fi
     out.write_text("mine")
     assert "is there already" in fails(capsys, "init", swin_file, "--out", out)
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder"])
+def test_the_checkpoint_is_read_once(tmp_path, swin_file, monkeypatch, kind):
+    if kind == "a folder":
+        save_pretrained("ViT", tmp_path / "vit", **{**HF_VIT, "num_attention_heads": 2})
+    path = swin_file if kind == "a file" else tmp_path / "vit"
+    read = []
+    monkeypatch.setattr(state_dicts, "read_content", lambda file: read.append(file) or file.read_bytes())
+    assert invoke("init", path, "--out", tmp_path / "a.yaml") == 0
+    assert len(read) == 1
+
+
+def test_a_head_for_an_unknown_number_of_classes_is_not_invented(tmp_path, data, capsys):
+    state = torchvision_swin(False).state_dict()
+    file, out = tmp_path / "backbone.pth", tmp_path / "a.yaml"
+    torch.save({key: value for key, value in state.items() if not key.startswith("head.")}, file)
+    line = fails(capsys, "init", file, "--out", out)
+    assert "swin_tiny_patch4_window7_224 of torchvision without a head" in line and "give --data DIR" in line
+    assert not out.exists()
+    assert invoke("init", file, "--out", out, "--data", data) == 0
+    config = load_config(out, [])
+    assert (config.model.new_head, config.model.num_classes) == (True, 5)

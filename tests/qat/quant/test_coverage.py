@@ -14,6 +14,8 @@ from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import Recipe, Rule, named_recipe
 from qswin.qat.quant.rewrite import quantize
 from tests.helpers import SMALL, V1, V2, VARIANTS, small_swin
+from tests.models.checkpoints.test_logits import SMALL as LOADED
+from tests.models.checkpoints.test_logits import torchvision_swin
 
 
 @pytest.fixture
@@ -70,14 +72,15 @@ def test_attention_with_a_twin_is_no_matter_for_a_warning(messages, variant):
     assert not coverage(twin).attention and not messages(logging.WARNING)
 
 
-def test_a_swin_of_another_library_is_covered_in_part(messages):
-    """Its MLPs, patch mergings and head have names that recipes know; its attention has no twin."""
+def test_a_recipe_of_ones_own_quantizes_a_swin_of_another_library_in_part(messages):
+    """All its linears are quantized; its attention has no twin."""
     transformers = pytest.importorskip("transformers")
     sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "window_size": 4, "num_heads": [1, 2, 4, 8]}
     config = transformers.SwinConfig(**sizes, depths=[2, 2, 6, 2])
-    covered = coverage(quantize(transformers.SwinForImageClassification(config), named_recipe("full")))
+    recipe = Recipe("mine", (Rule("*", quantize=True),))
+    covered = coverage(quantize(transformers.SwinForImageClassification(config), recipe))
     quantized, layers = (sum(pair) for pair in zip(covered.linears, covered.convolutions, strict=True))
-    assert 24 < quantized < layers == 77 and covered.matmuls == (0, 0)  # how many depends on transformers' own names
+    assert quantized == layers == 77 and covered.matmuls == (0, 0)
     assert "SwinAttention" in covered.attention
     assert covered.attention["SwinAttention"].startswith("swin.encoder.layers.0.blocks.0.attention")
     warning = next(line for line in messages(logging.WARNING) if line.startswith("SwinAttention "))
@@ -161,12 +164,35 @@ def test_torchvisions_swin_is_refused_with_what_to_do(build, nested):
         quantize(model, named_recipe("full"))
 
 
+@pytest.mark.parametrize("recipe", ["gemm", "full", "attention-fp8"])
 @pytest.mark.parametrize("kind", ["Swin", "Swinv2", "ViT", "DeiT"])
-def test_transformers_modules_are_warned_of_with_what_to_do(kind, messages):
+def test_transformers_modules_are_refused_with_what_to_do(kind, recipe):
+    """They would be left in float in part: their attention has no twin, and recipes do not know all their names."""
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     small = {"embed_dim": 16, "depths": [1], "num_heads": [2]} if "Swin" in kind else small
     config = getattr(transformers, f"{kind}Config")(**small)
-    quantize(getattr(transformers, f"{kind}Model")(config), named_recipe("full"))
-    first = messages(logging.WARNING)[0]
-    assert "has no quantized twin" in first and f"{kind}Model of transformers" in first and "build_model" in first
+    model = nn.ModuleDict({"encoder": getattr(transformers, f"{kind}Model")(config)})
+    words = f"{kind}Model of transformers \\(encoder\\) has no quantized twins.*qswin.build_model.*checkpoint=FILE"
+    with pytest.raises(ValueError, match=words):
+        quantize(model, named_recipe(recipe))
+
+
+def test_torchvisions_vit_is_refused_with_what_to_do():
+    model = nn.Sequential(torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64))
+    with pytest.raises(ValueError, match="VisionTransformer of torchvision .*build_model.*checkpoint=FILE"):
+        quantize(model, named_recipe("full"))
+
+
+def test_the_advice_is_right(images, tmp_path):
+    """The refused Swin's weights in timm's model, in its place in the user's own: the same outputs, quantized."""
+    theirs = torchvision_swin(True)
+    with pytest.raises(ValueError, match="qswin.build_model"):
+        quantize(nn.Sequential(theirs, nn.Linear(5, 2)), named_recipe("full"))
+    head = nn.Linear(5, 2)
+    torch.save(theirs.state_dict(), tmp_path / "swin.pth")
+    ours = nn.Sequential(qswin.build_model(V2, 5, tmp_path / "swin.pth", **LOADED), head).eval()
+    twin = quantize(ours, named_recipe("full"))
+    with torch.no_grad():
+        torch.testing.assert_close(twin(images), head(theirs(images)), rtol=1e-4, atol=1e-4)
+    assert coverage(twin).matmuls[0] == 8 and not coverage(twin).attention

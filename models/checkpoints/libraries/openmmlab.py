@@ -1,6 +1,6 @@
 """Swin of OpenMMLab: mmpretrain (and mmcls), mmdetection and mmsegmentation."""
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ RENAMES = (
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
 )
 HEAD = "head.fc."
+CROP = {"crop_pct": 224 / 256, "crop_mode": "center"}
+CROPPED = "mmpretrain: resize 256, crop 224"
 
 
 def read_swin(state: dict[str, Tensor], folder: Path) -> Weights:
@@ -34,32 +36,36 @@ def read_swin(state: dict[str, Tensor], folder: Path) -> Weights:
     """
     if any(key.endswith(".w_msa.logit_scale") for key in state):
         raise ValueError("a Swin V2 of OpenMMLab, which is not read; take timm's or transformers' file of it")
-    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if _is_backbones(key, state)}
-    renamed = {rename(key, RENAMES): value for key, value in backbone.items()}
-    if "absolute_pos_embed" in renamed:
+    backbone = _to_timms(state)
+    if "absolute_pos_embed" in backbone:
         raise ValueError(NO_ABSOLUTE_POSITIONS)
+    head = {key: value for key, value in state.items() if key.startswith(HEAD)}
+    settings: dict[str, Any] = {"window_size": window_of(backbone)[0]}
+    settings |= {"padding": "mmpretrain"} if head else {"padding": "mmdetection", **feature_norms(backbone)}
+    if not head:
+        return Weights(backbone, "OpenMMLab", settings, headless="it is a detector's or segmentor's backbone")
+    preprocessing = CROP if settings["window_size"] == 7 else {}
+    return Weights({**backbone, **head}, "OpenMMLab", settings, preprocessing, CROPPED if preprocessing else None)
+
+
+def _to_timms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's tensors under timm's names, and in timm's order.
+
+    A detector has a norm for each feature map, `norm0` and so on; a classifier reads the last, which is `norm` too.
+    """
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if _is_backbones(key, state)}
+    renamed = {rename(key, RENAMES): value for key, value in without_buffers(backbone).items()}
     last = max(int(key.split(".")[1]) for key in renamed if key.startswith("layers."))
     converted: dict[str, Tensor] = {}
-    for key, value in without_buffers(renamed).items():
-        if key.startswith(f"norm{last}."):  # one for each of out_indices; a classifier reads the last
-            converted[re.sub(r"^norm\d\.", "norm.", key)] = value
-        if ".downsample." in key:
-            value = _unfold_order_to_timms(value)
-        converted[next_stage(key)] = value
-    head = {key: value for key, value in state.items() if key.startswith(HEAD)}
-    settings: dict[str, Any] = {
-        "window_size": window_of(converted)[0],
-        "padding": "mmpretrain" if head else "mmdetection",
-    }
-    settings |= feature_norms(converted)
-    if not head:
-        return Weights(converted, "OpenMMLab", settings, headless="it is a detector's or segmentor's backbone")
-    crop = {"crop_pct": 224 / 256, "crop_mode": "center"}
-    told = "mmpretrain: resize 256, crop 224" if settings["window_size"] == 7 else None
-    return Weights({**converted, **head}, "OpenMMLab", settings, crop if told else {}, told)
+    for key, value in renamed.items():
+        name = next_stage(key)
+        converted[name] = _unfold_order_to_timms(value) if ".downsample." in key else value
+        if key.startswith(f"norm{last}."):
+            converted[key.replace(f"norm{last}.", "norm.", 1)] = value
+    return converted
 
 
-def _is_backbones(key: str, state: dict[str, Tensor]) -> bool:
+def _is_backbones(key: str, state: Mapping[str, Tensor]) -> bool:
     """A whole model's backbone has a prefix; a backbone that was saved alone has none, and nothing else is there."""
     prefixed = any(other.startswith("backbone.stages.") for other in state)
     return key.startswith("backbone.") or not (prefixed or key.startswith(HEAD))

@@ -3,18 +3,18 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 from torch import Tensor
 
+from qswin.models.checkpoints.json_files import read_json
 from qswin.models.checkpoints.layouts import feature_norms, join_qkv, next_stage, without_buffers
 from qswin.models.checkpoints.state_dicts import rename
 from qswin.models.checkpoints.weights import Source, Weights
 
 LIBRARY = "Hugging Face"
-LARGEST = 1 << 26  # bytes of a JSON file
 TABLE = "relative_position_bias_table"
 SWIN_EPS = 1e-5  # of the norms that config.layer_norm_eps is not for
 FLOAT32_MAX = 3.4e38
@@ -23,7 +23,6 @@ Count = Annotated[int, Meta(ge=1, le=1 << 30)]
 Side = Count | Annotated[list[Count], Meta(min_length=1, max_length=2)]
 Channel = Annotated[float, Meta(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 Channels = tuple[Channel, Channel, Channel]
-T = TypeVar("T")
 
 
 class Config(msgspec.Struct):
@@ -162,7 +161,7 @@ def _read_config(folder: Path, types: tuple[str, ...]) -> Config:
         raise ValueError(
             "transformers' weights need the config.json that save_pretrained wrote beside them; copy it there"
         )
-    config = _read(file, Config)
+    config = read_json(file, Config)
     if config.model_type not in types:
         raise ValueError(f"model_type={config.model_type!r} in config.json is not one of {', '.join(types)}")
     if config.hidden_act != "gelu":
@@ -187,7 +186,7 @@ def _read_processor(folder: Path) -> tuple[dict[str, Any], str | None]:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return {}, None
-    processor = _read(file, Processor)
+    processor = read_json(file, Processor)
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not getattr(processor, step):
             raise ValueError(f"{step}=false in {file.name} is not supported; mend the file, or remove it")
@@ -211,18 +210,6 @@ def _side(size: int | dict[str, int]) -> tuple[int, str]:
     if size.get("width", height) != height:
         raise ValueError(f"size {size} in preprocessor_config.json is not square; only square inputs are supported")
     return height, "squash"
-
-
-def _read(file: Path, schema: type[T]) -> T:
-    """The keys of a JSON file that a schema has. Raises ValueError for what is not JSON, or of another type."""
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(LARGEST + 1)
-        if len(data) > LARGEST:
-            raise ValueError(f"{file.name} is larger than {LARGEST >> 20} MiB")
-        return msgspec.json.decode(data, type=schema)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file.name} cannot be read: {error}; copy it again") from error
 
 
 SWIN = Source(r"(swin(v2)?\.)?encoder\.layers\.0\.blocks\.0\.attention\.", read_swin)
