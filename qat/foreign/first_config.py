@@ -79,7 +79,8 @@ def look_at(path: Path, data: Path | None) -> Found:
         what = (
             f"{recognized.name} of {weights.library} without a head ({weights.headless or 'its tensors are missing'})"
         )
-        raise ValueError(f"{path}: {what}; give --data DIR, the images whose classes a new head is for")
+        backbone = "or write a config with model.kwargs.out_features for a backbone (docs/backbones.md)"
+        raise ValueError(f"{path}: {what}; give --data DIR, the images whose classes a new head is for, {backbone}")
     task = family_of(recognized.name).task
     classes = None if data is None else len(scan_folder(task, data / "train").classes)
     new_head = recognized.num_classes is None or classes not in (None, recognized.num_classes)

@@ -9,11 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+from qswin.calib.data.images import Preprocessing
 from qswin.models.registry import build_model
-from qswin.qat.checkpoint import load_checkpoint
+from qswin.qat.checkpoint import Description, load_checkpoint
+from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
+from qswin.trt.engines.build import build_engine
+from qswin.trt.engines.options import BuildOptions
 from tests.helpers import SMALL, V1, V2, fails, invoke
 
 STAGES = ["stage1", "stage2"]
@@ -88,6 +92,22 @@ def calibrated(name: str, **settings) -> torch.nn.Module:
     twin = quantize(build_model(name, **{**SETTINGS, **settings}), named_recipe("attention"))
     find_ranges(twin, [torch.randn(4, 3, 32, 32), torch.randn(2, 3, 44, 36)])
     return twin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("any_size", [False, True])
+def test_tensorrt_rtx_builds_a_graph_of_one_size(tmp_path, any_size):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    twin, settings = calibrated(V1, padding="torchvision"), {**SETTINGS, "padding": "torchvision"}
+    description = Description({"name": V1, **settings}, "ptq", Preprocessing(size=(44, 36)), recipe=twin.recipe)
+    graph, path = export_onnx(twin, description, any_size=any_size), tmp_path / "a.onnx"
+    save_onnx(path, graph, {**description.to_dict(), "precision": "int8", "opset": 20})
+    options = BuildOptions(precision="int8", target="tensorrt-rtx", batch_sizes=(1, 2, 4))
+    if any_size:
+        with pytest.raises(ValueError, match="takes images of any size, an engine those of one"):
+            build_engine(path, options)
+    else:
+        assert len(build_engine(path, options)[0]) > 10_000
 
 
 @pytest.mark.slow

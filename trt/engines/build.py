@@ -22,6 +22,12 @@ from qswin.trt.graphs.files import check_interface, metadata_values, open_onnx, 
 from qswin.trt.graphs.half_precision import write_half_precision
 
 
+def check_size(path: Path, model: onnx.ModelProto) -> None:
+    """Raises ValueError for a graph whose images may have any height and width."""
+    if any(dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]):
+        raise ValueError(f"{path}: takes images of any size, an engine those of one; export it with --sizes HxW")
+
+
 def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, Any]]:
     """Builds an engine from an ONNX file. It and the cache are read once: the sidecar's checksums are of what is built.
 
@@ -35,6 +41,7 @@ def build_engine(path: Path, options: BuildOptions) -> tuple[bytes, dict[str, An
     tensorrt, (model, digest) = find_tensorrt(options.target), open_onnx(path)
     check_possible(path, model, options, tensorrt)
     check_interface(path, model)
+    check_size(path, model)
     parse_metadata(path, properties(model))  # what an engine could not be run with is not built
     cache = None if options.calib_cache is None else read_cache(options.calib_cache, tensorrt.version, digest)
     model, overrides = prepare_graph(model, options, tensorrt)

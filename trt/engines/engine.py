@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qswin.calib.data.batches import fill_up
+from qswin.calib.data.batches import fill_up, joined
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import read_sidecar
 from qswin.calib.validation import Count, Task, take
@@ -114,7 +114,9 @@ class Engine(BuiltModel):
         self.context = self.engine.create_execution_context()
         self._stream = Stream()
         self.stream: int = self._stream.ptr
-        self._buffers = {name: DeviceArray() for name in ("input", "logits")}
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        self._buffers = {name: DeviceArray() for name in names}
+        self._outputs = [name for name in names if name != "input"]
         self._batch = 0
 
     def load(self, images: np.ndarray) -> None:
@@ -146,10 +148,11 @@ class Engine(BuiltModel):
         self._stream.synchronize()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, 3, H, W) float32 -> logits, float32; N up to `largest`, filled up to `smallest`."""
+        """(N, 3, H, W) float32 -> logits, or `joined` maps, float32; N up to `largest`, filled up to `smallest`."""
         self.load(fill_up(images, self.smallest))
         self.enqueue()
-        logits = np.empty(self._buffers["logits"].shape, dtype=np.float32)
-        self._buffers["logits"].copy_to(logits, self._stream)
+        outputs = [np.empty(self._buffers[name].shape, dtype=np.float32) for name in self._outputs]
+        for name, output in zip(self._outputs, outputs, strict=True):
+            self._buffers[name].copy_to(output, self._stream)
         self._stream.synchronize()
-        return logits[: len(images)]
+        return joined([output[: len(images)] for output in outputs])
