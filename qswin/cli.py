@@ -84,7 +84,7 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
     The code is 0; 2 after one line about what the user can mend; or 130 after one line when it was stopped by Ctrl-C or
     SIGTERM: a KeyboardInterrupt's message says what was saved. A closed standard output ends it quietly.
 
-    Only ValueError, OSError and MemoryError are the user's to mend; anything else is a defect and keeps its
+    Only ValueError, OSError and a lack of memory are the user's to mend; anything else is a defect and keeps its
     traceback. `--verbosity=1` shows the traceback of the first two as well.
 
     Args:
