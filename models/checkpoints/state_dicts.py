@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from qswin.limits import MORE, scale
 from qswin.models.checkpoints.json_files import read_json
 
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
@@ -25,6 +26,7 @@ BROKEN = (  # what torch raises over a damaged file
     *(zipfile.BadZipFile, struct.error),
 )
 INDEX = ".index.json"
+LARGEST_FILE = int(scale() * (1 << 34))  # bytes: the largest model's weights, with an optimizer's state beside them
 DEEPEST = 4  # wrappings around the weights that are looked through
 
 
@@ -66,10 +68,12 @@ def read_content(path: Path) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file, or one that the index names is missing.
-        ValueError: the index, or a file that it names, cannot be read; or a tensor is missing.
+        ValueError: the file is too large; the index, or a file that it names, cannot be read; or a tensor is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise ValueError(f"{path}: {size / 2**30:.1f} GiB, larger than {LARGEST_FILE / 2**30:g} GiB; {MORE}")
     if not path.name.endswith(INDEX):
         return path.read_bytes()
     joined = {key: value.clone(memory_format=torch.contiguous_format) for key, value in _read_files_of(path).items()}

@@ -94,3 +94,11 @@ def test_ordinary_weights_are_read(tmp_path):
 def test_integers_are_not_taken_for_weights(tmp_path):
     with pytest.raises(ValueError, match="a.pth: a is of torch.int8, not torch.float32; check"):
         check_state({"a": WEIGHT.to(torch.int8)}, {"a": WEIGHT}, tmp_path / "a.pth")
+
+
+def test_a_file_of_absurd_size_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "a.safetensors"
+    with file.open("wb") as opened:
+        opened.truncate(1 << 40)  # a hole, which takes no room
+    with pytest.raises(ValueError, match="a.safetensors: 1024.0 GiB, larger than 16 GiB"):
+        read_state(file)
