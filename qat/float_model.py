@@ -88,9 +88,27 @@ def build_float_model(
     own = family_of(config.name).preprocessing(model)
     if weights is None:
         return FloatModel(model, arguments, _fitting(config.name, model, own, preprocessing))
-    adapted_to = _fitting(config.name, model, own | weights.preprocessing, preprocessing)
+    own |= weights.preprocessing
+    adapted_to = _fitting(config.name, model, _of_grey(own) if weights.grey else own, preprocessing)
+    if weights.grey:
+        _check_grey(weights, adapted_to)
     settings = {**weights.settings, **arguments}
     return FloatModel(model, settings, adapted_to, _origin(weights), weights.sha256, weights.classes)
+
+
+def _of_grey(own: dict[str, Any]) -> dict[str, Any]:
+    """Preprocessing with one mean and one standard deviation for all channels, those of the channels' own."""
+    return {**own, **{key: (sum(own[key]) / 3,) * 3 for key in ("mean", "std")}}
+
+
+def _check_grey(weights: Weights, prepared: Preprocessing) -> None:
+    """Says how images are prepared for weights of one channel. Raises ValueError where channels would differ."""
+    what = f"{weights.file}: takes grey images, of which each channel here is one"
+    for key, values in (("mean", prepared.mean), ("std", prepared.std)):
+        if len(set(values)) > 1:
+            raise ValueError(f"{what}; data.preprocessing.{key} is {list(values)}: give one value, three times")
+    told = f"mean {prepared.mean[0]:.4g} and std {prepared.std[0]:.4g} (set data.preprocessing where it had others)"
+    logging.info("%s: %s", what, told)
 
 
 def _with_sidecar(name: str, weights: Weights) -> Weights:

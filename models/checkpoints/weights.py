@@ -13,6 +13,7 @@ from qswin.models.checkpoints.state_dicts import INDEX
 from qswin.models.checkpoints.unsupported import refuse_unsupported
 
 # Of a folder that transformers' save_pretrained wrote; an index names several files of tensors.
+PATCH_EMBED = "patch_embed.proj.weight"
 FILES = ("model.safetensors", "pytorch_model.bin", f"model.safetensors{INDEX}", f"pytorch_model.bin{INDEX}")
 
 
@@ -31,6 +32,7 @@ class Weights:
         told: settings, too, that the file mentions, but that are left to the model's name: weights may be fine-tuned to
             another size.
         headless: why the model's head cannot be had from them; None where it can.
+        grey: they were for images of one channel. Of three equal ones they now compute the same.
         file: the one that holds the tensors, or the index of several.
         sha256: of its content, as `read_content` gives it.
     """
@@ -43,6 +45,7 @@ class Weights:
     classes: tuple[str, ...] | None = None
     told: dict[str, Any] = dataclasses.field(default_factory=dict)
     headless: str | None = None
+    grey: bool = False
     file: Path | None = None
     sha256: str | None = None
 
@@ -98,8 +101,7 @@ def weights_of(
     """
     try:
         refuse_unsupported(state)
-        weights = _source_of(state, sources, others).read(state, file.parent)
-        check_channels(weights.state)
+        weights = of_three_channels(_source_of(state, sources, others).read(state, file.parent))
     except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(f"{file}: not a whole checkpoint of the library that it seems to be from ({error})") from error
     except ValueError as error:
@@ -120,14 +122,13 @@ def _source_of(state: Collection[str], sources: Collection[Source], others: Mapp
     raise ValueError(f"{what}; docs/models.md lists the libraries whose checkpoints load")
 
 
-def check_channels(state: dict[str, Tensor]) -> None:
-    """Raises ValueError for a patch embedding of other than three channels."""
-    weight = state.get("patch_embed.proj.weight")
+def of_three_channels(weights: Weights) -> Weights:
+    """Weights for images of three channels; see `Weights.grey`. Raises ValueError for others than of one or three."""
+    weight = weights.state.get(PATCH_EMBED)
     if weight is None or weight.ndim != 4 or weight.shape[1] == 3:
-        return
-    channels = weight.shape[1]
-    what = f"its patch_embed.proj.weight takes {channels} channels, and images have three here"
-    if channels == 1:
-        more = "a model that computes the same of grey pictures has weight.repeat(1, 3, 1, 1) / 3 there"
-        raise ValueError(f"{what}; {more}, with one mean and one std for all channels")
-    raise ValueError(f"{what}; nothing that is quantized here takes others")
+        return weights
+    if weight.shape[1] != 1:
+        what = f"its {PATCH_EMBED} takes {weight.shape[1]} channels, and images have one or three here"
+        raise ValueError(f"{what}; nothing that is quantized here takes others")
+    state = {**weights.state, PATCH_EMBED: weight.repeat(1, 3, 1, 1) / 3}
+    return dataclasses.replace(weights, state=state, grey=True)

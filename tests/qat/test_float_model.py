@@ -18,7 +18,7 @@ from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
-from tests.helpers import V1, VIT, fails, invoke
+from tests.helpers import SMALL, V1, VIT, fails, invoke
 from tests.models.checkpoints.test_logits import HF_CASES, HF_VIT, lively, save_pretrained
 
 OWN = {"size": (224, 224), **{k: v for k, v in Preprocessing().to_dict().items() if k != "size"}}
@@ -121,6 +121,17 @@ def test_a_config_goes_before_what_comes_with_the_checkpoint(deit):
     floating = build_float_model(config.model, config.data.preprocessing)
     assert floating.preprocessing.crop_mode == "center" and floating.preprocessing.std == (1, 1, 1)
     assert floating.preprocessing.crop_pct == 0.8
+
+
+def test_weights_for_grey_images_have_one_mean_for_all_channels(tmp_path, data):
+    torch.save(timm.create_model(V1, in_chans=1, num_classes=5, **SMALL).state_dict(), tmp_path / "grey.pth")
+    file = write_config(tmp_path, data, V1, checkpoint=str(tmp_path / "grey.pth"), kwargs=SMALL)
+    config = load_config(file, [])
+    prepared = build_float_model(config.model, {}).preprocessing
+    assert prepared.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 3) and len(set(prepared.std)) == 1
+    assert build_float_model(config.model, {"mean": [0.2] * 3, "std": [0.3] * 3}).preprocessing.mean == (0.2, 0.2, 0.2)
+    with pytest.raises(ValueError, match=r"grey.pth: takes grey images.*mean is \[0.1, 0.2, 0.3\]: give one value"):
+        build_float_model(config.model, {"mean": [0.1, 0.2, 0.3]})
 
 
 def test_a_new_head_is_trained_and_nothing_else_takes_one(tmp_path, data, capsys):

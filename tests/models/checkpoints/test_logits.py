@@ -296,3 +296,12 @@ def test_hugging_face_cvt(tmp_path):
     theirs = save_pretrained("Cvt", tmp_path, **CVT)
     with torch.no_grad():
         assert_same_logits(build_model("cvt-13", 5, tmp_path, **CVT), theirs(images()).logits, images())
+
+
+@pytest.mark.parametrize(("name", "settings"), [(V1, {**SMALL, "window_size": 4}), ("vit_tiny_patch16_224", VIT)])
+def test_weights_for_grey_images_compute_the_same_of_three_equal_channels(tmp_path, name, settings):
+    theirs = lively(timm.create_model(name, in_chans=1, num_classes=5, **settings))
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    ours, grey = build_model(name, 5, tmp_path / "a.pth", **settings), images()[:, :1]
+    with torch.no_grad():
+        assert_same_logits(ours, theirs(grey), grey.expand(-1, 3, -1, -1))

@@ -85,22 +85,12 @@ def test_checkpoints_that_do_not_fit(tmp_path, state, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("channels", "words"), [(1, r"weight.repeat\(1, 3, 1, 1\) / 3"), (4, "nothing that is")])
-def test_other_numbers_of_channels(tmp_path, channels, words):
+@pytest.mark.parametrize("channels", [2, 4])
+def test_other_numbers_of_channels(tmp_path, channels):
     theirs = timm.create_model(V1, in_chans=channels, num_classes=5, window_size=4, **SMALL)
     torch.save(theirs.state_dict(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=f"takes {channels} channels, and images have three here; .*{words}"):
+    with pytest.raises(ValueError, match=f"takes {channels} channels, and images have one or three here"):
         build_model(V1, 5, tmp_path / "a.pth", window_size=4, **SMALL)
-
-
-def test_the_advice_on_grey_weights_is_right(tmp_path):
-    theirs = timm.create_model(V1, in_chans=1, num_classes=5, window_size=4, **SMALL).eval()
-    state = theirs.state_dict()
-    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].repeat(1, 3, 1, 1) / 3
-    torch.save(state, tmp_path / "a.pth")
-    grey = torch.randn(2, 1, 32, 32)
-    ours = build_model(V1, 5, tmp_path / "a.pth", window_size=4, **SMALL)
-    torch.testing.assert_close(ours(grey.expand(-1, 3, -1, -1)), theirs(grey), rtol=1e-4, atol=1e-6)
 
 
 def test_pre_logits_heads_are_refused_unless_the_head_is_new(tmp_path):
