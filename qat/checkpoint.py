@@ -35,14 +35,8 @@ KIND = "checkpoint"
 SUFFIX = ".safetensors"
 REMEDY = "save or copy both again; for bare weights give their --config"
 ADDED = ("source",)  # keys that the sidecars of older versions lack
-UNSEEN = (
-    "eps",
-    "num_heads",
-    "window_size",
-    "shift_size",
-    "padding",
-    "windows",
-)  # attributes of modules that no tensor's shape tells
+# Attributes of modules that no tensor's shape tells
+UNSEEN = ("eps", "num_heads", "window_size", "shift_size", "padding", "windows")
 
 
 @dataclasses.dataclass(frozen=True)
