@@ -106,6 +106,7 @@ def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
     assert "layers.1.downsample.reduction.weight" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bare_weights_are_evaluated_and_exported_with_their_config(config_file, data, tmp_path):
     weights = tmp_path / "weights.pth"
     assert invoke("evaluate", "--model", weights, "--data", data / "val", "--config", config_file) == 0
@@ -116,6 +117,7 @@ def test_bare_weights_are_evaluated_and_exported_with_their_config(config_file, 
     assert onnx.is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_is_evaluated_and_exported(data, tmp_path, capsys):
     folder, onnx = tmp_path / "vit", tmp_path / "vit.onnx"
     transformers = pytest.importorskip("transformers")

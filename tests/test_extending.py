@@ -92,6 +92,7 @@ def test_the_calibrator_clips_at_the_root_mean_square():
         find_range(filled(values), "sigma:0")
 
 
+@pytest.mark.slow
 def test_the_backend_runs_in_every_command(data, tmp_path, capsys):
     backend = example("backend")
     description = qswin.Description(

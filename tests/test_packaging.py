@@ -128,6 +128,7 @@ def test_only_qswin_is_installed(environment):
     assert {name for name in names if not re.fullmatch(r"qswin-.*\.dist-info", name)} == {"qswin", "dependencies.pth"}
 
 
+@pytest.mark.slow
 def test_the_calls_of_the_readme_run_beside_a_users_models_and_trt(environment, folder):
     (folder / "calls.py").write_text(CALLS)
     run(folder, environment / "bin" / "python", "calls.py")

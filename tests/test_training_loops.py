@@ -87,6 +87,7 @@ def assert_trained_as_in_a_plain_loop(*files: str) -> None:
         assert description.stage == "qat" and {q.mode for q in quantizers(model)} == {Mode.QUANTIZING}
 
 
+@pytest.mark.slow
 def test_plain_pytorch_compiled_as_one_graph(folder, capsys):
     """aot_eager traces forward and backward as Inductor does, which takes many minutes to compile them on a CPU."""
     run("plain", "aot_eager")

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from qswin.calib.files import write_atomic
 from qswin.qat.checkpoint import Description
@@ -32,16 +33,15 @@ SMALLEST_SIDE = 64  # of a graph for images of any size: two patches of the last
 DEFAULT_OPSET = 20  # the first in which Gelu is one node
 
 
-class _Flat(nn.Module):
-    """Takes float32 and gives a tuple of float32. Where `half`, it computes in float16."""
+class _HalfPrecision(nn.Module):
+    """Takes and gives float32 and computes in float16."""
 
-    def __init__(self, model: nn.Module, half: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.half_precision = model.half() if half else model, half
+        self.model = model.half()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = named_outputs(self.model(x.half() if self.half_precision else x))
-        return tuple(output.float() for output in outputs.values())
+    def forward(self, x: Tensor) -> Any:
+        return tree_map(Tensor.float, self.model(x.half()))
 
 
 def export_onnx(
@@ -91,7 +91,8 @@ def export_onnx(
     fold_biases(twin)
     free = {0: torch.export.Dim("batch", min=1)} if batch is None else {}
     free |= free_sides(twin) if any_size else {}
-    graph = _export(_Flat(twin, half=precision == "fp16"), example, max(opset, 18), free, list(outputs))
+    traced = _HalfPrecision(twin) if precision == "fp16" else twin
+    graph = _export(traced, example, max(opset, 18), free, list(outputs))
     if graph.opset_imports.get("") != max(opset, 18):
         written = graph.opset_imports.get("")
         raise ValueError(f"opset {opset} cannot be written, the exporter gives {written}; choose --opset {written}")

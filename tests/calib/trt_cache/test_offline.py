@@ -22,7 +22,7 @@ def graph(tmp_path_factory):
     return onnx.load(path)
 
 
-@pytest.mark.parametrize("algorithm", ["minmax", "entropy2"])
+@pytest.mark.parametrize("algorithm", ["minmax", pytest.param("entropy2", marks=pytest.mark.slow)])
 def test_ranges_are_those_of_torchs_activations(graph, algorithm):
     """Whatever the batches: of the input, the first normalization's output and the logits."""
     model, images = small_swin().eval(), torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(2))

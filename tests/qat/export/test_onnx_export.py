@@ -74,7 +74,8 @@ def run(model: onnx.ModelProto, images: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("name", "opset"), [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)]
+    ("name", "opset"),
+    [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), pytest.param(V2, 20, marks=SLOW)],
 )
 @torch.no_grad()
 def test_float_graphs_agree_with_torch(images, name, opset):
@@ -83,7 +84,9 @@ def test_float_graphs_agree_with_torch(images, name, opset):
     assert graph.opset_import[0].version == opset
 
 
-@pytest.mark.parametrize(("name", "opset"), [(V1, 17), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)])
+@pytest.mark.parametrize(
+    ("name", "opset"), [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)]
+)
 @torch.no_grad()
 def test_int8_graphs_agree_with_torch(images, name, opset):
     """A value on the edge of two levels may round either way; apart from that the graph computes what torch does."""
@@ -99,7 +102,8 @@ SCALED = {V1: ("fc2", "head.fc"), V2: ("qkv", "fc1", "fc2", "reduction", "head.f
 
 
 @pytest.mark.parametrize(
-    ("name", "opset"), [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)]
+    ("name", "opset"),
+    [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), pytest.param(V2, 20, marks=SLOW)],
 )
 @torch.no_grad()
 def test_channel_scales_are_one_mul_before_the_pair(images, name, opset):
@@ -120,7 +124,8 @@ def test_channel_scales_are_one_mul_before_the_pair(images, name, opset):
     assert [readers[product] for product in products] == ["QuantizeLinear"] * len(scales)
 
 
-@pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), pytest.param("fp16", 0.02, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), ("fp16", 0.02)])
 @torch.no_grad()
 def test_float_graphs_have_channel_scales_in_their_weights(images, precision, atol):
     twin, graph = model_and_graph(V1, precision, 20, SCALED[V1])
@@ -159,7 +164,9 @@ def test_each_site_is_one_pair(name, opset):
     assert counts == Counter(node.op_type for node in plain.graph.node)  # nothing else was added
 
 
-@pytest.mark.parametrize(("opset", "kind"), [(17, onnx.TensorProto.FLOAT), (20, onnx.TensorProto.INT8)])
+@pytest.mark.parametrize(
+    ("opset", "kind"), [pytest.param(17, onnx.TensorProto.FLOAT, marks=SLOW), (20, onnx.TensorProto.INT8)]
+)
 def test_weights_are_float32_or_int8_by_target(opset, kind):
     twin, graph = model_and_graph(opset=opset)
     stored = {init.name: init for init in graph.graph.initializer}
@@ -235,6 +242,7 @@ def test_metadata_says_what_the_graph_is():
     assert str(Path(__file__).parents[3]) not in str(graph)  # no traces of the machine that exported it
 
 
+@SLOW
 def test_the_model_is_left_as_it_was(images):
     twin = calibrated(small_swin(depths=[1, 1]), images)
     before = {name: tensor.clone() for name, tensor in twin.state_dict().items()}

@@ -168,6 +168,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kernels"), [(V1, 4 * 7 + 2 + 1 + 1), (V2, 4 * 9 + 2 + 1 + 1)])
 def test_export_traces_every_kernel(name, kernels):
     """For any batch; in a process of its own, for the interpreter's kernels cannot be traced."""

@@ -13,6 +13,7 @@ from qswin.trt.engines.cuda import find_gpu
 from tests.helpers import scale_channels, twin_of
 
 
+@pytest.mark.slow
 def test_latency_is_measured_of_the_mixed_model(probe, checkpoint, monkeypatch, tmp_path):
     """The graph that is timed holds as many pairs of Q and DQ as sites are quantized."""
     seen = []

@@ -18,6 +18,7 @@ FIXED = dataclasses.replace(RECIPES["full"], rules=(*RECIPES["full"].rules, Rule
 LOW = dataclasses.replace(RECIPES["full"], weight_format="int4", activation_format="int4")
 
 
+@pytest.mark.slow
 def test_each_site_gets_what_is_best_for_its_block(images):
     twin = quantize(lively_swin(), FIXED)
     find_ranges(twin, [images])

@@ -84,6 +84,7 @@ def test_reconstruction_needs_one_process(config_file):
         run_calibration(config, Ranks(0, 2, torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_two_ranks_find_the_ranges_of_one_process(config_file, tmp_path):
     """Two gloo processes under torchrun, three images in one and four in the other."""
     overrides = ["calibration.images=7", "calibration.batch_size=2", "recipe=auto"]

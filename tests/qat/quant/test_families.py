@@ -121,6 +121,7 @@ def test_torch_traces_it_without_a_break(variant):
         torch.testing.assert_close(compiled(images), twin(images), rtol=1e-4, atol=1e-4)
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("variant", "opset"),
     [

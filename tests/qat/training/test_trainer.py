@@ -227,7 +227,8 @@ def test_weights_that_oscillate_are_counted_and_frozen(config_file, ptq):
     assert shares[0]["frozen"] > 0
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(0.0, marks=SLOW), 0.7, pytest.param(1.5, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5])
 def test_a_killed_run_goes_on_to_the_same_losses(config_file, ptq, tmp_path, seconds):
     """SIGKILL some time after the first step, then a second start, against a run that nobody disturbed."""
     options = (
@@ -596,7 +597,7 @@ class Killed(BaseException):
     """Ends a run as a signal would, wherever it is."""
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=SLOW)])
 def test_a_resumed_run_of_low_precision_ends_with_the_same_bits(config_file, ptq, tmp_path, monkeypatch, amp):
     """Killed within the second epoch; the loss's scale, which grows every third step here, goes on too."""
     options = (f"init={ptq}", "train.epochs=2", f"train.amp={amp}", "train.save_minutes=0")

@@ -48,7 +48,7 @@ def rtx() -> None:
         ("int8", "int8", ("Softmax=fp32",)),
         pytest.param("int8-17", "best", (), marks=SLOW),
         pytest.param("int8-batch2", "int8", (), marks=SLOW),
-        ("int8-scaled", "int8", ()),
+        pytest.param("int8-scaled", "int8", (), marks=SLOW),
         ("int8-scaled", "best", ()),
         ("fp8", "fp8", ()),
         pytest.param("fp8", "best", (), marks=SLOW),
@@ -99,7 +99,8 @@ def test_tf32_is_what_was_asked_for(rtx, tf32):
 SCALED = ("qkv", "fc1", "fc2", "reduction", "head.fc")
 
 
-@pytest.mark.parametrize("scaled", [(), pytest.param(SCALED, marks=SLOW)], ids=["", "channel scales"])
+@SLOW
+@pytest.mark.parametrize("scaled", [(), SCALED], ids=["", "channel scales"])
 def test_swin_v2_builds(rtx, tmp_path, images, scaled):
     twin = quantize(small_swin(V2), named_recipe("full"))
     find_ranges(twin, [images])
@@ -127,7 +128,7 @@ def test_folding_changes_no_result(graphs, kind):
         ("int8", {"precision": "fp8"}, "has no FP8 Q/DQ nodes; calibrate with recipe=attention-fp8"),
         ("fp8", {"precision": "int8"}, "its Q/DQ nodes are FP8; build it as fp8 or best"),
         ("fp8", {"precision": "fp8", "capability": "8.6"}, "FP8 needs compute capability 8.9 or newer, not 8.6"),
-        ("uint8", {"precision": "int8"}, "unsigned levels, which TensorRT-RTX .* lacks; calibrate without uint8"),
+        pytest.param("uint8", {"precision": "int8"}, "unsigned levels, which TensorRT-RTX .* lacks", marks=SLOW),
         ("fp32", {"precision": "int8"}, "has no Q/DQ nodes; export with --precision int8"),
         ("fp16", {"precision": "fp32"}, "its weights are FP16"),
         ("fp32", {"precision": "int4"}, "precision 'int4' is not known; choose fp32"),

@@ -47,6 +47,7 @@ def test_the_same_seed_gives_the_same_cache_in_other_batches(graphs, data, tmp_p
     assert first == pytest.approx(second, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_skipped_where_that_is_asked_for(graphs, data, tmp_path, capsys):
     (bad := data / "train" / "class0" / "0.png").write_bytes(b"no image")
     cache = tmp_path / "a.cache"
