@@ -71,11 +71,13 @@ class Windows:
     def cut(self, x: Tensor) -> Tensor:
         """Shifts, pads and cuts: (B, H, W, C) -> (B * num_windows, N, C), N tokens a window."""
         shift_h, shift_w = self._shift(x.shape[1], x.shape[2])
-        if self.padding != "timm":
+        pads_first = self.padding != "timm"
+        if pads_first:
             x = pad_to_multiple(x, *self.size)
         if shift_h or shift_w:
             x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
-        x = pad_to_multiple(x, *self.size)
+        if not pads_first:
+            x = pad_to_multiple(x, *self.size)
         return v1.window_partition(x, self.size).view(-1, self.size[0] * self.size[1], x.shape[-1])
 
     def join(self, x: Tensor, height: int, width: int) -> Tensor:

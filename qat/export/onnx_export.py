@@ -25,6 +25,7 @@ from qswin.qat.quant.layers import undo_channel_scales
 from qswin.qat.quant.quantizers import own_precision, quantizers
 from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.rewrite import clip_weights, disable, enable, fold_biases, quantize
+from qswin.qat.quant.twins.swin import QuantSwinBlock
 
 QUANTIZED = ("int8", "fp8")
 PRECISIONS = (*QUANTIZED, "fp32", "fp16")
@@ -90,7 +91,7 @@ def export_onnx(
         fix_size(twin, example[:1])
     fold_biases(twin)
     free = {0: torch.export.Dim("batch", min=1)} if batch is None else {}
-    free |= free_sides(twin) if any_size else {}
+    free |= free_sides(twin, description.preprocessing.size) if any_size else {}
     traced = _HalfPrecision(twin) if precision == "fp16" else twin
     graph = _export(traced, example, max(opset, 18), free, list(outputs))
     if graph.opset_imports.get("") != max(opset, 18):
@@ -173,8 +174,22 @@ def check_fits(model: nn.Module, description: Description) -> Outputs:
     return outputs
 
 
-def free_sides(model: nn.Module) -> dict[int, Any]:
-    """The dimensions of height and width, left free. Raises ValueError for a model that takes one size."""
+def free_sides(model: nn.Module, example: tuple[int, int]) -> dict[int, Any]:
+    """The dimensions of height and width, left free.
+
+    Args:
+        example: the size of the image that is traced.
+
+    Raises:
+        ValueError: the model takes one size, pads its windows before it shifts them, which torch.export cannot trace for
+            any size, or the example is too small.
+    """
+    padding = {module.windows.padding for module in model.modules() if isinstance(module, QuantSwinBlock)} - {"timm"}
+    if padding:
+        what = f"a graph for any size is not to be had of padding={min(padding)!r}"
+        raise ValueError(f"{what}: export a graph for each size (--sizes 800x1344,1344x800)")
+    if min(example) < SMALLEST_SIDE:
+        raise ValueError(f"a graph for any size is traced with images of {SMALLEST_SIDE} pixels or more, not {example}")
     if (size := input_size(model)) is not None:
         takes = "the model takes images of {} x {} only".format(*size)
         raise ValueError(f"{takes}; a backbone (model.kwargs.out_features) takes any, or build the model for the size")

@@ -98,8 +98,9 @@ def calibrated(name: str, **settings) -> torch.nn.Module:
 @pytest.mark.parametrize("any_size", [False, True])
 def test_tensorrt_rtx_builds_a_graph_of_one_size(tmp_path, any_size):
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
-    twin, settings = calibrated(V1, padding="torchvision"), {**SETTINGS, "padding": "torchvision"}
-    description = Description({"name": V1, **settings}, "ptq", Preprocessing(size=(44, 36)), recipe=twin.recipe)
+    settings = SETTINGS if any_size else {**SETTINGS, "padding": "torchvision"}
+    twin = calibrated(V1, **settings)
+    description = Description({"name": V1, **settings}, "ptq", Preprocessing(size=(72, 96)), recipe=twin.recipe)
     graph, path = export_onnx(twin, description, any_size=any_size), tmp_path / "a.onnx"
     save_onnx(path, graph, {**description.to_dict(), "precision": "int8", "opset": 20})
     options = BuildOptions(precision="int8", target="tensorrt-rtx", batch_sizes=(1, 2, 4))
