@@ -181,8 +181,8 @@ def free_sides(model: nn.Module, example: tuple[int, int]) -> dict[int, Any]:
         example: the size of the image that is traced.
 
     Raises:
-        ValueError: the model takes one size, pads its windows before it shifts them, which torch.export cannot trace for
-            any size, or the example is too small.
+        ValueError: the model takes one size; or pads its windows before it shifts them, which torch.export cannot trace
+            for any size; or the example is too small.
     """
     padding = {module.windows.padding for module in model.modules() if isinstance(module, QuantSwinBlock)} - {"timm"}
     if padding:
