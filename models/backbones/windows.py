@@ -21,7 +21,7 @@ FAR = -100.0  # is added to the scores of tokens that were not neighbours before
 
 def _where_more_than_one(windows: "Windows", height: int, width: int) -> Pair:
     """torchvision: an axis is shifted where it has more than one window."""
-    pairs = zip(windows.size, windows.shift, (height, width), strict=True)
+    pairs = zip(windows.size, windows.shift, windows.padded(height, width), strict=True)
     shift_h, shift_w = (0 if window >= side else shift for window, shift, side in pairs)
     return shift_h, shift_w
 
@@ -83,7 +83,7 @@ class Windows:
     def join(self, x: Tensor, height: int, width: int) -> Tensor:
         """Undoes `cut`: (B * num_windows, N, C) -> (B, H, W, C)."""
         shift_h, shift_w = self._shift(height, width)
-        padded_h, padded_w = self._padded(height, width)
+        padded_h, padded_w = self.padded(height, width)
         x = v1.window_reverse(x.view(-1, *self.size, x.shape[-1]), self.size, padded_h, padded_w)
         if self.padding == "timm":
             x = _crop(x, height, width)
@@ -101,18 +101,17 @@ class Windows:
         shift = self._shift(height, width)
         if not any(shift):
             return None
-        sides = zip(self._padded(height, width), self.size, shift, strict=True)
+        sides = zip(self.padded(height, width), self.size, shift, strict=True)
         rows, columns = (_regions(side, window, moved, like.device) for side, window, moved in sides)
         regions = (3 * rows[:, None] + columns)[None, :, :, None]
         windows = v1.window_partition(regions, self.size).view(-1, 1, self.size[0] * self.size[1])
         return (windows != windows.transpose(1, 2)).to(like.dtype) * FAR
 
-    def _padded(self, height: int, width: int) -> Pair:
+    def padded(self, height: int, width: int) -> Pair:
+        """The size of (height, width) tokens that are filled up to whole windows."""
         return height + -height % self.size[0], width + -width % self.size[1]
 
     def _shift(self, height: int, width: int) -> Pair:
-        if self.padding == "torchvision":
-            height, width = self._padded(height, width)
         return SHIFTS[self.padding](self, height, width)
 
 
@@ -193,6 +192,5 @@ def set_padding(model: nn.Module, padding: str) -> None:
             block._init_buffers()
         elif isinstance(block, PatchEmbed):
             block.dynamic_img_pad = padding != "torchvision"  # which leaves out the rows that make no patch
-            block.img_size = (
-                block.img_size if block.strict_img_size else None
-            )  # timm asserts, else, that there are none
+            if not block.strict_img_size:
+                block.img_size = None  # else timm asserts that there are no such rows
