@@ -184,15 +184,15 @@ def free_sides(model: nn.Module, example: tuple[int, int]) -> dict[int, Any]:
         ValueError: the model takes one size; or pads its windows before it shifts them, which torch.export cannot trace
             for any size; or the example is too small.
     """
+    if (size := input_size(model)) is not None:
+        takes = "the model takes images of {} x {} only".format(*size)
+        raise ValueError(f"{takes}; a backbone (model.kwargs.out_features) takes any, or build the model for the size")
     padding = {module.windows.padding for module in model.modules() if isinstance(module, QuantSwinBlock)} - {"timm"}
     if padding:
         what = f"a graph for any size is not to be had of padding={min(padding)!r}"
         raise ValueError(f"{what}: export a graph for each size (--sizes 800x1344,1344x800)")
     if min(example) < SMALLEST_SIDE:
         raise ValueError(f"a graph for any size is traced with images of {SMALLEST_SIDE} pixels or more, not {example}")
-    if (size := input_size(model)) is not None:
-        takes = "the model takes images of {} x {} only".format(*size)
-        raise ValueError(f"{takes}; a backbone (model.kwargs.out_features) takes any, or build the model for the size")
     return {2: torch.export.Dim("height", min=SMALLEST_SIDE), 3: torch.export.Dim("width", min=SMALLEST_SIDE)}
 
 
