@@ -9,7 +9,7 @@ from qswin.models.checkpoints import state_dicts
 from qswin.qat.config import load_config
 from qswin.qat.float_model import build_float_model
 from tests.helpers import fails, invoke
-from tests.models.checkpoints.test_logits import HF_VIT, save_pretrained, torchvision_swin
+from tests.models.checkpoints.test_logits import HF_SWIN, HF_VIT, save_pretrained, torchvision_swin
 
 
 @pytest.fixture
@@ -96,3 +96,32 @@ def test_a_head_for_an_unknown_number_of_classes_is_not_invented(tmp_path, data,
     assert invoke("init", file, "--out", out, "--data", data) == 0
     config = load_config(out, [])
     assert (config.model.new_head, config.model.num_classes) == (True, 5)
+
+
+def test_a_backbone_of_the_same_file(tmp_path, swin_file, capsys):
+    out = tmp_path / "a.yaml"
+    assert invoke("init", swin_file, "--backbone", "--out", out) == 0
+    assert "a backbone that gives stage1, stage2, images of any size" in capsys.readouterr().out
+    assert "its train/ holds images, of any size" in out.read_text()
+    config = load_config(out, ["data.root=unused"])
+    assert (config.model.new_head, config.model.num_classes, config.recipe) == (False, None, "auto")
+    maps = build_float_model(config.model, {}).model(torch.zeros(1, 3, 40, 24))
+    assert list(maps) == [f"stage{stage}" for stage in range(1, len(maps) + 1)] and len(maps) > 1
+
+
+def test_a_backbone_gives_the_maps_that_its_file_has_norms_for(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.SwinConfig(**HF_SWIN, out_features=["stage2"])
+    transformers.SwinBackbone(settings).save_pretrained(tmp_path / "swin")
+    out, report = tmp_path / "a.yaml", tmp_path / "a.json"
+    assert "or --backbone for its feature maps" in fails(capsys, "init", tmp_path / "swin", "--out", out)
+    assert invoke("init", tmp_path / "swin", "--backbone", "--out", out, "--json", report) == 0
+    assert json.loads(report.read_text())["out_features"] == ["stage2"]
+    config = load_config(out, ["data.root=unused"])
+    assert list(build_float_model(config.model, {}).model(torch.zeros(1, 3, 40, 24))) == ["stage2"]
+
+
+def test_a_vit_gives_no_feature_maps(tmp_path, capsys):
+    save_pretrained("ViT", tmp_path / "mine", **{**HF_VIT, "num_attention_heads": 2})
+    line = fails(capsys, "init", tmp_path / "mine", "--backbone", "--out", tmp_path / "a.yaml")
+    assert "vit_tiny_patch16_224 gives no feature maps; --backbone takes Swin" in line
