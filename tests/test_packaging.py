@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = ("pyproject.toml", "README.md", "LICENSE")
 FOLDERS = ("qswin", "models", "calib", "qat", "trt")
 CALLS = '''\
 """The calls of the README on a small model, in a folder that has its own models/ and trt/."""
@@ -57,7 +58,7 @@ save_onnx(here / "int8.onnx", export_onnx(loaded, read), read.to_dict())
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy: setuptools would take up what an earlier build left in the folder build/."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, source)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))

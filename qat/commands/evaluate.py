@@ -38,6 +38,8 @@ def main(args: argparse.Namespace) -> None:
     options = EvaluationOptions(
         args.images, args.batch_size, args.workers, args.skip_unreadable, args.pictures, args.worst
     )
-    report = evaluate_folder(args.model, predictor, args.data, options)
+    report, worst = evaluate_folder(args.model, predictor, args.data, options)
     if args.json:
         write_result(args.json, "evaluation", report)
+    if worst is not None:
+        worst.draw()  # last, so that a full disk costs the pictures only

@@ -16,7 +16,7 @@ from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.messages import text_of
 from qswin.trt.evaluation.segmentation import Dice, Overlays, Volumes
-from qswin.trt.evaluation.worst import WorstImages
+from qswin.trt.evaluation.worst import WorstCases, WorstImages
 
 
 class Predictor(Protocol):
@@ -141,7 +141,9 @@ class EvaluationOptions:
     worst: int = 8
 
 
-def evaluate_folder(model: Path, predictor: Predictor, data: Path, options: EvaluationOptions) -> dict[str, Any]:
+def evaluate_folder(
+    model: Path, predictor: Predictor, data: Path, options: EvaluationOptions
+) -> tuple[dict[str, Any], WorstCases | None]:
     """Evaluates over a folder with the model's own preprocessing; shows progress and a table.
 
     Args:
@@ -149,7 +151,7 @@ def evaluate_folder(model: Path, predictor: Predictor, data: Path, options: Eval
         data: laid out as `qswin.calib.data.folders.scan_folder` says.
 
     Returns:
-        What the table shows, and more.
+        What the table shows, and more. The worst cases, where pictures of them are asked for: `draw` writes these.
     """
     folder = scan_folder(predictor.task, data, predictor.classes)
     samples = spread_samples(folder, options.images)
@@ -157,24 +159,31 @@ def evaluate_folder(model: Path, predictor: Predictor, data: Path, options: Eval
     skipped: list[ImageFile] | None = [] if options.skip_unreadable else None
     batches = image_batches(samples, predictor.preprocessing, size, options.workers, skipped)
     steps = -(-len(samples) // size)
-    metrics = choose_metrics(predictor, folder.classes, options)
+    metrics = choose_metrics(predictor, folder.classes)
+    worst = _worst_cases(predictor, folder.classes, options)
+    if worst is not None:
+        metrics.append(worst)
     result = evaluate(predictor, tqdm(batches, "evaluate", steps, disable=not sys.stderr.isatty()), metrics)
     kind = {"backend": predictor.backend, "precision": predictor.precision}
     report = {"model": str(model), **kind, "data": str(data), **result, "skipped": len(skipped or ())}
     print(table(report, {key: heading for metric in metrics for key, heading in metric.headline.items()}))
     warn_of_skipped(skipped)
-    return report
+    return report, worst
 
 
-def choose_metrics(predictor: Predictor, classes: Sequence[str], options: EvaluationOptions) -> list[Metric]:
-    """Everything that is measured of a model, and pictures of its worst cases on request."""
+def choose_metrics(predictor: Predictor, classes: Sequence[str]) -> list[Metric]:
+    """Everything that is measured of a model."""
     metrics: list[Metric] = [main_metric(predictor.task, classes)]
     if predictor.task == "segmentation":
         metrics.append(Volumes(classes))
-    if options.pictures:
-        kind = Overlays if predictor.task == "segmentation" else WorstImages
-        metrics.append(kind(options.pictures, options.worst, classes, predictor.preprocessing))
     return metrics
+
+
+def _worst_cases(predictor: Predictor, classes: Sequence[str], options: EvaluationOptions) -> WorstCases | None:
+    if options.pictures is None:
+        return None
+    kind = Overlays if predictor.task == "segmentation" else WorstImages
+    return kind(options.pictures, options.worst, classes, predictor.preprocessing)
 
 
 def table(report: dict[str, Any], headline: dict[str, str]) -> str:

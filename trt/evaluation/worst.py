@@ -52,11 +52,14 @@ class WorstCases(ABC):
         self._worst = sorted(found, key=lambda case: (case.score, case.file))[: self.count]
 
     def result(self) -> dict[str, Any]:
+        return {"pictures": str(self.folder)}
+
+    def draw(self) -> None:
+        """Writes the pictures. Raises OSError when one cannot be written."""
         for case in self._worst:
             png = io.BytesIO()
             Image.fromarray(self.picture(case, load_pixels(case.file, self.preprocessing))).save(png, "PNG")
             write_atomic(self.folder / f"{self.name(case)}.png", png.getvalue())
-        return {"pictures": str(self.folder)}
 
 
 class WorstImages(WorstCases):

@@ -24,7 +24,7 @@ from qswin.qat.quant.rewrite import quantize
 from qswin.trt.evaluation.evaluate import Accuracy, count_correct, evaluate
 from qswin.trt.graphs.files import read_onnx
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
-from tests.helpers import SMALL, V1, small_swin
+from tests.helpers import SMALL, V1, fails, small_swin
 
 ROOT = Path(__file__).resolve().parents[3]
 CLASSES = tuple(f"class{i}" for i in range(5))
@@ -142,3 +142,11 @@ def test_files_that_are_no_models_say_so(tmp_path, onnx):
     (tmp_path / "d.onnx").write_bytes(onnx.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"d\.onnx"):
         OnnxRuntimePredictor(tmp_path / "d.onnx")
+
+
+def test_pictures_that_cannot_be_written_cost_nothing_else(onnx, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["--model", onnx, "--data", data / "val", "--workers", "0", "--json", tmp_path / "r.json"]
+    line = fails(capsys, "evaluate", *arguments, "--pictures", tmp_path / "file")
+    assert "not saved (Not a directory)" in line
+    assert json.loads((tmp_path / "r.json").read_text())["images"] > 0

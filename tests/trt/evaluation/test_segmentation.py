@@ -139,7 +139,7 @@ def test_the_worst_slices_are_painted(tmp_path):
     for index in range(4):
         part = slice(index, index + 1)
         metric.update(logits_of(predicted[part]), batch_of(true[part])._replace(files=files[part]))
-    metric.result()
+    metric.draw()
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["0.0000_s3.png", "0.6667_s1.png"]
     picture = np.asarray(Image.open(tmp_path / "out" / "0.0000_s3.png"))
     assert picture.shape == (8, 24, 3)

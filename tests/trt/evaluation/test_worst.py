@@ -32,6 +32,7 @@ def test_the_least_likely_are_drawn_whatever_the_batches(files, tmp_path):
             part = slice(start, start + batch_size)
             metric.update(logits[part], Batch(np.zeros(0), labels[part], files[part]))
         assert metric.result() == {"pictures": str(folder)}
+        metric.draw()
         expected = {
             f"{own[i]:.4f}_{CLASSES[labels[i]]}_as_{CLASSES[logits[i].argmax()]}_{i}.png".replace("/", "-"): files[i]
             for i in own.argsort()[:3]
@@ -45,5 +46,5 @@ def test_an_answer_of_nan_is_among_the_worst(files, tmp_path):
     logits = np.array([[9.0, 0, 0], [np.nan, 0, 0], [0, 1, 0]], np.float32)
     metric = WorstImages(tmp_path / "worst", 1, CLASSES, PREPROCESSING)
     metric.update(logits, Batch(np.zeros(0), np.array([0, 0, 1]), files[:3]))
-    metric.result()
+    metric.draw()
     assert [path.stem.split("_")[0] for path in (tmp_path / "worst").iterdir()] == ["0.0000"]
