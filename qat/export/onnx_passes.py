@@ -17,14 +17,18 @@ def finish_weights(model: ir.Model, store: bool) -> None:
     The exporter leaves weight -> Q -> DQ -> Transpose -> MatMul. Then the weight is stored transposed with its scales
     along axis 1, so that DQ feeds MatMul itself, as fusions to INT8 kernels want it; with `store` Q is computed here,
     by QuantizeLinear's definition: saturate(round_half_even(x / scale)). A Q to a type that is not `STORED` is left to
-    the runtime.
+    the runtime. Each weight gets a zero point of its own: ONNX Runtime, asked to compute exactly on CPUs without VNNI
+    (session.x64quantprecision), changes the zero points of weights in place and fails where two share one.
     """
     for quantize in [node for node in model.graph if node.op_type == "QuantizeLinear"]:
         weight = quantize.inputs[0]
         if weight is None or not weight.is_initializer() or len(weight.uses()) > 1:
             continue
-        _transpose_ahead(model.graph, weight, quantize, quantize.outputs[0].consumers()[0])
-        zero_point = quantize.inputs[2]
+        dequantize, zero_point = quantize.outputs[0].consumers()[0], quantize.inputs[2]
+        _transpose_ahead(model.graph, weight, quantize, dequantize)
+        if zero_point is not None:
+            own = _constant(model.graph, f"{weight.name}_zero_point", _array(zero_point))
+            dequantize.replace_input_with(2, own)
         grid = None if zero_point is None else STORED.get(str(zero_point.dtype))
         if store and grid is not None:
             _quantize_ahead(model.graph, weight, quantize, grid)
@@ -94,7 +98,8 @@ def slice_shapes(graph: ir.Graph) -> None:
         bounds = (0 if start is None else start.as_int(), np.iinfo(np.int32).max if end is None else end.as_int())
         part = node.outputs[0]
         inputs = [
-            _constant(graph, f"{part.name}_{name}", value) for name, value in zip(("from", "to"), bounds, strict=True)
+            _constant(graph, f"{part.name}_{name}", np.array([value], dtype=np.int64))
+            for name, value in zip(("from", "to"), bounds, strict=True)
         ]
         whole = ir.Node("", "Shape", node.inputs, num_outputs=1)
         piece = ir.Node("", "Slice", [whole.outputs[0], *inputs], num_outputs=1)
@@ -103,9 +108,9 @@ def slice_shapes(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
-def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
-    """A new initializer (1,) of int64."""
-    tensor = ir.tensor(np.array([value], dtype=np.int64), name=name)
-    constant = ir.Value(name=name, const_value=tensor, shape=ir.Shape((1,)), type=ir.TensorType(tensor.dtype))
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer."""
+    tensor = ir.tensor(array, name=name)
+    constant = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     graph.register_initializer(constant)
     return constant
