@@ -111,6 +111,6 @@ def slice_shapes(graph: ir.Graph) -> None:
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """A new initializer."""
     tensor = ir.tensor(array, name=name)
-    constant = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    constant = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(constant)
     return constant
