@@ -7,6 +7,7 @@ torch.
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -21,7 +22,7 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from qswin import limits
-from qswin.calib.files import NotSaved, forget_saved, saved_files
+from qswin.calib.files import NotSaved, forget_saved, saved_files, version_of
 from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
@@ -189,12 +190,17 @@ def run_command(command: str, argv: list[str]) -> None:
 def main() -> None:
     """Entry point of the console script."""
     open_closed_streams()
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command == "help":
+        command, arguments = (*arguments, "--help")[0], ["--help"]
     if command in ("-h", "--help"):
-        print("usage: qswin COMMAND [--help] ...\n")
+        print("usage: qswin COMMAND [--help] ...\n       qswin help COMMAND\n       qswin --version\n")
         print("\n".join(f"  {name:<11} {summary}" for name, summary in COMMANDS.items()))
-        return
-    if command not in COMMANDS:
-        print(f"qswin: error: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
-    run_command(command, sys.argv[2:])
+    elif command == "--version":
+        print(f"qswin {version_of('qswin') or 'that is not installed'}")
+    elif command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        what = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        end(f"qswin: error: no command {command!r}; {what}", 2)
+    else:
+        run_command(command, arguments)

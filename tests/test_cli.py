@@ -1,6 +1,7 @@
 """Commands as a user types them: help, exit codes, and one line about what is wrong."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -80,9 +81,31 @@ def test_the_table_of_commands(capsys, monkeypatch):
     cli.main()
     listed = capsys.readouterr().out
     assert all(name in listed for name in cli.COMMANDS)
-    monkeypatch.setattr(sys, "argv", ["qswin", "calibrat"])
-    with pytest.raises(SystemExit, match="2"):
+
+
+def test_a_command_that_does_not_exist_is_answered_with_the_nearest(capsys, monkeypatch):
+    for word, answer in (("calibrat", "did you mean calibrate?"), ("xyz", "there are init, calibrate, ")):
+        monkeypatch.setattr(sys, "argv", ["qswin", word])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["help", "bench"], ["bench", "--help"]])
+def test_help_of_a_command(capsys, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["qswin", *arguments])
+    with pytest.raises(SystemExit, match="0"):
         cli.main()
+    assert "usage: qswin bench" in capsys.readouterr().out
+
+
+def test_help_alone_lists_the_commands_and_the_version_is_the_packages(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qswin", "help"])
+    cli.main()
+    assert "calibrate" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["qswin", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"qswin {importlib.metadata.version('qswin')}\n"
 
 
 def test_calibrate_export_evaluate_inspect(config_file, data, tmp_path, capsys):
