@@ -26,6 +26,7 @@ from qswin.calib.files import NotSaved, forget_saved, saved_files, version_of
 from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
+    "quantize": "from trained weights and a folder of images to an INT8 graph and a report, in one go",
     "init": "say what trained weights of any library are, and write a config for them",
     "calibrate": "quantize a trained model and calibrate its ranges",
     "train": "fine-tune a quantized (QAT) or a float model; several processes: torchrun -m qswin train",

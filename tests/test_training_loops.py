@@ -63,10 +63,11 @@ def run(name: str, backend: str | None = None) -> dict:
 
 
 def torchrun(name: str) -> None:
-    """Runs a loop in two processes on CPUs."""
+    """Runs a loop in two processes on CPUs, with the images of this folder and not those beside the loop."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(LOOPS / f"{name}.py")]
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    environment |= {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -47,6 +47,24 @@ def scan_folder(task: str, root: str | Path, classes: Sequence[str] | None = Non
     return SCANNERS[task](root, None if classes is None else tuple(classes))
 
 
+def scan_unlabelled(task: str, root: str | Path) -> ImageFolder:
+    """As `scan_folder`, for what needs no labels: images that lie in no class's folder will do. They have no classes.
+
+    Raises:
+        FileNotFoundError, ValueError: as `scan_folder` does.
+    """
+    root = Path(root)
+    laid_out = root.is_dir() and (any(entry.is_dir() for entry in root.iterdir()) or any(root.glob("*.tar")))
+    return scan_folder(task if laid_out else "features", root)
+
+
+def training_folder(root: str | Path) -> Path:
+    """`root`/train; or `root` itself, where it is a folder with neither train nor val."""
+    root = Path(root)
+    alone = root.is_dir() and not any((root / name).exists() for name in ("train", "val"))
+    return root if alone else root / "train"
+
+
 def _scan_classes(root: Path, classes: tuple[str, ...] | None) -> ImageFolder:
     if shards := sorted(root.glob("*.tar")):
         return _scan_shards(root, shards, classes)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from absl import logging
 
-from qswin.calib.files import check_suffix, write_atomic, write_result
-from qswin.trt.report.sections import report, save_pictures
-from qswin.trt.report.webpage import page
+from qswin.calib.files import check_suffix, write_result
+from qswin.trt.report.sections import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     out = args.out or args.run / "report.html"
     check_suffix("--out", out, (".html",))
-    sections = report(args.run)
-    content = page(f"qswin: {args.run.name}", sections).encode(errors="backslashreplace")
-    write_atomic(out, content)
-    count = save_pictures(sections, out.with_name(f"{out.stem}-pictures"))
+    size, pictures = write_report(args.run, out)
     if args.json:
-        write_result(args.json, "report", {"page": str(out), "bytes": len(content), "pictures": count})
-    logging.info("%s: %.1f MB, %d pictures", out, len(content) / 1e6, count)
+        write_result(args.json, "report", {"page": str(out), "bytes": size, "pictures": pictures})
+    logging.info("%s: %.1f MB, %d pictures", out, size / 1e6, pictures)

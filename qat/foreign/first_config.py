@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from qswin.calib.data.folders import scan_folder
+from qswin.calib.data.folders import scan_unlabelled, training_folder
 from qswin.calib.messages import printable
 from qswin.models.checkpoints.architectures import Recognized
 from qswin.models.checkpoints.weights import Weights
@@ -87,12 +87,12 @@ def look_at(path: Path, data: Path | None, backbone: bool = False) -> Found:
     weights, recognized = recognize(path)
     if backbone:
         return _backbone(path, data, weights, recognized)
-    if recognized.num_classes is None and data is None:
-        what = f"without a head ({weights.headless or 'its tensors are missing'})"
-        needed = "give --data DIR, the images whose classes a new head is for, or --backbone for its feature maps"
-        raise ValueError(f"{path}: {recognized.name} of {weights.library} {what}; {needed}")
     task = family_of(recognized.name).task
-    classes = None if data is None else len(scan_folder(task, data / "train").classes)
+    classes = None if data is None else len(scan_unlabelled(task, training_folder(data)).classes) or None
+    if recognized.num_classes is None and classes is None:
+        what = f"without a head ({weights.headless or 'its tensors are missing'})"
+        needed = "give --data DIR, the folders of images whose classes a new head is for, or --backbone for its maps"
+        raise ValueError(f"{path}: {recognized.name} of {weights.library} {what}; {needed}")
     new_head = recognized.num_classes is None or classes not in (None, recognized.num_classes)
     config = config_of(recognized, path, classes or recognized.num_classes, new_head)
     floating = build_float_model(config, {}, train_head=new_head, weights=weights)
@@ -139,9 +139,14 @@ def _head(found: Found) -> str:
     return f"new head: {why}; train the float model before you calibrate"
 
 
-def config_text(found: Found, out: Path) -> str:
-    """The YAML of a config, with what to run in its comments. `out` is the file's name."""
-    run = f"runs/{out.stem}"
+def config_text(found: Found, out: Path, run: str | None = None) -> str:
+    """The YAML of a config, with what to run in its comments.
+
+    Args:
+        out: the file's name.
+        run: the folder of its jobs; None for one named after the file, in runs/.
+    """
+    run = run or f"runs/{out.stem}"
     comments = [*describe(found).splitlines(), "What to run:", *_commands(found, out, run)]
     recipe = "none" if found.new_head else "auto"
     what = "nothing is quantized: the new head is trained first" if found.new_head else "see docs/recipes.md"

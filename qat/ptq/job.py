@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qswin.calib.data.batches import image_batches
-from qswin.calib.data.folders import Sample, check_class_count, draw_samples, scan_folder
+from qswin.calib.data.folders import ImageFolder, Sample, draw_samples, scan_unlabelled, training_folder
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.histogram_file import HISTOGRAMS, save_histograms
 from qswin.models.registry import task_of
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
-from qswin.qat.float_model import build_float_model, check_class_order, model_arguments
+from qswin.qat.float_model import FloatModel, build_float_model, check_class_order, model_arguments
 from qswin.qat.ptq.calibrate import calibrate, needs_images_again
 from qswin.qat.ptq.ranges import observations
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, tell
@@ -59,11 +59,10 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     if run.finished(PTQ) is not None and (run.folder / HISTOGRAMS).is_file():
         logging.info("%s: already calibrated; resume=never starts over", path)
         return path
-    folder = scan_folder(task_of(model_arguments(config.model)), Path(config.data.root) / "train")
+    folder = scan_unlabelled(task_of(model_arguments(config.model)), training_folder(config.data.root))
     floating = build_float_model(config.model, config.data.preprocessing)
     preprocessing = floating.preprocessing
-    check_class_count(folder.root, len(folder.classes), floating.model.num_classes)
-    check_class_order(folder.root, folder.classes, floating.classes)
+    classes = class_names(folder, floating)
     twin = quantize(floating.model, recipe).to(ranks.device)
     if ranks.main:
         run.claim()
@@ -81,7 +80,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         floating.arguments,
         "ptq",
         preprocessing,
-        folder.classes or None,
+        classes,
         recipe_of(twin),
         parent=floating.sha256,
         metrics=metrics,
@@ -92,6 +91,21 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         save_histograms(run.folder / HISTOGRAMS, observations(twin))
         logging.info("%s: %d quantizers", path, len(list(quantizers(twin))))
     return path
+
+
+def class_names(folder: ImageFolder, floating: FloatModel) -> tuple[str, ...] | None:
+    """Names of the model's classes: those of the folders of images where they are as many, or the checkpoint's own.
+
+    Raises:
+        ValueError: the folders have the names of the checkpoint's classes in another order.
+    """
+    if len(folder.classes) != floating.model.num_classes:
+        if folder.classes:
+            told = f"{len(folder.classes)} folders of images, but {floating.model.num_classes} classes in the model"
+            logging.warning("%s: %s: they are taken as images alone, and name no classes", folder.root, told)
+        return floating.classes
+    check_class_order(folder.root, folder.classes, floating.classes)
+    return folder.classes or floating.classes
 
 
 def _load(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from qswin.calib.data.batches import image_batches, warn_of_skipped
-from qswin.calib.data.folders import scan_folder, spread_samples
+from qswin.calib.data.folders import scan_unlabelled, spread_samples
 from qswin.calib.data.images import Preprocessing, noise_images
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import read_sidecar
@@ -209,7 +209,7 @@ def read_images(
     if data is None:
         return noise_images(count, preprocessing)
     skipped: list[ImageFile] | None = [] if skip_unreadable else None
-    samples = spread_samples(scan_folder(task, data), count)
+    samples = spread_samples(scan_unlabelled(task, data), count)
     images = [batch.images for batch in image_batches(samples, preprocessing, 16, skipped=skipped)]
     warn_of_skipped(skipped)
     if not images:

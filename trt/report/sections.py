@@ -10,7 +10,7 @@ from qswin.trt.report import plots
 from qswin.trt.report.folder import LARGEST, RunFolder
 from qswin.trt.report.ranges import histograms, range_table, stage_ranges
 from qswin.trt.report.results import cell, is_numbers, read_results, result_sections
-from qswin.trt.report.webpage import Part, Picture, table
+from qswin.trt.report.webpage import Part, Picture, page, table
 
 Sections = dict[str, list[Part]]  # {heading: its parts}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -99,6 +99,22 @@ def worst_images(folder: RunFolder) -> list[Part]:
         else:
             parts.append(Picture(data, path.stem))
     return parts
+
+
+def write_report(folder: Path, out: Path) -> tuple[int, int]:
+    """Writes a run's page, and its pictures as PNGs too, in a folder named after it.
+
+    Returns:
+        The page's bytes, and how many pictures there are.
+
+    Raises:
+        FileNotFoundError, ValueError: as `report` does.
+        OSError: it cannot be written.
+    """
+    sections = report(folder)
+    content = page(f"qswin: {folder.name}", sections).encode(errors="backslashreplace")
+    write_atomic(out, content)
+    return len(content), save_pictures(sections, out.with_name(f"{out.stem}-pictures"))
 
 
 def save_pictures(sections: Sections, folder: Path) -> int:

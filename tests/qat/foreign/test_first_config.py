@@ -91,7 +91,11 @@ def test_a_head_for_an_unknown_number_of_classes_is_not_invented(tmp_path, data,
     file, out = tmp_path / "backbone.pth", tmp_path / "a.yaml"
     torch.save({key: value for key, value in state.items() if not key.startswith("head.")}, file)
     line = fails(capsys, "init", file, "--out", out)
-    assert "swin_tiny_patch4_window7_224 of torchvision without a head" in line and "give --data DIR" in line
+    assert (
+        "swin_tiny_patch4_window7_224 of torchvision without a head" in line
+        and "give --data DIR" in line
+        and "or --backbone for its maps" in line
+    )
     assert not out.exists()
     assert invoke("init", file, "--out", out, "--data", data) == 0
     config = load_config(out, [])
@@ -114,7 +118,7 @@ def test_a_backbone_gives_the_maps_that_its_file_has_norms_for(tmp_path, capsys)
     settings = transformers.SwinConfig(**HF_SWIN, out_features=["stage2"])
     transformers.SwinBackbone(settings).save_pretrained(tmp_path / "swin")
     out, report = tmp_path / "a.yaml", tmp_path / "a.json"
-    assert "or --backbone for its feature maps" in fails(capsys, "init", tmp_path / "swin", "--out", out)
+    assert "or --backbone for its maps" in fails(capsys, "init", tmp_path / "swin", "--out", out)
     assert invoke("init", tmp_path / "swin", "--backbone", "--out", out, "--json", report) == 0
     assert json.loads(report.read_text())["out_features"] == ["stage2"]
     config = load_config(out, ["data.root=unused"])
