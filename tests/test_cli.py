@@ -37,6 +37,7 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     run, val = tmp_path / "run", data / "val"
     ptq, onnx, probe = run / "ptq.safetensors", run / "fp32.onnx", ("--data", data / "train", "--images", 4)
+    small = ("recipe=gemm", "device=cpu", "data.workers=0", "calibration.equalize=false")
     budget = ("--sensitivity", run / "sensitivity.json", "--budget", "kl<=9")
     steps = [
         ("calibrate", "checkpoint report", "--config", config_file),
@@ -61,6 +62,17 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
         ("search", "search", "--checkpoint", ptq, *probe, *budget, "--recipe", run / "mixed.yaml"),
         ("doctor", "doctor"),
         ("init", "checkpoint description", tmp_path / "weights.pth", "--out", tmp_path / "init.yaml"),
+        (
+            "quantize",
+            "quantization",
+            "--model",
+            tmp_path / "weights.pth",
+            "--data",
+            data,
+            "-o",
+            tmp_path / "one",
+            *small,
+        ),
         ("report", "report", run),
     ]
     assert {command for command, *_ in steps} == set(cli.COMMANDS) - {"completion"}
