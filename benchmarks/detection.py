@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
@@ -49,10 +50,14 @@ class Slices:
     targets: list[Target]
 
     @classmethod
-    def of(cls, images: np.ndarray, masks: np.ndarray) -> "Slices":
-        """Of grey images and masks, (N, H, W) uint8."""
-        grey = torch.from_numpy(images).float() / 255
-        return cls([each.expand(3, -1, -1) for each in grey], [boxes_of(torch.from_numpy(mask)) for mask in masks])
+    def of(cls, images: np.ndarray, masks: np.ndarray, size: int) -> "Slices":
+        """Of grey images and masks, (N, H, W) uint8, made smaller by a whole factor so that `size` is a side."""
+        step = images.shape[1] // size
+        grey = functional.avg_pool2d(torch.from_numpy(images)[:, None].float() / 255, step)
+        return cls(
+            [each.expand(3, -1, -1) for each in grey],
+            [boxes_of(mask) for mask in torch.from_numpy(masks)[:, ::step, ::step]],
+        )
 
 
 def boxes_of(mask: Tensor) -> Target:
@@ -66,10 +71,15 @@ def boxes_of(mask: Tensor) -> Target:
 
 
 def detector(backbone: nn.Module, size: int) -> FasterRCNN:
-    """A Faster R-CNN whose heads read every map of a pyramid. Images keep their size."""
+    """A Faster R-CNN whose heads read every map of a pyramid. Images keep their size.
+
+    A slice holds three boxes at most, so fewer regions are looked at than in photos.
+    """
     anchors = AnchorGenerator(tuple((side,) for side in (8, 16, 32, 64, 128)), ((0.5, 1.0, 2.0),) * 5)
     pooling = MultiScaleRoIAlign(STAGES, output_size=7, sampling_ratio=2)
     options = {"image_mean": PREPROCESSING.mean, "image_std": PREPROCESSING.std, "min_size": size, "max_size": size}
+    options |= {"rpn_batch_size_per_image": 64, "box_batch_size_per_image": 64}
+    options |= {"rpn_post_nms_top_n_train": 500, "rpn_post_nms_top_n_test": 200}
     return FasterRCNN(backbone, len(STRUCTURES) + 1, rpn_anchor_generator=anchors, box_roi_pool=pooling, **options)
 
 
@@ -216,14 +226,15 @@ def main() -> None:
     parser.add_argument("--qat-epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=int, default=224, help="pixels of a side; a part of the file's")
     parser.add_argument("--channels", type=int, default=128, help="of the pyramid")
     parser.add_argument("--settings", type=json.loads, default={}, help="of the backbone, as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     with np.load(args.npz) as file:
-        slices = {split: Slices.of(file[f"{split}_image"], file[f"{split}_label"]) for split in ("train", "val")}
+        splits = ("train", "val")
+        slices = {each: Slices.of(file[f"{each}_image"], file[f"{each}_label"], args.size) for each in splits}
     Job(args, slices).run()
 
 

@@ -43,8 +43,18 @@ def test_boxes_are_around_each_structure():
     assert detection.boxes_of(torch.zeros(4, 4))["boxes"].shape == (0, 4)
 
 
+def test_slices_are_made_smaller_by_a_whole_factor():
+    images, masks = slices(2, 0)
+    small, whole = detection.Slices.of(images, masks, 32), detection.Slices.of(images, masks, 64)
+    assert small.images[0].shape == (3, 32, 32)
+    torch.testing.assert_close(small.images[1].mean(), whole.images[1].mean())
+    for ours, theirs in zip(small.targets, whole.targets, strict=True):
+        assert torch.equal(ours["labels"], theirs["labels"])
+        assert (2 * ours["boxes"] - theirs["boxes"]).abs().max() <= 2
+
+
 def test_precision_is_whole_for_the_truth_and_none_for_other_boxes(tmp_path):
-    part = detection.Slices.of(*slices(3, 0))
+    part = detection.Slices.of(*slices(3, 0), 64)
     detection.write_annotations(part, tmp_path / "a.json")
     truth = [
         {"image_id": each["image_id"], "category_id": each["category_id"], "bbox": each["bbox"], "score": 0.9}

@@ -225,6 +225,7 @@ def test_calibration_starts_over_when_told_to(config_file):
     assert json.loads(path.with_name(f"{PTQ}.json").read_text())["metrics"]["calibration_images"] == 4
 
 
+@pytest.mark.slow
 def test_a_finished_training_goes_on_with_more_epochs_only(config_file, caplog):
     init = f"init={calibrated(config_file)}"
     path = trained(config_file, init)

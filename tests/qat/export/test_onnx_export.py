@@ -86,7 +86,8 @@ def test_float_graphs_agree_with_torch(images, name, opset):
 
 
 @pytest.mark.parametrize(
-    ("name", "opset"), [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), (V2, 20)]
+    ("name", "opset"),
+    [pytest.param(V1, 17, marks=SLOW), (V1, 20), pytest.param(V2, 17, marks=SLOW), pytest.param(V2, 20, marks=SLOW)],
 )
 @torch.no_grad()
 def test_int8_graphs_agree_with_torch(images, name, opset):
@@ -188,7 +189,7 @@ def test_dequantized_weights_go_straight_into_their_product():
     assert users == {"MatMul": 17, "Conv": 1, "Gemm": 1}
 
 
-@pytest.mark.parametrize("name", [V1, V2])
+@pytest.mark.parametrize("name", [V1, pytest.param(V2, marks=SLOW)])
 def test_bias_and_mask_are_one_constant(name):
     """Each block adds one tensor to its scores, and nothing computes it."""
     graph = model_and_graph(name, "fp32")[1].graph

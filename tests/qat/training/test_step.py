@@ -127,6 +127,7 @@ def ddp() -> None:
         assert len(reductions) == 3, len(reductions)  # one bucket a step
 
 
+@pytest.mark.slow
 def test_ranks_reduce_gradients_once_a_step():
     root = Path(__file__).resolve().parents[3]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]

@@ -131,6 +131,7 @@ def test_recorded_outputs_are_the_blocks_own(config_file, ptq):
     assert len(taken) == len(seen) == 4 and all(a is b and a.requires_grad for a, b in zip(taken, seen, strict=True))
 
 
+@pytest.mark.slow
 def test_masks_train_too(masks_config):
     with process_group("cpu") as ranks:
         start = run_calibration(load_config(masks_config, []), ranks)
@@ -191,6 +192,7 @@ def test_a_float_model_without_a_checkpoint_starts_from_its_seed(config_file, tm
     assert not torch.allclose(weights("other", 1), first, atol=0.01)
 
 
+@pytest.mark.slow
 def test_learned_ranges_move_and_are_kept(config_file, ptq):
     path, _ = run(config_file, f"init={ptq}", "train.learn_ranges=true", "train.range_lr=0.05")
     before, after = ({q.site: q.amax for q in quantizers(load_checkpoint(file)[0])} for file in (ptq, path))
@@ -216,6 +218,7 @@ def test_a_compiled_run_has_the_same_losses(config_file, ptq, tmp_path, monkeypa
     assert list(losses(fast).values()) == pytest.approx(list(losses(plain).values()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_that_oscillate_are_counted_and_frozen(config_file, ptq):
     options = (f"init={ptq}", "train.epochs=3", "train.lr=0.01", "train.clip_grad=null")
     shares = {}

@@ -41,7 +41,7 @@ def rtx() -> None:
 @pytest.mark.parametrize(
     ("graph", "precision", "overrides"),
     [
-        ("fp32", "fp32", ()),
+        pytest.param("fp32", "fp32", (), marks=SLOW),
         ("fp32", "tf32", ()),
         ("fp32", "fp16", ("swin-fp16",)),
         ("fp16", "fp16", ()),
@@ -50,7 +50,7 @@ def rtx() -> None:
         pytest.param("int8-batch2", "int8", (), marks=SLOW),
         pytest.param("int8-scaled", "int8", (), marks=SLOW),
         ("int8-scaled", "best", ()),
-        ("fp8", "fp8", ()),
+        pytest.param("fp8", "fp8", (), marks=SLOW),
         pytest.param("fp8", "best", (), marks=SLOW),
         pytest.param("int8-scaled-17", "best", (), marks=SLOW),
     ],

@@ -147,6 +147,7 @@ def test_the_worst_slices_are_painted(tmp_path):
     np.testing.assert_array_equal(painted, np.concatenate([true[3] * 0, true[3], predicted[3]], axis=1) > 0)
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_masks_without_torch(tmp_path):
     data = write_masks(tmp_path / "data", side=32)
     preprocessing = Preprocessing(size=(32, 32), crop_pct=1.0)
