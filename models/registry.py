@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qswin import models
 from qswin.models.backbones.backbone import Backbone
 from qswin.models.checkpoints.architectures import Recognized
+from qswin.models.checkpoints.other_names import HUB, name_here
 from qswin.models.checkpoints.state_dicts import mismatch, read_content, read_state, rename
 from qswin.models.checkpoints.unsupported import why_unsupported
 from qswin.models.checkpoints.weights import Weights, weights_file, weights_of
@@ -60,14 +61,23 @@ def register_family(family: Family) -> None:
 
 
 def family_of(name: str) -> Family:
-    """The family that builds `name`. Raises ValueError, listing the nearest names, when none does."""
+    """The family that builds `name`, which may have timm's tag of weights behind a dot.
+
+    Raises:
+        ValueError: none does. It tells what another library's name is called here, or the nearest names.
+    """
     for family in families():
-        if name in family.names():
+        if name in family.names() or name.partition(".")[0] in family.names():
             return family
+    if HUB.match(name):
+        what = "names a model on a hub, and nothing is downloaded from there"
+        raise ValueError(f"model {name!r} {what}; download its folder, and give that as model.checkpoint")
     reason = why_unsupported(name)
     if reason is not None:
         raise ValueError(f"model {name!r}: {reason}")
     known = [known for family in families() for known in family.names()]
+    if ours := name_here(name, known):
+        raise ValueError(f"model {name!r} is called {ours} here")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
     raise ValueError(f"model {name!r} is not known; the nearest names are {', '.join(near)}")
 

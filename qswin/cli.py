@@ -27,6 +27,7 @@ from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
 
 COMMANDS = {
     "quantize": "from trained weights and a folder of images to an INT8 graph and a report, in one go",
+    "models": "list the models that can be quantized",
     "init": "say what trained weights of any library are, and write a config for them",
     "calibrate": "quantize a trained model and calibrate its ranges",
     "train": "fine-tune a quantized (QAT) or a float model; several processes: torchrun -m qswin train",

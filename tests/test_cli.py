@@ -61,6 +61,7 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
         ("sensitivity", "sensitivity", "--checkpoint", ptq, *probe, "--by", "layer"),
         ("search", "search", "--checkpoint", ptq, *probe, *budget, "--recipe", run / "mixed.yaml"),
         ("doctor", "doctor"),
+        ("models", "models", "swin*"),
         ("init", "checkpoint description", tmp_path / "weights.pth", "--out", tmp_path / "init.yaml"),
         (
             "quantize",

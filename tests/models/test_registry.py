@@ -139,7 +139,7 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_built(name, settings,
     monkeypatch.setattr(limits, "MOST_VALUES", 2**24)
     with pytest.raises(ValueError, match=f"model '{name}': .*{words}"):
         build_model(name, **settings)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
 
 
 def test_counting_a_models_values_does_not_change_them():
