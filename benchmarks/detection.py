@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +25,7 @@ from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 
 from benchmarks.results import commit, device_name, write_rows
 from qswin.calib.data.images import Preprocessing
+from qswin.calib.trt_cache.session import Session
 from qswin.models.backbones.pyramid import PyramidBackbone
 from qswin.models.registry import build_model
 from qswin.qat.checkpoint import Description
@@ -156,11 +156,12 @@ class OnnxBackbone(nn.Module):
 
     def __init__(self, path: Path, out_channels: int) -> None:
         super().__init__()
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self.names, self.out_channels = [output.name for output in self.session.get_outputs()], out_channels
+        self.graph = Session(path, path.read_bytes())
+        self.names = [output.name for output in self.graph.session.get_outputs()]
+        self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        found = self.session.run(None, {"input": x.cpu().numpy()})
+        found = self.graph.run(self.names, x.cpu().numpy())
         return {name: torch.from_numpy(each).to(x.device) for name, each in zip(self.names, found, strict=True)}
 
 
