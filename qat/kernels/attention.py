@@ -93,7 +93,7 @@ def _plan(
     out = torch.empty((rows, channels), dtype=dtype, device=qkv.device)
     num_windows = rows // num_tokens
     windows_per_program = 1 if statically_known_true(num_windows * num_heads < SMALL_GRID) else WINDOWS_PER_PROGRAM
-    arguments = {"qkv_ptr": qkv, "bias_ptr": bias, "qk_scale_ptr": qk_scale, "out_ptr": out}
+    arguments: dict[str, Any] = {"qkv_ptr": qkv, "bias_ptr": bias, "qk_scale_ptr": qk_scale, "out_ptr": out}
     arguments |= {"num_windows": num_windows, "num_masks": num_masks, "num_heads": num_heads}
     arguments |= dict(zip(SCALES, scales, strict=True))
     arguments |= {"NUM_TOKENS": num_tokens, "CHANNELS": channels, "HEAD_DIM": channels // num_heads}

@@ -1,5 +1,7 @@
 """LayerNorm: of a tile, for the kernels that have one, and as an operator where no quantization or add comes next."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -61,7 +63,14 @@ def _plan(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Launch:
     num_rows, out = x.numel() // channels, torch.empty_like(x)
     block_channels = triton.next_power_of_2(channels)
     block_rows = max(1, TILE_SIZE // block_channels)
-    arguments = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "out_ptr": out, "num_rows": num_rows, "eps": eps}
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "num_rows": num_rows,
+        "eps": eps,
+    }
     arguments |= {"CHANNELS": channels, "BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels}
     return Launch(_layer_norm_kernel, (triton.cdiv(num_rows, block_rows),), arguments, {"num_warps": 1}, out)
 

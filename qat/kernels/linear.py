@@ -126,10 +126,9 @@ def _plan(
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     block_sizes, options = tile_config(m, n, k)
-    gelu = inv_scale is not None
     pointers = {"x_ptr": x, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
-    pointers |= {"inv_scale_ptr": inv_scale if gelu else scale, "out_ptr": out}
-    arguments = {**pointers, "M": m, "N": n, "K": k, "GELU": gelu, **block_sizes}
+    pointers |= {"inv_scale_ptr": scale if inv_scale is None else inv_scale, "out_ptr": out}
+    arguments = {**pointers, "M": m, "N": n, "K": k, "GELU": inv_scale is not None, **block_sizes}
     return Launch(_linear_kernel, grid(m, n, block_sizes), arguments, options, out)
 
 

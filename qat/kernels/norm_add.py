@@ -1,5 +1,7 @@
 """LayerNorm and the residual add of Swin V2 in one pass; each row is added to the token that it came from."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -39,7 +41,7 @@ def _plan(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: 
     out = torch.empty_like(shortcut)
     block_channels = triton.next_power_of_2(channels)
     block_rows = max(1, TILE_SIZE // block_channels)
-    arguments = {"y_ptr": y, "shortcut_ptr": shortcut, "token_ids_ptr": token_ids, "weight_ptr": weight}
+    arguments: dict[str, Any] = {"y_ptr": y, "shortcut_ptr": shortcut, "token_ids_ptr": token_ids, "weight_ptr": weight}
     arguments |= {"bias_ptr": bias, "out_ptr": out, "num_rows": num_rows, "rows_per_image": token_ids.shape[0]}
     arguments |= {"num_tokens": shortcut.shape[1], "eps": eps}
     arguments |= {"CHANNELS": channels, "BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels}

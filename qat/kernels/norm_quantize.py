@@ -3,6 +3,8 @@
 Roll, window partition and the concatenation of neighbours become the order in which tokens are read: nothing is copied.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -70,7 +72,13 @@ def _plan(
     # Values that a program holds, and its warps: the fastest of a sweep on an H200.
     tile_size, num_warps = (2048, 1) if tokens == 1 else (4096, 4)
     block_rows = max(1, tile_size // (tokens * block_channels))
-    arguments = {"x_ptr": x, "token_ids_ptr": token_ids, "weight_ptr": weight, "bias_ptr": bias, "out_ptr": out}
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "token_ids_ptr": token_ids,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+    }
     arguments |= {"num_rows": num_rows, "rows_per_image": rows_per_image, "num_tokens": num_tokens}
     arguments |= {"eps": eps, "inv_scale": inv_scale, "CHANNELS": channels, "TOKENS": tokens}
     arguments |= {"BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels, "NORM": norm}

@@ -1,5 +1,7 @@
 """Patch embedding in INT8 or FP8: quantization of the image, a matrix product and LayerNorm in one pass."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -69,7 +71,7 @@ def _plan(
     channels, patch = weight.shape[0], weight.shape[2]
     num_patches = height // patch * (width // patch)
     out = torch.empty((batch, num_patches, channels), dtype=dtype, device=image.device)
-    arguments = {"image_ptr": image, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
+    arguments: dict[str, Any] = {"image_ptr": image, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
     arguments |= {"norm_weight_ptr": norm_weight, "norm_bias_ptr": norm_bias, "out_ptr": out}
     arguments |= {"M": batch * num_patches, "inv_scale": inv_scale, "eps": eps}
     arguments |= {"IN_CHANNELS": in_channels, "HEIGHT": height, "WIDTH": width, "PATCH": patch, "N": channels}

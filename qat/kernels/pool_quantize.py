@@ -1,5 +1,7 @@
 """The average of an image's tokens, quantized: what the classifier reads."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +37,7 @@ def _pool_quantize_kernel(
 def _plan(x: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> Launch:
     batch, num_tokens, channels = x.shape
     out = torch.empty((batch, channels), dtype=dtype, device=x.device)
-    arguments = {"x_ptr": x, "inv_scale_ptr": inv_scale, "out_ptr": out, "num_tokens": num_tokens}
+    arguments: dict[str, Any] = {"x_ptr": x, "inv_scale_ptr": inv_scale, "out_ptr": out, "num_tokens": num_tokens}
     arguments |= {"CHANNELS": channels, "BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_CHANNELS": BLOCK_CHANNELS}
     grid = (batch, triton.cdiv(channels, BLOCK_CHANNELS))
     return Launch(_pool_quantize_kernel, grid, arguments, {"num_warps": 1}, out)
