@@ -23,9 +23,10 @@ class Made(NamedTuple):
     images: torch.Tensor
 
 
-def no_code(index: int) -> Cubin:
-    """The head of an ELF file with no sections, of a size of its own."""
-    return Cubin(b"\x7fELF\x02\x01" + bytes(90 + index), "kernel", 16 * index, 128)
+def no_code(index: int, signature: str) -> Cubin:
+    """The head of an ELF file, and the signature behind it, as the driver of cpp/tests/fake_cuda.cpp reads it."""
+    head = b"\x7fELF\x02\x01" + bytes(58)
+    return Cubin(head + signature.encode() + bytes(1 + index), f"kernel{index}", 16 * index, 32 * (1 + index % 4))
 
 
 @functools.cache
@@ -34,6 +35,6 @@ def make_bundle(name: str = V1, recipe: str = "attention", **settings: int) -> M
     side = settings.get("img_size", 32)
     images = torch.randn(6, 3, side, side, generator=torch.Generator().manual_seed(0))
     lowered = lower(twin_of(images, recipe, name=name, **settings), images[:1], torch.float16)
-    bundle, functions = bundle_without_code(lowered, (side, side), (1, 4), MODEL)
-    cubins = tuple(no_code(index) for index in range(len(functions)))
+    bundle, _ = bundle_without_code(lowered, (side, side), (1, 4), MODEL)
+    cubins = tuple(no_code(*each) for each in enumerate(bundle.signatures))
     return Made(bundle._replace(code={80: cubins, 90: cubins}), lowered, images)
