@@ -11,6 +11,15 @@ from torch import Tensor
 
 from qswin.qat.bundle.assemble import SCRATCH, specialize
 from qswin.qat.bundle.contents import Argument, Batch, Bundle, Call, Launch, TensorAt, buffer_of, space_sizes
+from qswin.qat.kernels import (  # noqa: F401  # they register their operators and plans
+    attention,
+    layer_norm,
+    linear,
+    norm_add,
+    norm_quantize,
+    patch_embed,
+    pool_quantize,
+)
 from qswin.qat.kernels.launch import PLANS
 
 GARBAGE = 0xA5  # what the workspace is filled with: a kernel that reads what none has written gives nonsense

@@ -180,6 +180,7 @@ class _Reader:
         for batch in bundle.batches:
             self.check(batch.workspace <= LARGEST_BUFFER, "a workspace that is too large")
             spaces = space_sizes(bundle, batch)
+            self.check(spaces["input"] <= LARGEST_BUFFER, "images that are too large")
             for buffer in (each for launch in batch.launches for each in launch.arguments if isinstance(each, Buffer)):
                 inside = buffer.size >= 1 and buffer.offset + buffer.size <= spaces[buffer.space]
                 self.check(inside, f"a buffer lies outside of its {buffer.space}")

@@ -1,7 +1,9 @@
 """`qswin build`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -62,8 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items() if name not in COMMON and value is not None}
-    parse_batches = builder(args.target).parse_batch_sizes
-    parsers = {"batch_sizes": parse_batches, "workspace": parse_bytes, "override": tuple, "arch": parse_architectures}
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "batch_sizes": builder(args.target).parse_batch_sizes,
+        "workspace": parse_bytes,
+        "override": tuple,
+        "arch": parse_architectures,
+    }
     for name, parse in parsers.items():
         if name in given:
             given[name] = parse(given[name])

@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,6 +96,13 @@ def test_launches_that_are_not_the_operators_are_refused(made, what):
     changed = batch._replace(launches=(launch, *batch.launches[1:]))
     with pytest.raises(ValueError, match="is not the one that this qswin plans"):
         interpret(made.bundle._replace(batches=(changed, made.bundle.batches[1])), made.images[:1])
+
+
+def test_it_knows_every_operator_by_itself():
+    """In a process that has not lowered a model."""
+    script = "from qswin.qat.bundle.interpreter import PLANS; print(*PLANS)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {name for name in interpreter.PLANS if name.startswith("qswin::")}
 
 
 def test_floats_are_stored_as_float32(made):
