@@ -1,5 +1,6 @@
 """Kernels compiled ahead of time, for architectures that need not be here."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qswin.qat.bundle.assemble import DIVISIBLE
+from qswin.qat.bundle.assemble import DIVISIBLE, SCRATCH
 from qswin.qat.bundle.contents import Cubin, Kernel
 
 WARP = 32
@@ -43,7 +44,15 @@ def compile_kernel(function: Any, kernel: Kernel, arch: int) -> Cubin:
         raise ValueError(f"{kernel.function} {what}; leave {arch} out of --arch")
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
         raise ValueError(f"{kernel.function}: Triton {triton.__version__} makes a kernel that needs memory of its own")
+    widths = ["32" if kind in ("fp32", "i32") else "64" for kind in types.values() if kind != "constexpr"]
+    if parameter_widths(compiled.asm["ptx"]) != [*widths, *["64"] * len(SCRATCH)]:
+        raise ValueError(f"{kernel.function}: Triton {triton.__version__} makes a kernel with other arguments than 3.8")
     return Cubin(compiled.asm["cubin"], metadata.name, metadata.shared, WARP * metadata.num_warps)
+
+
+def parameter_widths(ptx: str) -> list[str]:
+    """The bits of each parameter of a kernel, in order."""
+    return re.findall(r"^\s*\.param \.[a-z]+(32|64)\b.*_param_\d+,?$", ptx, re.MULTILINE)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from qswin.qat.bundle.build import compile_all
+from qswin.qat.bundle.cubins import parameter_widths
 
 COMPILE = """
 import sys, torch
@@ -43,3 +44,19 @@ def test_a_cubin_names_its_function_and_no_path_of_this_machine():
 def test_interpreted_kernels_cannot_be_compiled(made):
     with pytest.raises(ValueError, match="while TRITON_INTERPRET is set"):
         compile_all([len], made.bundle.manifest.kernels[:1], 80)
+
+
+PTX = """
+.visible .entry _kernel(
+\t.param .u64 .ptr .global .align 1 _kernel_param_0,
+\t.param .u32 _kernel_param_1,
+\t.param .b64 _kernel_param_2
+)
+{
+\tld.param.b64 %rd1, [_kernel_param_0];
+"""
+
+
+def test_a_kernels_parameters_are_counted():
+    """A release of Triton may add one, which the launches must then have."""
+    assert parameter_widths(PTX) == ["64", "32", "64"]
