@@ -10,7 +10,8 @@ namespace {
 constexpr uint8_t MAGIC[8] = {0x89, 'Q', 'S', 'B', '\r', '\n', 0x1a, '\n'};
 constexpr uint32_t VERSION = 1;
 constexpr uint64_t ALIGNMENT = 256, POINTER_ALIGNMENT = 16;
-constexpr size_t HEADER = 64, SECTION = 64, PLAN = 32, SIGNATURE = 64, BATCH = 16, LAUNCH = 16, ARGUMENT = 24, CUBIN = 128;
+constexpr size_t HEADER = 64, SECTION = 64, PLAN = 32, SIGNATURE = 64, BATCH = 16, LAUNCH = 16, ARGUMENT = 24,
+                 CUBIN = 128;
 enum SectionKind : uint32_t { MANIFEST_SECTION = 1, PLAN_SECTION, CONSTANTS_SECTION, CODE_SECTION };
 
 constexpr uint32_t MOST_SECTIONS = 19, MOST_KERNELS = 4096, MOST_BATCHES = 64, MOST_LAUNCHES = 1 << 16;
@@ -107,7 +108,15 @@ std::vector<Section> sections_of(Bytes file) {
   return sections;
 }
 
-Argument argument(Cursor& records, char letter, const uint64_t* spaces) {
+// The records of a plan that are not read yet, and how many there are.
+struct Records {
+  Cursor batches, launches, arguments;
+  uint64_t launches_left, arguments_left;
+};
+
+using Spaces = std::array<uint64_t, 4>;  // the bytes of each, by the kind of a pointer into it
+
+Argument read_argument(Cursor& records, char letter, const Spaces& spaces) {
   const uint32_t kind = records.u32(), reserved = records.u32();
   const uint64_t value = records.u64(), size = records.u64();
   const char expected = kind == INT ? 'i' : kind == FLOAT ? 'f' : 'p';
@@ -119,6 +128,43 @@ Argument argument(Cursor& records, char letter, const uint64_t* spaces) {
     check(kind == NOTHING ? value == 0 && size == 8 : value <= 0xffffffff && size == 4, "an argument that is none");
   }
   return {Kind(kind), value};
+}
+
+Launch read_launch(Records& records, const Bundle& bundle, const Spaces& spaces) {
+  Launch launch{records.launches.u32(), {}, {}};
+  check(launch.kernel < bundle.signatures.size(), "a launch of a kernel that it lacks");
+  for (size_t side = 0; side < 3; ++side) {
+    launch.grid[side] = records.launches.u32();
+    check(1 <= launch.grid[side] && launch.grid[side] <= LARGEST_GRID[side], "a grid that CUDA does not take");
+  }
+  const std::string& signature = bundle.signatures[launch.kernel];
+  check(signature.size() <= records.arguments_left, "a launch without its arguments");
+  records.arguments_left -= signature.size();
+  for (const char letter : signature) launch.arguments.push_back(read_argument(records.arguments, letter, spaces));
+  return launch;
+}
+
+Spaces spaces_of(const Bundle& bundle, const Batch& batch) {
+  uint64_t input = uint64_t(4) * batch.size;
+  for (const uint32_t side : bundle.image) {
+    check(input <= LARGEST_BUFFER / side, "images that are too large");
+    input *= side;
+  }
+  return {batch.workspace, bundle.constants.size, input, uint64_t(4) * batch.size * bundle.classes};
+}
+
+Batch read_batch(Records& records, const Bundle& bundle) {
+  Batch batch{records.batches.u32(), 0, {}};
+  const uint32_t count = records.batches.u32();
+  batch.workspace = records.batches.u64();
+  const bool ascends = batch.size >= 1 && (bundle.batches.empty() || batch.size > bundle.batches.back().size);
+  check(ascends && batch.size <= LARGEST_BATCH, "batch sizes that cannot be");
+  check(batch.workspace <= LARGEST_BUFFER, "a workspace that is too large");
+  check(1 <= count && count <= records.launches_left, "a batch has other launches than there are");
+  records.launches_left -= count;
+  const Spaces spaces = spaces_of(bundle, batch);
+  for (uint32_t i = 0; i < count; ++i) batch.launches.push_back(read_launch(records, bundle, spaces));
+  return batch;
 }
 
 void read_plan(Bundle& bundle, Bytes plan) {
@@ -134,43 +180,19 @@ void read_plan(Bundle& bundle, Bytes plan) {
   const size_t whole = PLAN + SIGNATURE * kernels + BATCH * batches + LAUNCH * launches + ARGUMENT * size_t(arguments);
   check(plan.size == whole, "its plan is not of the size that it says");
   for (uint32_t i = 0; i < kernels; ++i) bundle.signatures.push_back(text(head.take(SIGNATURE), "pif"));
-  Cursor batch_records(head.take(BATCH * batches)), launch_records(head.take(LAUNCH * launches));
-  uint64_t launches_left = launches, arguments_left = arguments;
-  for (uint32_t i = 0; i < batches; ++i) {
-    Batch batch{batch_records.u32(), 0, {}};
-    const uint32_t count = batch_records.u32();
-    batch.workspace = batch_records.u64();
-    const bool ascends = batch.size >= 1 && (i == 0 || batch.size > bundle.batches.back().size);
-    check(ascends && batch.size <= LARGEST_BATCH, "batch sizes that cannot be");
-    check(batch.workspace <= LARGEST_BUFFER, "a workspace that is too large");
-    check(1 <= count && count <= launches_left, "a batch has other launches than there are");
-    launches_left -= count;
-    const unsigned __int128 input = (unsigned __int128)4 * batch.size * bundle.image[0] * bundle.image[1] * bundle.image[2];
-    check(input <= LARGEST_BUFFER, "images that are too large");
-    const uint64_t output = uint64_t(4) * batch.size * bundle.classes;
-    const uint64_t spaces[4] = {batch.workspace, bundle.constants.size, uint64_t(input), output};
-    for (uint32_t j = 0; j < count; ++j) {
-      Launch launch{launch_records.u32(), {}, {}};
-      check(launch.kernel < kernels, "a launch of a kernel that it lacks");
-      for (size_t side = 0; side < 3; ++side) {
-        launch.grid[side] = launch_records.u32();
-        const bool fits = 1 <= launch.grid[side] && launch.grid[side] <= LARGEST_GRID[side];
-        check(fits, "a grid that CUDA does not take");
-      }
-      const std::string& signature = bundle.signatures[launch.kernel];
-      check(signature.size() <= arguments_left, "a launch without its arguments");
-      arguments_left -= signature.size();
-      for (const char letter : signature) launch.arguments.push_back(argument(head, letter, spaces));
-      batch.launches.push_back(std::move(launch));
-    }
-    bundle.batches.push_back(std::move(batch));
-  }
-  check(launches_left == 0 && arguments_left == 0, "launches that no batch has");
+  const Cursor batch_records(head.take(BATCH * batches)), launch_records(head.take(LAUNCH * launches));
+  Records records{batch_records, launch_records, head, launches, arguments};
+  for (uint32_t i = 0; i < batches; ++i) bundle.batches.push_back(read_batch(records, bundle));
+  check(records.launches_left == 0 && records.arguments_left == 0, "launches that no batch has");
 }
 
 // Whether it begins as an ELF file of 64 bits does, whose table of sections lies inside of it.
 bool is_elf(Bytes code) {
-  if (code.size < 64 || std::memcmp(code.data, "\x7f" "ELF\2\1", 6) != 0) return false;
+  if (code.size < 64 || std::memcmp(code.data,
+                                    "\x7f"
+                                    "ELF\2\1",
+                                    6) != 0)
+    return false;
   const uint64_t table = Cursor({code.data + 40, 8}).u64();
   const uint64_t entries = Cursor({code.data + 58, 4}).u32();
   const uint64_t size = (entries & 0xffff) * (entries >> 16);
@@ -184,8 +206,9 @@ Bundle read_bundle(Bytes file) {
   Bundle bundle{};
   for (size_t i = 0; i < sections.size(); ++i) {
     const Section& section = sections[i];
-    const bool in_order = section.kind == (i < 3 ? uint32_t(i) + MANIFEST_SECTION : uint32_t(CODE_SECTION)) &&
-                          (i < 3 ? section.architecture == 0 : i == 3 || section.architecture > sections[i - 1].architecture);
+    const bool in_order =
+        section.kind == (i < 3 ? uint32_t(i) + MANIFEST_SECTION : uint32_t(CODE_SECTION)) &&
+        (i < 3 ? section.architecture == 0 : i == 3 || section.architecture > sections[i - 1].architecture);
     check(in_order, "sections that do not belong together");
     if (i < 3) check_digest(section.content, section.digest);
     if (i >= 3) bundle.code.push_back({section.architecture, section.content, section.digest});

@@ -1,5 +1,5 @@
-// A bundle's file, read with every offset, size and count checked. docs/bundle.md describes it; qat/bundle/reader.py has
-// the same checks. The manifest, which is for people and for Python, is not read here.
+// A bundle's file, read with every offset, size and count checked. docs/bundle.md describes it; qat/bundle/reader.py
+// has the same checks. The manifest, which is for people and for Python, is not read here.
 #pragma once
 #include <array>
 #include <cstdint>

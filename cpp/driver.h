@@ -1,5 +1,5 @@
-// The functions of NVIDIA's driver, from libcuda.so.1: loaded when they are first needed, so that the library can be built,
-// and reads bundles, where there is no driver.
+// The functions of NVIDIA's driver, from libcuda.so.1: loaded when they are first needed, so that the library can be
+// built, and reads bundles, where there is no driver.
 #pragma once
 #include <cuda.h>
 
@@ -9,11 +9,12 @@
 
 namespace qswin {
 
-#define QSWIN_DRIVER_FUNCTIONS(X)                                                                                      \
-  X(cuInit) X(cuGetErrorString) X(cuDriverGetVersion) X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetAttribute)       \
-  X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease) X(cuCtxPushCurrent) X(cuCtxPopCurrent) X(cuModuleLoadData)  \
-  X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) X(cuLaunchKernel) X(cuMemAlloc) X(cuMemFree)          \
-  X(cuMemcpyHtoD) X(cuMemcpyDtoH) X(cuStreamSynchronize)
+#define QSWIN_DRIVER_FUNCTIONS(X)                                                                              \
+  X(cuInit)                                                                                                    \
+  X(cuGetErrorString) X(cuDriverGetVersion) X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetAttribute)         \
+      X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease) X(cuCtxPushCurrent) X(cuCtxPopCurrent)          \
+          X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) X(cuLaunchKernel) \
+              X(cuMemAlloc) X(cuMemFree) X(cuMemcpyHtoD) X(cuMemcpyDtoH) X(cuStreamSynchronize)
 
 struct Driver {
 #define QSWIN_MEMBER(name) decltype(&::name) name##_;

@@ -1,8 +1,9 @@
 /* Runs bundles (.qsb) of qswin on an NVIDIA GPU: no torch, no TensorRT, no CUDA runtime; of the driver, libcuda.so.1.
 
    A function that can fail returns a status, and leaves one line of text, for the calling thread, in qswin_error().
-   Nothing here starts a capture, waits for a stream or allocates memory while work is enqueued: an enqueue may be captured
-   as part of a CUDA graph. Handles may be used from any thread; see qswin_enqueue for what may run at the same time. */
+   Nothing here starts a capture, waits for a stream or allocates memory while work is enqueued: an enqueue may be
+   captured as part of a CUDA graph. Handles may be used from any thread; see qswin_enqueue for what may run at the same
+   time. */
 #ifndef QSWIN_H
 #define QSWIN_H
 
@@ -54,7 +55,8 @@ QSWIN_API qswin_status qswin_create_context(qswin_bundle* bundle, uint32_t batch
 /* Puts an inference on a stream, a CUstream or cudaStream_t of the device's primary context.
 
    input: batch x channels x height x width float32, output: batch x classes float32, both on the device, at addresses
-   that are multiples of 16. A context is for one inference at a time; contexts of a bundle may run on several streams. */
+   that are multiples of 16. A context is for one inference at a time; contexts of a bundle may run on several streams.
+ */
 QSWIN_API qswin_status qswin_enqueue(const qswin_context* context, void* stream, const void* input, void* output);
 
 /* Free what the handle holds; NULL is ignored. What was enqueued must have ended. Contexts may outlive their bundle. */

@@ -22,18 +22,23 @@ void run(const char* path, uint32_t batch) {
   check(qswin_create_context(opened, batch, &created));
   const std::unique_ptr<qswin_context, decltype(&qswin_destroy_context)> context(created, qswin_destroy_context);
 
-  std::vector<float> images(size_t(batch) * info.channels * info.height * info.width), logits(size_t(batch) * info.classes);
+  std::vector<float> images(size_t(batch) * info.channels * info.height * info.width),
+      logits(size_t(batch) * info.classes);
   if (std::fread(images.data(), sizeof(float), images.size(), stdin) != images.size()) {
-    throw qswin::Error(QSWIN_BAD_ARGUMENT, "standard input has fewer than " + std::to_string(images.size()) + " float32");
+    throw qswin::Error(QSWIN_BAD_ARGUMENT,
+                       "standard input has fewer than " + std::to_string(images.size()) + " float32");
   }
   const qswin::Driver& driver = qswin::driver();
   const qswin::Device device(0);
   const qswin::Current current(device.context());
   const qswin::Memory input(images.size() * sizeof(float), "images"), output(logits.size() * sizeof(float), "logits");
-  qswin::check_cuda(driver.cuMemcpyHtoD_(input.address(), images.data(), images.size() * sizeof(float)), "copying images");
-  check(qswin_enqueue(created, nullptr, reinterpret_cast<void*>(input.address()), reinterpret_cast<void*>(output.address())));
+  qswin::check_cuda(driver.cuMemcpyHtoD_(input.address(), images.data(), images.size() * sizeof(float)),
+                    "copying images");
+  check(qswin_enqueue(created, nullptr, reinterpret_cast<void*>(input.address()),
+                      reinterpret_cast<void*>(output.address())));
   qswin::check_cuda(driver.cuStreamSynchronize_(nullptr), "running the bundle");
-  qswin::check_cuda(driver.cuMemcpyDtoH_(logits.data(), output.address(), logits.size() * sizeof(float)), "copying logits");
+  qswin::check_cuda(driver.cuMemcpyDtoH_(logits.data(), output.address(), logits.size() * sizeof(float)),
+                    "copying logits");
   if (std::fwrite(logits.data(), sizeof(float), logits.size(), stdout) != logits.size() || std::fflush(stdout)) {
     throw qswin::Error(QSWIN_BAD_ARGUMENT, "the logits cannot be written to standard output");
   }

@@ -22,8 +22,8 @@ class Kernel {
   Kernel& operator=(const Kernel&) = delete;
 
   void launch(const std::array<uint32_t, 3>& grid, CUstream stream, void** parameters) const {
-    const CUresult result = driver().cuLaunchKernel_(function_, grid[0], grid[1], grid[2], threads_, 1, 1, shared_, stream,
-                                                     parameters, nullptr);
+    const CUresult result = driver().cuLaunchKernel_(function_, grid[0], grid[1], grid[2], threads_, 1, 1, shared_,
+                                                     stream, parameters, nullptr);
     if (result != CUDA_SUCCESS) check_cuda(result, "launching " + name_);
   }
 
@@ -34,7 +34,8 @@ class Kernel {
   std::string name_;
 };
 
-Kernel::Kernel(const Cubin& cubin, int most_shared) : shared_(cubin.shared), threads_(cubin.threads), name_(cubin.function) {
+Kernel::Kernel(const Cubin& cubin, int most_shared)
+    : shared_(cubin.shared), threads_(cubin.threads), name_(cubin.function) {
   if (shared_ > uint32_t(most_shared)) {
     throw Error(QSWIN_UNSUPPORTED, name_ + " needs more shared memory than this GPU has");
   }
@@ -48,7 +49,8 @@ Kernel::Kernel(const Cubin& cubin, int most_shared) : shared_(cubin.shared), thr
   try {
     check_cuda(driver().cuModuleGetFunction_(&function_, module_, name_.c_str()), "finding " + name_);
     const CUfunction_attribute largest = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    check_cuda(driver().cuFuncSetAttribute_(function_, largest, int(shared_)), "giving " + name_ + " its shared memory");
+    check_cuda(driver().cuFuncSetAttribute_(function_, largest, int(shared_)),
+               "giving " + name_ + " its shared memory");
   } catch (...) {
     driver().cuModuleUnload_(module_);
     throw;
@@ -189,7 +191,8 @@ struct qswin_bundle {
 };
 
 struct qswin_context {
-  qswin_context(std::shared_ptr<const Loaded> bundle, uint32_t size) : loaded(std::move(bundle)), batch(loaded->batch(size)) {
+  qswin_context(std::shared_ptr<const Loaded> bundle, uint32_t size)
+      : loaded(std::move(bundle)), batch(loaded->batch(size)) {
     const Current current(loaded->device->context());
     workspace = std::make_unique<Memory>(batch.workspace, "the workspace");
   }
@@ -238,7 +241,12 @@ qswin_status qswin_get_info(const qswin_bundle* bundle, qswin_info* info) {
     require(bundle && info, "the bundle, or where the information is to go, is NULL");
     const Loaded& loaded = *bundle->loaded;
     const auto& [channels, height, width] = loaded.plan.image;
-    *info = {channels, height, width, loaded.plan.classes, loaded.architecture, uint32_t(loaded.batch_sizes.size()),
+    *info = {channels,
+             height,
+             width,
+             loaded.plan.classes,
+             loaded.architecture,
+             uint32_t(loaded.batch_sizes.size()),
              loaded.batch_sizes.data()};
   });
 }

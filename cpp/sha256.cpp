@@ -66,7 +66,8 @@ __attribute__((target("sha,sse4.1,ssse3"))) void add_in_hardware(uint32_t* state
         now = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data) + i), swap);
       } else {
         const __m128i seven_back = _mm_alignr_epi8(w[(i + 3) % 4], w[(i + 2) % 4], 4);
-        now = _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(now, w[(i + 1) % 4]), seven_back), w[(i + 3) % 4]);
+        now =
+            _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(now, w[(i + 1) % 4]), seven_back), w[(i + 3) % 4]);
       }
       const __m128i sum = _mm_add_epi32(now, _mm_loadu_si128(reinterpret_cast<const __m128i*>(K + 4 * i)));
       cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);

@@ -1,6 +1,8 @@
-// A libcuda.so.1 that runs nothing, for tests of the runner where there is no GPU. It writes what it is asked to a file.
+// A libcuda.so.1 that runs nothing, for tests of the runner where there is no GPU. It writes what it is asked to a
+// file.
 //
-// A "cubin" of the tests has its kernel's signature (p, i, f) after the 64 bytes of an ELF header. The environment says:
+// A "cubin" of the tests has its kernel's signature (p, i, f) after the 64 bytes of an ELF header. The environment
+// says:
 //   FAKE_CUDA_LOG         the file
 //   FAKE_CUDA_CAPABILITY  of the GPU, "90"
 //   FAKE_CUDA_FAIL        the call that fails, by its number among those that allocate or load

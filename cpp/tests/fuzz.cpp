@@ -67,7 +67,8 @@ int main(int count, char** arguments) {
   std::ifstream file(arguments[1], std::ios::binary);
   const std::vector<uint8_t> good{std::istreambuf_iterator<char>(file), {}};
   if (good.empty() || check(good) != QSWIN_OK) return std::fprintf(stderr, "%s: %s\n", arguments[1], qswin_error()), 2;
-  const size_t plan = size_t(number(good, HEADER + SECTION + 8, 8)), length = size_t(number(good, HEADER + SECTION + 16, 8));
+  const size_t plan = size_t(number(good, HEADER + SECTION + 8, 8)),
+               length = size_t(number(good, HEADER + SECTION + 16, 8));
   std::mt19937 random(0);
   const auto below = [&](size_t bound) { return size_t(random() % bound); };
   const uint8_t values[] = {0, 1, 4, 16, 0x7f, 0x80, 0xff};

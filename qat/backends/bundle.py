@@ -45,13 +45,13 @@ class BundleOptions:
     Attributes:
         precision: int8 or fp8, of which the checkpoint must be; best stands for the checkpoint's.
         batch_sizes: that it is for; each has launches of its own.
-        arch: architectures that it holds code for.
+        arch: architectures that it holds code for; None stands for those of 80, 86, 89 and 90 that have the precision.
     """
 
     target: str = TARGET
     precision: str = "best"
     batch_sizes: tuple[int, ...] = (1, 64)
-    arch: tuple[int, ...] = (80, 86, 89, 90)
+    arch: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -23,6 +23,7 @@ from qswin.qat.checkpoint import open_checkpoint
 from qswin.qat.lowering.lower import lower
 from qswin.qat.quant.quantizers import own_precision
 
+USUAL = (80, 86, 89, 90)
 OLDEST = {"int8": 80, "fp8": 89}  # architectures with the kernels' instructions
 
 
@@ -50,12 +51,13 @@ def compile_all(functions: Sequence[Any], kernels: Sequence[Kernel], arch: int) 
 
 
 def build_bundle(
-    path: Path, precision: str, architectures: Sequence[int], batch_sizes: Sequence[int]
+    path: Path, precision: str, architectures: Sequence[int] | None, batch_sizes: Sequence[int]
 ) -> tuple[bytes, dict[str, Any]]:
     """Builds a bundle from a checkpoint that was calibrated with recipe `attention` or `attention-fp8`.
 
     Args:
         precision: int8, fp8 or best, which stands for the checkpoint's.
+        architectures: that it holds code for; None stands for those of `USUAL` that have the precision.
 
     Returns:
         The bundle's bytes, and what its sidecar says of it.
@@ -69,6 +71,8 @@ def build_bundle(
     own = own_precision(model)
     if precision not in (own, "best"):
         raise ValueError(f"{path}: quantized to {own}, not {precision}; leave --precision out")
+    if architectures is None:
+        architectures = [arch for arch in USUAL if arch >= OLDEST[own]]
     if old := [arch for arch in architectures if arch < OLDEST[own]]:
         raise ValueError(f"--arch {old[0]}: {own} needs {OLDEST[own]} or newer")
     start, size = time.perf_counter(), description.preprocessing.size

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="smallest, usual and largest batch, or one number; default: 1,8,64."
         " Of a bundle, every batch that it is for; default: 1,64",
     )
-    parser.add_argument("--arch", help="architectures that a bundle is for; default: 80,86,89,90")
+    parser.add_argument("--arch", help="architectures that a bundle is for; default: 80,86,89,90; of FP8 89,90")
     parser.add_argument("--capability", help="compute capability that TensorRT-RTX builds for; default: 8.9")
     parser.add_argument("--calib-cache", type=Path, help="implicit INT8 from this cache (qswin calib-cache)")
     parser.add_argument(

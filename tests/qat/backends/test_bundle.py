@@ -121,10 +121,10 @@ def test_arch_is_of_bundles_only(capsys):
 def test_fp8_needs_an_architecture_that_has_it(images, tmp_path, without_compiler, capsys):
     checkpoint = save(tmp_path / "fp8.safetensors", images, "attention-fp8")
     given = ("--target", "bundle", "--checkpoint", checkpoint, "--engine", tmp_path / "x.qsb")
-    assert "--arch 80: fp8 needs 89 or newer" in fails(capsys, "build", *given)
+    assert "--arch 80: fp8 needs 89 or newer" in fails(capsys, "build", *given, "--arch", "80,90")
     assert "quantized to fp8, not int8" in fails(capsys, "build", *given, "--precision", "int8", "--arch", "90")
-    build_file(checkpoint, tmp_path / "x.qsb", "--arch", "89,90")
-    assert open_predictor(tmp_path / "x.qsb", CPU).precision == "fp8"
+    predictor = open_predictor(build_file(checkpoint, tmp_path / "x.qsb"), CPU)
+    assert predictor.precision == "fp8" and list(predictor.bundle.code) == [89, 90]
 
 
 def test_a_sites_recipe_that_the_kernels_lack_is_refused(images, tmp_path, capsys):
