@@ -15,12 +15,13 @@ from qswin.calib.data.images import Preprocessing
 from qswin.calib.reading import read_regular
 from qswin.calib.validation import Name, Task, shown, take
 from qswin.qat.backends.findings import Finding
-from qswin.qat.backends.registry import Backend, OpenOptions
+from qswin.qat.backends.registry import Backend, Listing, OpenOptions
 from qswin.qat.bundle import runner
-from qswin.qat.bundle.contents import ARCHITECTURES
+from qswin.qat.bundle.contents import ARCHITECTURES, Bundle, TensorAt
 from qswin.qat.bundle.reader import read_bundle
 from qswin.qat.bundle.runner import Context, Runner
 from qswin.trt.engines.cuda import Stopwatch, captured, find_gpu
+from qswin.trt.engines.layers import Layer, layer_table
 from qswin.trt.evaluation.timing import CUDA_GRAPH, Subject, Timer, TimingOptions, parse_batch_sizes, wall_clock
 
 SUFFIX = ".qsb"
@@ -209,6 +210,22 @@ class RunningSubject(BundleSubject):
                 yield CUDA_GRAPH, lambda: watch.time(launch)
 
 
+def launches(bundle: Bundle) -> list[Layer]:
+    """The launches of a bundle's largest batch: their kernels and grids, their operators, and the types of tensors."""
+    layers = []
+    for launch, call in zip(bundle.batches[-1].launches, bundle.manifest.calls[-1], strict=True):
+        name = f"{bundle.manifest.kernels[launch.kernel].function} {'x'.join(map(str, launch.grid))}"
+        inputs = (tensor_type(a) for a in call.arguments if isinstance(a, TensorAt))
+        operator = call.operator.removeprefix("qswin::")
+        layers.append(Layer(name, operator, (), tuple(inputs), (tensor_type(call.result),)))
+    return layers
+
+
+def tensor_type(tensor: TensorAt) -> str:
+    """int8, fp16, ...: as layers of engines name it."""
+    return {"float16": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8"}.get(tensor.dtype, tensor.dtype)
+
+
 class BundleBackend(Backend):
     name = TARGET
     suffixes = (SUFFIX,)
@@ -223,6 +240,13 @@ class BundleBackend(Backend):
 
     def subjects(self, path: Path, opening: OpenOptions, timing: TimingOptions) -> Iterator[Subject]:
         yield InterpretedSubject(path) if opening.device == "cpu" else RunningSubject(path)
+
+    def listing(self, path: Path, time: bool) -> Listing:
+        """The launches of the largest batch."""
+        if time:
+            raise ValueError(f"{path}: --time is for engines; qswin bench times a bundle")
+        layers = launches(read_bundle(read_regular(path, LARGEST_FILE), str(path)))
+        return Listing("layers", [dataclasses.asdict(layer) for layer in layers], layer_table(layers))
 
     def parse_batch_sizes(self, text: str) -> tuple[int, ...]:
         return tuple(sorted(set(parse_batch_sizes(text))))

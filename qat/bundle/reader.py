@@ -103,19 +103,25 @@ class _Reader:
         in_range = all(1 <= value <= most for value, most in (*counts, *sizes)) and arguments <= MOST_ARGUMENTS
         self.check(in_range, "its plan asks for more than a bundle may")
         records = ((SIGNATURE, kernels), (BATCH, batches), (LAUNCH, launches), (ARGUMENT, arguments))
-        whole = PLAN.size + sum(record.size * count for record, count in records)
-        self.check(len(data) == whole, "its plan is not of the size that it says")
-        tables, start = [], PLAN.size
-        for record, count in records:
-            end = start + record.size * count
-            tables.append(record.iter_unpack(data[start:end]))
-            start = end
+        tables = self.tables(data[PLAN.size :], records)
         signatures = tuple(self.text(each, "pif") for (each,) in tables[0])
         self.check(all(signatures), "a kernel without arguments")
-        placed = [Batch(size, workspace, tuple(self.launches(count, signatures, *tables[2:])))
-                  for size, count, workspace in tables[1]]  # fmt: skip
+        placed = [
+            Batch(size, workspace, tuple(self.launches(count, signatures, tables[2], tables[3])))
+            for size, count, workspace in tables[1]
+        ]
         self.check(next(tables[2], None) is None and next(tables[3], None) is None, "launches that no batch has")
         return (image[0], image[1], image[2]), classes, signatures, placed
+
+    def tables(self, data: memoryview, records: tuple[tuple[struct.Struct, int], ...]) -> list[Iterator[Any]]:
+        """The records of each table, of which there are (kind of record, how many), one table after the other."""
+        whole = sum(record.size * count for record, count in records)
+        self.check(len(data) == whole, "its plan is not of the size that it says")
+        tables = []
+        for record, count in records:
+            tables.append(record.iter_unpack(data[: record.size * count]))
+            data = data[record.size * count :]
+        return tables
 
     def launches(
         self, count: int, signatures: tuple[str, ...], launches: Iterator[Any], arguments: Iterator[Any]
@@ -157,6 +163,7 @@ class _Reader:
     def code(self, data: memoryview, kernels: int) -> tuple[Cubin, ...]:
         self.check(len(data) >= CUBIN.size * kernels, "its code is cut off")
         records = list(CUBIN.iter_unpack(data[: CUBIN.size * kernels]))
+        self.check(sum(size for _, size in {record[:2] for record in records}) <= len(data), "cubins in each other")
         return tuple(self.cubin(data, CUBIN.size * kernels, *record) for record in records)
 
     def cubin(

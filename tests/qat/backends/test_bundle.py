@@ -96,6 +96,18 @@ def test_commands_take_it_as_any_model(checkpoint, tmp_path, without_compiler, c
     assert [row["batch"] for row in json.loads(timed.read_text())["rows"]] == [1, 4]
 
 
+def test_its_launches_are_listed(checkpoint, tmp_path, without_compiler, capsys):
+    path = build_file(checkpoint, tmp_path / "x.qsb", "--batch-sizes", "1,4")
+    capsys.readouterr()
+    assert invoke("inspect", "--model", path, "--json", tmp_path / "l.json") == 0
+    layers = json.loads((tmp_path / "l.json").read_text())["layers"]
+    assert "34 layers" in capsys.readouterr().out and len(layers) == 34
+    assert layers[0]["kind"] == "patch_embed" and layers[0]["name"] == "_patch_embed_kernel 16x1x1"
+    assert layers[0]["inputs"][0] == "fp32" and layers[0]["outputs"] == ["fp16"]
+    assert layers[-1]["kind"] == "linear_float" and layers[-1]["inputs"][0] == "int8"
+    assert "--time is for engines; qswin bench times a bundle" in fails(capsys, "inspect", "--model", path, "--time")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -238,3 +238,13 @@ def test_code_that_is_no_cubin_is_refused(made):
     for changed in ({"code": b"\x7fELF\x01" + bytes(90)}, {"function": ""}, {"threads": 33}, {"shared": 1 << 20}):
         cubins = (made.bundle.code[80][0]._replace(**changed), *made.bundle.code[80][1:])
         refused(write_bundle(made.bundle._replace(code={80: cubins})))
+
+
+def test_cubins_that_overlap_are_refused(data):
+    """A small file could ask for a large part of itself thousands of times."""
+    *others, (kind, arch, content) = sections_of(data)
+    records = b"".join(
+        file_format.CUBIN.pack(1024 * 3, len(content) - 1024 * 3 - index, *record[2:])
+        for index, record in enumerate(file_format.CUBIN.iter_unpack(content[: 128 * 23]))
+    )
+    assert "cubins in each other" in refused(pack_sections([*others, (kind, arch, records + content[len(records) :])]))
