@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,13 @@ def cuda_include() -> Path:
     return include
 
 
-def compile_runner(folder: Path, include: Path, *options: str) -> Path:
-    """The folder of libqswin.so, qswin_run, qswin_fuzz and fake/libcuda.so.1."""
+def compile_runner(folder: Path, include: Path, targets: Sequence[str], *options: str) -> Path:
+    """The folder in which targets of cpp/CMakeLists.txt are built."""
     if shutil.which("cmake") is None or shutil.which("g++") is None:
         pytest.skip("there is no cmake, or no g++")
     configure = ["cmake", "-S", str(CPP), "-B", str(folder), f"-DQSWIN_CUDA_INCLUDE={include}", *options]
     subprocess.run([*configure, "-DCMAKE_CXX_COMPILER=g++"], check=True, capture_output=True)
-    build = ["cmake", "--build", str(folder), "--parallel", "2", "--target", "all", "fake_cuda"]
+    build = ["cmake", "--build", str(folder), "--parallel", "2", "--target", *targets]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stdout + done.stderr
     return folder
@@ -44,7 +45,8 @@ def compile_runner(folder: Path, include: Path, *options: str) -> Path:
 def sanitized(tmp_path_factory, cuda_include) -> Path:
     """Compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""
     options = ("-DQSWIN_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -Werror")
-    return compile_runner(tmp_path_factory.mktemp("sanitized"), cuda_include, *options)
+    targets = ("qswin_run", "qswin_fuzz", "fake_cuda")
+    return compile_runner(tmp_path_factory.mktemp("sanitized"), cuda_include, targets, *options)
 
 
 @pytest.fixture(scope="session")
@@ -73,5 +75,6 @@ def plain_log(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory, cuda_include, plain_log) -> dict[str, str]:
     """An environment with the library as it is shipped, for Python, and the fake driver."""
-    folder = compile_runner(tmp_path_factory.mktemp("plain"), cuda_include, "-DCMAKE_CXX_FLAGS=-O1")
+    targets = ("qswin", "fake_cuda")
+    folder = compile_runner(tmp_path_factory.mktemp("plain"), cuda_include, targets, "-DCMAKE_BUILD_TYPE=None")
     return with_fake_driver(folder, plain_log) | {"QSWIN_LIBRARY": str(folder / "libqswin.so")}

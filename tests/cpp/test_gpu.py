@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_a_bundle_computes_what_the_lowered_model_does(cuda_include, images, tmp_path, monkeypatch):
-    folder = compile_runner(tmp_path / "cpp", cuda_include)
+    folder = compile_runner(tmp_path / "cpp", cuda_include, ("qswin", "qswin_run"))
     monkeypatch.setenv(runner.VARIABLE, str(folder / "libqswin.so"))
     runner.library.cache_clear()
     checkpoint, path = save(tmp_path / "x.safetensors", images, "attention", **HEADS_OF_32), tmp_path / "x.qsb"

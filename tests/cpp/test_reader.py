@@ -34,7 +34,7 @@ def takes(read, data):
     return True
 
 assert takes(read_bundle, data) and takes(runner.check, data)
-for _ in range(400):
+for _ in range(200):
     index = random.choice([1, 1, 1, 3])
     kind, arch, content = sections[index]
     changed = bytearray(content)
@@ -44,7 +44,7 @@ for _ in range(400):
     ours, theirs = takes(read_bundle, file), takes(runner.check, file)
     assert theirs >= ours, (index, at)  # Python reads the manifest too, which says what the launches are
     counts[theirs] += 1
-print(counts[True] > 30, counts[False] > 30)
+print(counts[True] > 15, counts[False] > 15)
 """
 
 
