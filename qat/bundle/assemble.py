@@ -1,6 +1,7 @@
 """From traces to a bundle without its code: places of all tensors, the kernels that are needed, and their launches."""
 
 import inspect
+import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -66,6 +67,11 @@ def specialize(launch: kernels_launch.Launch) -> Specialized:
         else:
             types[name] = "i32" + (DIVISIBLE if value % 16 == 0 else "")
     return Specialized(Kernel(launch.kernel.fn.__name__, types, constants, launch.options), arguments)
+
+
+def stored(value: int | float) -> int | float:
+    """A number as a bundle stores it: a float is a float32."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0]) if isinstance(value, float) else value
 
 
 class _Constants:
@@ -139,7 +145,7 @@ class _Places:
         return tensor_at(tensor, *self._places[storage_of(tensor)])
 
     def argument(self, value: Any) -> Argument:
-        return buffer_of(self.tensor(value)) if isinstance(value, Tensor) else value
+        return buffer_of(self.tensor(value)) if isinstance(value, Tensor) else stored(value)
 
 
 def _places(traced: Trace, constants: _Constants) -> tuple[_Places, int]:

@@ -3,14 +3,13 @@
 It shows that places, lifetimes and the order of launches are right. Cubins are not run.
 """
 
-import struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qswin.qat.bundle.assemble import SCRATCH, specialize
-from qswin.qat.bundle.contents import Argument, Batch, Bundle, Call, Launch, TensorAt, buffer_of, space_sizes
+from qswin.qat.bundle.assemble import SCRATCH, specialize, stored
+from qswin.qat.bundle.contents import Batch, Bundle, Call, Launch, TensorAt, buffer_of, space_sizes
 from qswin.qat.kernels import (  # noqa: F401  # they register their operators and plans
     attention,
     layer_norm,
@@ -67,7 +66,7 @@ def _run(bundle: Bundle, memory: _Memory, launch: Launch, call: Call) -> None:
         id(a): buffer_of(at) for a, at in zip(arguments, call.arguments, strict=True) if isinstance(at, TensorAt)
     }
     buffers[id(plan.out)] = buffer_of(call.result)
-    planned = [buffers[id(v)] if isinstance(v, Tensor) else _stored(v) for v in values]
+    planned = [buffers[id(v)] if isinstance(v, Tensor) else stored(v) for v in values]
     if (kernel, (*planned, *SCRATCH)) != (bundle.manifest.kernels[launch.kernel], launch.arguments):
         raise ValueError(f"{call.operator}: its launch is not the one that this qswin plans; build the bundle again")
     if (*plan.grid, 1, 1)[:3] != launch.grid:
@@ -81,8 +80,3 @@ def _argument(memory: _Memory, argument: Any) -> Any:
     if isinstance(argument, TensorAt):
         return memory.tensor(argument)
     return getattr(torch, argument) if isinstance(argument, str) else argument
-
-
-def _stored(value: int | float) -> Argument:
-    """A number as a bundle stores it: a float is a float32."""
-    return float(struct.unpack("<f", struct.pack("<f", value))[0]) if isinstance(value, float) else value

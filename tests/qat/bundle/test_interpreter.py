@@ -94,7 +94,8 @@ def test_launches_that_are_not_the_operators_are_refused(made, what):
         values[index] = values[index]._replace(size=16) if what == "buffer" else 77
         launch = launch._replace(arguments=tuple(values))
     changed = batch._replace(launches=(launch, *batch.launches[1:]))
-    with pytest.raises(ValueError, match="is not the one that this qswin plans"):
+    named = "grid" if what == "grid" else "launch"
+    with pytest.raises(ValueError, match=f"^qswin::patch_embed: its {named} is not the one that this qswin plans"):
         interpret(made.bundle._replace(batches=(changed, made.bundle.batches[1])), made.images[:1])
 
 

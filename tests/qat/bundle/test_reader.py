@@ -31,13 +31,7 @@ def sections_of(data):
 
 def test_what_is_written_is_read(made, data):
     read = read_bundle(data)
-    assert read.manifest == made.bundle.manifest and read.code == made.bundle.code
-    assert read._replace(batches=()) == made.bundle._replace(batches=())
-    floats = struct.Struct("<f")
-    for ours, theirs in zip(read.batches, made.bundle.batches, strict=True):
-        for one, other in zip(ours.launches, theirs.launches, strict=True):
-            narrowed = [floats.unpack(floats.pack(a))[0] if isinstance(a, float) else a for a in other.arguments]
-            assert one == other._replace(arguments=tuple(narrowed))
+    assert read == made.bundle
     assert write_bundle(read) == data
 
 
