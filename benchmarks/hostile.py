@@ -111,7 +111,7 @@ def complaint(case: Case, found: Found, world: World) -> str:
     if "Traceback" in found.log:
         return "a traceback"
     if case.code and len(found.errors) != (not case.closed):
-        return f"{len(found.errors)} lines"
+        return f"{len(found.errors)} lines: {' // '.join(found.errors)[:500]}"
     if case.words and not re.search(case.words, found.log):
         return f"not a word of {case.words!r}"
     if any(not (character.isprintable() or character in "\n\t\r") for character in found.log):

@@ -64,6 +64,7 @@ def check(lowered: nn.Module, size: tuple[int, int]) -> dict[str, float]:
 def reference(lowered: nn.Module, images: Tensor) -> Tensor:
     """The same model on the CPU, where each operator is its reference; its floats in float32."""
     model = copy.deepcopy(lowered).cpu()
+    model.patch_embed.dtype = torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     return model(images)

@@ -175,7 +175,7 @@ def write_with_sidecar(path: str | Path, data: bytes, kind: str, values: dict[st
     """Writes a file and its sidecar, each atomically; the sidecar, with the checksum of the file, last.
 
     Args:
-        kind: what the file is: "checkpoint", "engine", "package" or "calibration cache".
+        kind: what the file is: "checkpoint", "engine", "package", "bundle" or "calibration cache".
         values: what the sidecar says of it.
 
     Raises:

@@ -43,6 +43,8 @@ MODULES = (
     "qswin.qat.kernels.norm_quantize",
     "qswin.qat.kernels.linear",
     "qswin.qat.kernels.attention",
+    "qswin.qat.bundle.reader",
+    "qswin.qat.bundle.runner",
     "qswin.trt.engines.build",
     "qswin.trt.engines.engine",
     "qswin.trt.engines.precision",

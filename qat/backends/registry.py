@@ -17,6 +17,7 @@ from qswin.calib.files import check_replaceable, check_suffix, make_folder_of, s
 from qswin.models.discovery import offers
 from qswin.qat import backends as package
 from qswin.qat.backends.findings import Finding
+from qswin.trt.engines.options import parse_profile
 from qswin.trt.evaluation.evaluate import Predictor
 from qswin.trt.evaluation.timing import Row, Subject, TimingOptions, time_batches
 
@@ -108,6 +109,10 @@ class Backend(ABC):
         """
         raise ValueError(f"{path}: --layers is for ONNX files and engines")
 
+    def parse_batch_sizes(self, text: str) -> tuple[int, ...]:
+        """What --batch-sizes says to its build. Raises ValueError for anything else than batches."""
+        return parse_profile(text)
+
     def build(self, source: Path, output: Path, options: Any) -> tuple[bytes, dict[str, Any]]:
         """Builds the content of `output` from `source`, and what its sidecar says of it; writes neither.
 
@@ -162,6 +167,11 @@ def build_targets() -> list[str]:
     return [target for backend in backends() for target in backend.targets]
 
 
+def builder(target: str) -> Backend:
+    """The backend that builds for a target."""
+    return next(backend for backend in backends() if target in backend.targets)
+
+
 def build(target: str, output: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Builds a model file and writes it with its sidecar.
 
@@ -175,7 +185,7 @@ def build(target: str, output: Path, given: dict[str, Any]) -> dict[str, Any]:
         FileNotFoundError: a file is missing.
         ValueError: a flag is not for this target or is missing, `output` is of another kind, or it cannot be built.
     """
-    backend = next(backend for backend in backends() if target in backend.targets)
+    backend = builder(target)
     taken = {backend.source, *(field.name for field in dataclasses.fields(backend.build_options))}  # type: ignore[arg-type]
     if foreign := [name for name in given if name not in taken]:
         raise ValueError(f"--{foreign[0].replace('_', '-')} is not for --target {target}")

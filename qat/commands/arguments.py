@@ -80,11 +80,17 @@ def add_timeout_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="of a checkpoint: auto, cpu, cuda, ...; cpu of a bundle: it is interpreted"
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What opens a model file of any kind: qswin.qat.backends.registry.OpenOptions."""
     parser.add_argument("--threads", type=workers, default=0, help="compute threads of ONNX Runtime; 0: all cores")
     add_timeout_argument(parser)
-    parser.add_argument("--device", default="auto", help="of a checkpoint: auto, cpu, cuda, ...")
+    add_device_argument(parser)
     parser.add_argument("--config", help="for bare weights, which have no sidecar: the YAML file that describes them")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting over --config's"

@@ -1,13 +1,16 @@
 """`qswin build`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
 from qswin.calib.files import write_result
-from qswin.qat.backends.registry import build, build_targets
-from qswin.trt.engines.options import PRECISIONS, parse_bytes, parse_profile
+from qswin.qat.backends.bundle import parse_architectures
+from qswin.qat.backends.registry import build, build_targets, builder
+from qswin.trt.engines.options import PRECISIONS, parse_bytes
 from qswin.trt.engines.precision import PRESETS
 
 COMMON = ("target", "engine", "json")  # the flags of every target
@@ -16,13 +19,16 @@ COMMON = ("target", "engine", "json")  # the flags of every target
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Builds a TensorRT engine from an exported ONNX file, without a GPU a TensorRT-RTX one, or, from a calibrated"
-        " checkpoint, a package of the project's own kernels, in INT8 or FP8 (inductor)."
+        " checkpoint, a package of the project's own kernels, in INT8 or FP8 (inductor), or, without a GPU, a bundle of"
+        " them, which runs without torch (bundle)."
     )
     parser.epilog = (
         "example:\n"
         "  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --precision int8 --batch-sizes 64\n"
         "  qswin build --onnx runs/x/int8.onnx --engine runs/x/int8.engine --target tensorrt-rtx --capability 8.9\n"
         "  qswin build --checkpoint runs/x/ptq.safetensors --engine runs/x/int8.pt2 --target inductor --batch-sizes 64"
+        "\n"
+        "  qswin build --checkpoint runs/x/ptq.safetensors --engine runs/x/int8.qsb --target bundle --batch-sizes 1,64"
     )
     parser.add_argument(
         "--target", choices=build_targets(), default="tensorrt", help="what is built, and for which runtime"
@@ -31,11 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="to build from, of --target inductor: calibrated with recipe=attention or attention-fp8",
+        help="to build from, of --target inductor and bundle: calibrated with recipe=attention or attention-fp8",
     )
     parser.add_argument("--engine", required=True, type=Path, help="the file to write; its sidecar goes beside it")
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)}; default: best")
-    parser.add_argument("--batch-sizes", help="smallest, usual and largest batch, or one number; default: 1,8,64")
+    parser.add_argument(
+        "--batch-sizes",
+        help="smallest, usual and largest batch, or one number; default: 1,8,64."
+        " Of a bundle, every batch that it is for; default: 1,64",
+    )
+    parser.add_argument("--arch", help="architectures that a bundle is for; default: 80,86,89,90; of FP8 89,90")
     parser.add_argument("--capability", help="compute capability that TensorRT-RTX builds for; default: 8.9")
     parser.add_argument("--calib-cache", type=Path, help="implicit INT8 from this cache (qswin calib-cache)")
     parser.add_argument(
@@ -53,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items() if name not in COMMON and value is not None}
-    for name, parse in (("batch_sizes", parse_profile), ("workspace", parse_bytes), ("override", tuple)):
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "batch_sizes": builder(args.target).parse_batch_sizes,
+        "workspace": parse_bytes,
+        "override": tuple,
+        "arch": parse_architectures,
+    }
+    for name, parse in parsers.items():
         if name in given:
             given[name] = parse(given[name])
     built = build(args.target, args.engine, given)

@@ -8,7 +8,7 @@ from typing import Any
 from qswin.calib.files import write_result
 from qswin.calib.messages import printable
 from qswin.qat.backends.registry import OpenOptions, backend_of, open_predictor
-from qswin.qat.commands.arguments import above_zero, add_timeout_argument, count
+from qswin.qat.commands.arguments import above_zero, add_device_argument, add_timeout_argument, count
 from qswin.trt.evaluation.compare import (
     first_parting,
     layer_errors,
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n  qswin compare --model runs/x/fp16.engine --reference runs/x/fp32.onnx --data DIR/val --layers"
     )
-    parser.add_argument("--model", required=True, type=Path, help="an engine, an ONNX file, a package or a checkpoint")
+    parser.add_argument(
+        "--model", required=True, type=Path, help="an engine, an ONNX file, a package, a bundle or a checkpoint"
+    )
     parser.add_argument("--reference", required=True, type=Path, help="an ONNX file")
     parser.add_argument("--data", type=Path, help="folder of images; without it, random ones")
     parser.add_argument("--images", type=count, default=16, help="how many, evenly spread over the folder; 0: all")
@@ -35,11 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=above_zero, default=0.1, help="relative error of a tensor that counts as parting"
     )
     add_timeout_argument(parser)
+    add_device_argument(parser)
     parser.add_argument("--json", type=Path, help="write the errors here too; - is standard output")
 
 
 def main(args: argparse.Namespace) -> None:
-    opening = OpenOptions(timeout=args.timeout)
+    opening = OpenOptions(device=args.device, timeout=args.timeout)
     ours, theirs = open_predictor(args.model, opening), OnnxRuntimePredictor(args.reference, timeout=args.timeout)
     images = read_images(args.data, args.images, theirs.task, theirs.preprocessing, args.skip_unreadable)
     size = min(ours.batch_size or 16, theirs.batch_size or 16)

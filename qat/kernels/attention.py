@@ -1,5 +1,7 @@
 """Window attention in INT8 or FP8: matmuls, position bias, mask and softmax of a few windows and a head at once."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -10,10 +12,12 @@ from torch.library import triton_op, wrap_triton
 
 from qswin.calib.grid import UINT8
 from qswin.qat.kernels.arithmetic import to_levels, to_levels_reference
+from qswin.qat.kernels.launch import Launch, plans
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(1e-24)  # of a squared length: F.normalize's 1e-12, squared
 WINDOWS_PER_PROGRAM = 4  # so that a program reads their bias once
+SCALES = ("q_inv_scale", "k_inv_scale", "v_inv_scale", "probs_inv_scale", "av_scale")  # of the kernel, in order
 SMALL_GRID = 2048  # programs, below which each takes one window
 
 
@@ -74,7 +78,7 @@ def _window_attention_kernel(
             tl.store(out_ptr + window_offset + head_offsets, out, mask=token_mask)
 
 
-def _launch(
+def _plan(
     qkv: Tensor,
     bias: Tensor,
     num_tokens: int,
@@ -83,19 +87,45 @@ def _launch(
     dtype: torch.dtype,
     cosine: bool,
     unsigned: bool,
-) -> Tensor:
+) -> Launch:
     num_masks, num_heads, block_tokens, _ = bias.shape
     rows, channels = qkv.shape[0], qkv.shape[1] // 3  # len() would make a constant of a free batch
     out = torch.empty((rows, channels), dtype=dtype, device=qkv.device)
     num_windows = rows // num_tokens
     windows_per_program = 1 if statically_known_true(num_windows * num_heads < SMALL_GRID) else WINDOWS_PER_PROGRAM
+    arguments: dict[str, Any] = {"qkv_ptr": qkv, "bias_ptr": bias, "qk_scale_ptr": qk_scale, "out_ptr": out}
+    arguments |= {"num_windows": num_windows, "num_masks": num_masks, "num_heads": num_heads}
+    arguments |= dict(zip(SCALES, scales, strict=True))
+    arguments |= {"NUM_TOKENS": num_tokens, "CHANNELS": channels, "HEAD_DIM": channels // num_heads}
+    arguments |= {"BLOCK_TOKENS": block_tokens, "WINDOWS_PER_PROGRAM": windows_per_program}
+    arguments |= {"COSINE": cosine, "UNSIGNED": unsigned}
     grid = (num_masks * num_heads, triton.cdiv(num_windows, num_masks * windows_per_program))
-    wrap_triton(_window_attention_kernel)[grid](
-        qkv, bias, qk_scale, out, num_windows, num_masks, num_heads, *scales,
-        NUM_TOKENS=num_tokens, CHANNELS=channels, HEAD_DIM=channels // num_heads, BLOCK_TOKENS=block_tokens,
-        WINDOWS_PER_PROGRAM=windows_per_program, COSINE=cosine, UNSIGNED=unsigned, num_warps=4,
-    )  # fmt: skip
-    return out
+    return Launch(_window_attention_kernel, grid, arguments, {"num_warps": 4}, out)
+
+
+def _run(launch: Launch) -> Tensor:
+    wrap_triton(_window_attention_kernel)[launch.grid](**launch.arguments, **launch.options)
+    return launch.out
+
+
+@plans("qswin::window_attention")
+def _plan_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    num_tokens: int,
+    qk_scale: Tensor,
+    probs_inv_scale: float,
+    av_scale: float,
+    unsigned: bool,
+) -> Launch:
+    scales = (1.0, 1.0, 1.0, probs_inv_scale, av_scale)
+    return _plan(qkv, bias, num_tokens, qk_scale, *scales, dtype=qkv.dtype, cosine=False, unsigned=unsigned)
+
+
+@plans("qswin::cosine_window_attention")
+def _plan_cosine_attention(qkv: Tensor, bias: Tensor, num_tokens: int, qk_scale: Tensor, *rest: Any) -> Launch:
+    *scales, dtype, unsigned = rest
+    return _plan(qkv, bias, num_tokens, qk_scale, *scales, dtype=dtype, cosine=True, unsigned=unsigned)
 
 
 @triton_op("qswin::window_attention", mutates_args={})
@@ -124,8 +154,7 @@ def window_attention(
     Returns:
         (W * N, heads * D) of qkv's dtype.
     """
-    scales = (1.0, 1.0, 1.0, probs_inv_scale, av_scale)
-    return _launch(qkv, bias, num_tokens, qk_scale, *scales, dtype=qkv.dtype, cosine=False, unsigned=unsigned)
+    return _run(_plan_attention(qkv, bias, num_tokens, qk_scale, probs_inv_scale, av_scale, unsigned))
 
 
 @triton_op("qswin::cosine_window_attention", mutates_args={})
@@ -148,7 +177,7 @@ def cosine_window_attention(
     of the levels and of the result, int8 or float8_e4m3fn.
     """
     scales = (q_inv_scale, k_inv_scale, v_inv_scale, probs_inv_scale, av_scale)
-    return _launch(qkv, bias, num_tokens, qk_scale, *scales, dtype=dtype, cosine=True, unsigned=unsigned)
+    return _run(_plan_cosine_attention(qkv, bias, num_tokens, qk_scale, *scales, dtype, unsigned))
 
 
 def padded_bias(bias: Tensor) -> Tensor:

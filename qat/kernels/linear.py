@@ -9,6 +9,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op, wrap_triton
 
 from qswin.qat.kernels.arithmetic import gelu, to_levels, to_levels_reference
+from qswin.qat.kernels.launch import Launch, plans
 
 MULTIPROCESSORS = 132  # of an H100 or H200, on which the tiles were chosen
 GROUP_M = 8  # rows of tiles that share the weight's tiles in the L2 cache
@@ -90,8 +91,8 @@ def _linear_add_kernel(
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def tile_config(m: int, n: int, k: int) -> dict[str, int]:
-    """Block sizes, warps and stages, from a sweep at batch 64 on an H200 (docs/performance.md).
+def tile_config(m: int, n: int, k: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes, and warps and stages, from a sweep at batch 64 on an H200 (docs/performance.md).
 
     They are within 3 % of the best ones over a Swin-T. Where the result is so small that large tiles would leave
     multiprocessors idle, as at batch 1, tiles are small.
@@ -102,33 +103,43 @@ def tile_config(m: int, n: int, k: int) -> dict[str, int]:
         block_m = 64 if statically_known_true(m < 4096) else 128
         block_n = 32 if n % 64 else 128 if n >= 1024 and k >= 384 else 64
     block_k = 64 if k % 128 == 64 else 128  # 96 is padded: one step of 128 is faster than three of 32
-    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": GROUP_M}
     num_stages = 2 if block_n == 32 and block_m > 32 else 3
-    return {**block_sizes, "GROUP_M": GROUP_M, "num_warps": 4, "num_stages": num_stages}
+    return block_sizes, {"num_warps": 4, "num_stages": num_stages}
 
 
-def grid(m: int, n: int, config: dict[str, int]) -> tuple[int]:
+def grid(m: int, n: int, block_sizes: dict[str, int]) -> tuple[int]:
     """A program for each tile of an (m, n) result."""
-    return (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
+    return (triton.cdiv(m, block_sizes["BLOCK_M"]) * triton.cdiv(n, block_sizes["BLOCK_N"]),)
 
 
-def _launch(
+@plans("qswin::linear_float")
+def _plan(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor,
     dtype: torch.dtype,
     inv_scale: Tensor | None = None,
-) -> Tensor:
-    """Runs the kernel: with GELU where there is an inv_scale."""
+) -> Launch:
+    """A launch of the kernel: with GELU where there is an inv_scale."""
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
-    config = tile_config(m, n, k)
-    gelu = inv_scale is not None
-    wrap_triton(_linear_kernel)[grid(m, n, config)](
-        x, weight, scale, bias, inv_scale if gelu else scale, out, M=m, N=n, K=k, GELU=gelu, **config
-    )
-    return out
+    block_sizes, options = tile_config(m, n, k)
+    pointers = {"x_ptr": x, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
+    pointers |= {"inv_scale_ptr": scale if inv_scale is None else inv_scale, "out_ptr": out}
+    arguments = {**pointers, "M": m, "N": n, "K": k, "GELU": inv_scale is not None, **block_sizes}
+    return Launch(_linear_kernel, grid(m, n, block_sizes), arguments, options, out)
+
+
+def _run(launch: Launch) -> Tensor:
+    wrap_triton(_linear_kernel)[launch.grid](**launch.arguments, **launch.options)
+    return launch.out
+
+
+@plans("qswin::linear_quantize")
+def _plan_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Launch:
+    return _plan(x, weight, scale, bias, x.dtype)
 
 
 @triton_op("qswin::linear_quantize", mutates_args={})
@@ -144,7 +155,12 @@ def linear_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> T
     Returns:
         (M, N) of x's dtype.
     """
-    return _launch(x, weight, scale, bias, x.dtype)
+    return _run(_plan_quantize(x, weight, scale, bias))
+
+
+@plans("qswin::linear_gelu_quantize")
+def _plan_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor) -> Launch:
+    return _plan(x, weight, scale, bias, x.dtype, inv_scale)
 
 
 @triton_op("qswin::linear_gelu_quantize", mutates_args={})
@@ -155,13 +171,25 @@ def linear_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
     (N,) float32, is what each channel is multiplied by: 1 / that scale, times the channel's own scale where the next
     layer has one.
     """
-    return _launch(x, weight, scale, bias, x.dtype, inv_scale)
+    return _run(_plan_gelu_quantize(x, weight, scale, bias, inv_scale))
 
 
 @triton_op("qswin::linear_float", mutates_args={})
 def linear_float(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ weight.T * scale + bias, (M, N) of a dtype; scale is that of x times that of each of the weight's rows."""
-    return _launch(x, weight, scale, bias, dtype)
+    return _run(_plan(x, weight, scale, bias, dtype))
+
+
+@plans("qswin::linear_add")
+def _plan_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut: Tensor, token_ids: Tensor) -> Launch:
+    (m, k), n = x.shape, len(weight)
+    out = torch.empty_like(shortcut)
+    block_sizes, options = tile_config(m, n, k)
+    pointers = {"x_ptr": x, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
+    pointers |= {"shortcut_ptr": shortcut, "token_ids_ptr": token_ids, "out_ptr": out}
+    sizes = {"M": m, "rows_per_image": token_ids.shape[0], "num_tokens": shortcut.shape[1], "N": n, "K": k}
+    arguments = {**pointers, **sizes, **block_sizes}
+    return Launch(_linear_add_kernel, grid(m, n, block_sizes), arguments, options, out)
 
 
 @triton_op("qswin::linear_add", mutates_args={})
@@ -177,13 +205,9 @@ def linear_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut:
     Returns:
         (B, L, N) of the shortcut's dtype.
     """
-    (m, k), n = x.shape, len(weight)
-    out = torch.empty_like(shortcut)
-    config = tile_config(m, n, k)
-    wrap_triton(_linear_add_kernel)[grid(m, n, config)](
-        x, weight, scale, bias, shortcut, token_ids, out, m, token_ids.shape[0], shortcut.shape[1], N=n, K=k, **config
-    )
-    return out
+    launch = _plan_add(x, weight, scale, bias, shortcut, token_ids)
+    wrap_triton(_linear_add_kernel)[launch.grid](**launch.arguments, **launch.options)
+    return launch.out
 
 
 def _matmul_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

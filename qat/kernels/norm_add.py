@@ -1,5 +1,7 @@
 """LayerNorm and the residual add of Swin V2 in one pass; each row is added to the token that it came from."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -7,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from qswin.qat.kernels.launch import Launch, plans
 from qswin.qat.kernels.layer_norm import layer_norm
 
 TILE_SIZE = 2048  # values that a program holds
@@ -32,6 +35,19 @@ def _norm_add_kernel(
     tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@plans("qswin::norm_add")
+def _plan(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Launch:
+    num_rows, channels = y.shape
+    out = torch.empty_like(shortcut)
+    block_channels = triton.next_power_of_2(channels)
+    block_rows = max(1, TILE_SIZE // block_channels)
+    arguments: dict[str, Any] = {"y_ptr": y, "shortcut_ptr": shortcut, "token_ids_ptr": token_ids, "weight_ptr": weight}
+    arguments |= {"bias_ptr": bias, "out_ptr": out, "num_rows": num_rows, "rows_per_image": token_ids.shape[0]}
+    arguments |= {"num_tokens": shortcut.shape[1], "eps": eps}
+    arguments |= {"CHANNELS": channels, "BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels}
+    return Launch(_norm_add_kernel, (triton.cdiv(num_rows, block_rows),), arguments, {"num_warps": 1}, out)
+
+
 @triton_op("qswin::norm_add", mutates_args={})
 def norm_add(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """shortcut + LayerNorm(y), each row of y being added to its token.
@@ -46,15 +62,9 @@ def norm_add(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bia
     Returns:
         (B, L, C) of the shortcut's dtype.
     """
-    num_rows, channels = y.shape
-    out = torch.empty_like(shortcut)
-    block_channels = triton.next_power_of_2(channels)
-    block_rows = max(1, TILE_SIZE // block_channels)
-    wrap_triton(_norm_add_kernel)[(triton.cdiv(num_rows, block_rows),)](
-        y, shortcut, token_ids, weight, bias, out, num_rows, token_ids.shape[0], shortcut.shape[1], eps,
-        CHANNELS=channels, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels, num_warps=1,
-    )  # fmt: skip
-    return out
+    launch = _plan(y, shortcut, token_ids, weight, bias, eps)
+    wrap_triton(_norm_add_kernel)[launch.grid](**launch.arguments, **launch.options)
+    return launch.out
 
 
 @norm_add.register_kernel("cpu")

@@ -3,6 +3,8 @@
 Roll, window partition and the concatenation of neighbours become the order in which tokens are read: nothing is copied.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from qswin.qat.kernels.arithmetic import to_levels, to_levels_reference
+from qswin.qat.kernels.launch import Launch, plans
 from qswin.qat.kernels.layer_norm import layer_norm
 
 
@@ -51,6 +54,50 @@ def _norm_quantize_kernel(
     tl.store(out_ptrs, to_levels(x, out_ptr.dtype.element_ty), mask=row_mask[:, None, None] & channel_mask)
 
 
+def _plan(
+    x: Tensor,
+    token_ids: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    inv_scale: float,
+    dtype: torch.dtype,
+    norm: bool,
+) -> Launch:
+    batch, num_tokens, channels = x.shape
+    rows_per_image, tokens = token_ids.shape
+    num_rows = batch * rows_per_image
+    out = torch.empty((num_rows, tokens * channels), dtype=dtype, device=x.device)
+    block_channels = triton.next_power_of_2(channels)
+    # Values that a program holds, and its warps: the fastest of a sweep on an H200.
+    tile_size, num_warps = (2048, 1) if tokens == 1 else (4096, 4)
+    block_rows = max(1, tile_size // (tokens * block_channels))
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "token_ids_ptr": token_ids,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+    }
+    arguments |= {"num_rows": num_rows, "rows_per_image": rows_per_image, "num_tokens": num_tokens}
+    arguments |= {"eps": eps, "inv_scale": inv_scale, "CHANNELS": channels, "TOKENS": tokens}
+    arguments |= {"BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels, "NORM": norm}
+    grid = (triton.cdiv(num_rows, block_rows),)
+    return Launch(_norm_quantize_kernel, grid, arguments, {"num_warps": num_warps}, out)
+
+
+def _run(launch: Launch) -> Tensor:
+    wrap_triton(_norm_quantize_kernel)[launch.grid](**launch.arguments, **launch.options)
+    return launch.out
+
+
+@plans("qswin::norm_quantize")
+def _plan_norm(
+    x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float, dtype: torch.dtype
+) -> Launch:
+    return _plan(x, token_ids, weight, bias, eps, inv_scale, dtype, norm=True)
+
+
 @triton_op("qswin::norm_quantize", mutates_args={})
 def norm_quantize(
     x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor, eps: float, inv_scale: float, dtype: torch.dtype
@@ -69,7 +116,12 @@ def norm_quantize(
     Returns:
         (B * R, T * C) of dtype.
     """
-    return _launch(x, token_ids, weight, bias, eps, inv_scale, dtype, norm=True)
+    return _run(_plan_norm(x, token_ids, weight, bias, eps, inv_scale, dtype))
+
+
+@plans("qswin::gather_quantize")
+def _plan_gather(x: Tensor, token_ids: Tensor, inv_scale: Tensor, dtype: torch.dtype) -> Launch:
+    return _plan(x, token_ids, inv_scale, inv_scale, 0.0, 1.0, dtype, norm=False)
 
 
 @triton_op("qswin::gather_quantize", mutates_args={})
@@ -79,33 +131,7 @@ def gather_quantize(x: Tensor, token_ids: Tensor, inv_scale: Tensor, dtype: torc
     Arguments and result are those of `norm_quantize`, but inv_scale is (T * C,) float32, what each channel is
     multiplied by: 1 / the scale of the result, times the channel's own scale where the next layer has one.
     """
-    return _launch(x, token_ids, inv_scale, inv_scale, 0.0, 1.0, dtype, norm=False)
-
-
-def _launch(
-    x: Tensor,
-    token_ids: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    inv_scale: float,
-    dtype: torch.dtype,
-    norm: bool,
-) -> Tensor:
-    batch, num_tokens, channels = x.shape
-    rows_per_image, tokens = token_ids.shape
-    num_rows = batch * rows_per_image
-    out = torch.empty((num_rows, tokens * channels), dtype=dtype, device=x.device)
-    block_channels = triton.next_power_of_2(channels)
-    # Values that a program holds, and its warps: the fastest of a sweep on an H200.
-    tile_size, num_warps = (2048, 1) if tokens == 1 else (4096, 4)
-    block_rows = max(1, tile_size // (tokens * block_channels))
-    wrap_triton(_norm_quantize_kernel)[(triton.cdiv(num_rows, block_rows),)](
-        x, token_ids, weight, bias, out, num_rows, rows_per_image, num_tokens, eps, inv_scale,
-        CHANNELS=channels, TOKENS=tokens, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels, NORM=norm,
-        num_warps=num_warps,
-    )  # fmt: skip
-    return out
+    return _run(_plan_gather(x, token_ids, inv_scale, dtype))
 
 
 @norm_quantize.register_kernel("cpu")

@@ -1,5 +1,7 @@
 """Patch embedding in INT8 or FP8: quantization of the image, a matrix product and LayerNorm in one pass."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from qswin.qat.kernels.arithmetic import to_levels, to_levels_reference
+from qswin.qat.kernels.launch import Launch, plans
 from qswin.qat.kernels.layer_norm import layer_norm
 
 BLOCK_M = 64  # patches that a program takes
@@ -52,6 +55,32 @@ def _patch_embed_kernel(
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
 
 
+@plans("qswin::patch_embed")
+def _plan(
+    image: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    inv_scale: float,
+    eps: float,
+    dtype: torch.dtype,
+) -> Launch:
+    batch, in_channels, height, width = image.shape
+    channels, patch = weight.shape[0], weight.shape[2]
+    num_patches = height // patch * (width // patch)
+    out = torch.empty((batch, num_patches, channels), dtype=dtype, device=image.device)
+    arguments: dict[str, Any] = {"image_ptr": image, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
+    arguments |= {"norm_weight_ptr": norm_weight, "norm_bias_ptr": norm_bias, "out_ptr": out}
+    arguments |= {"M": batch * num_patches, "inv_scale": inv_scale, "eps": eps}
+    arguments |= {"IN_CHANNELS": in_channels, "HEIGHT": height, "WIDTH": width, "PATCH": patch, "N": channels}
+    arguments |= {"BLOCK_M": BLOCK_M, "BLOCK_K": max(32, triton.next_power_of_2(in_channels * patch * patch))}
+    arguments |= {"BLOCK_N": max(32, triton.next_power_of_2(channels))}
+    grid = (triton.cdiv(batch * num_patches, BLOCK_M),)
+    return Launch(_patch_embed_kernel, grid, arguments, {"num_warps": 4}, out)
+
+
 @triton_op("qswin::patch_embed", mutates_args={})
 def patch_embed(
     image: Tensor,
@@ -62,6 +91,7 @@ def patch_embed(
     norm_bias: Tensor,
     inv_scale: float,
     eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """LayerNorm(conv(q) * scale + bias), q being the levels nearest to image * inv_scale in the format of the weight.
 
@@ -73,21 +103,14 @@ def patch_embed(
         scale: (C,) float32: the scale of the image times that of each channel's weights.
         bias, norm_weight, norm_bias: (C,) float32.
         inv_scale: 1 / the scale of the image.
+        dtype: of the result.
 
     Returns:
-        (B, H / P * W / P, C) of the image's dtype.
+        (B, H / P * W / P, C) of dtype.
     """
-    batch, in_channels, height, width = image.shape
-    channels, patch = weight.shape[0], weight.shape[2]
-    num_patches = height // patch * (width // patch)
-    out = torch.empty((batch, num_patches, channels), dtype=image.dtype, device=image.device)
-    wrap_triton(_patch_embed_kernel)[(triton.cdiv(batch * num_patches, BLOCK_M),)](
-        image, weight, scale, bias, norm_weight, norm_bias, out, batch * num_patches, inv_scale, eps,
-        IN_CHANNELS=in_channels, HEIGHT=height, WIDTH=width, PATCH=patch, N=channels,
-        BLOCK_M=BLOCK_M, BLOCK_K=max(32, triton.next_power_of_2(in_channels * patch * patch)),
-        BLOCK_N=max(32, triton.next_power_of_2(channels)), num_warps=4,
-    )  # fmt: skip
-    return out
+    launch = _plan(image, weight, scale, bias, norm_weight, norm_bias, inv_scale, eps, dtype)
+    wrap_triton(_patch_embed_kernel)[launch.grid](**launch.arguments, **launch.options)
+    return launch.out
 
 
 @patch_embed.register_kernel("cpu")
@@ -100,8 +123,9 @@ def patch_embed_reference(
     norm_bias: Tensor,
     inv_scale: float,
     eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`patch_embed` in plain torch: the sums are exact in float64."""
     q_image = to_levels_reference(image.float() * inv_scale, weight.dtype).double()
     sums = F.conv2d(q_image, weight.double(), stride=weight.shape[2]).flatten(2).transpose(1, 2)
-    return F.layer_norm(sums.float() * scale + bias, scale.shape, norm_weight, norm_bias, eps).to(image.dtype)
+    return F.layer_norm(sums.float() * scale + bias, scale.shape, norm_weight, norm_bias, eps).to(dtype)

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qswin.qat.kernels.layer_norm import norm
 from qswin.qat.kernels.linear import linear_add, linear_float, linear_gelu_quantize, linear_quantize
 from qswin.qat.kernels.norm_add import norm_add
 from qswin.qat.kernels.norm_quantize import gather_quantize, norm_quantize
 from qswin.qat.kernels.patch_embed import patch_embed
+from qswin.qat.kernels.pool_quantize import pool_quantize
 from qswin.qat.quant.quantizers import TensorQuantizer
 
 
@@ -129,11 +131,23 @@ class LoweredNorm(nn.Module):
         return norm_add(y, shortcut, self.token_ids.flatten(), self.weight, self.bias, self.eps)
 
 
-class LoweredPatchEmbed(LoweredWeight):
-    """timm's PatchEmbed with its norm. (B, 3, H, W) -> (B, H / patch, W / patch, C)."""
+class LoweredLayerNorm(nn.Module):
+    """A LayerNorm that no kernel of its neighbours takes in. Its parameters are those of the float one."""
 
-    def __init__(self, embed: Any, site: str) -> None:
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm(x, self.weight, self.bias, self.eps)
+
+
+class LoweredPatchEmbed(LoweredWeight):
+    """timm's PatchEmbed with its norm. (B, 3, H, W) of any float dtype -> (B, H / patch, W / patch, C) of `dtype`."""
+
+    def __init__(self, embed: Any, site: str, dtype: torch.dtype) -> None:
         super().__init__(embed.proj, f"{site}.proj")
+        self.dtype = dtype
         refuse_channel_scales(embed.proj._input_quantizer, f"{site}.proj")
         self.patch_size, self.pads, self.eps = embed.patch_size, embed.dynamic_img_pad, embed.norm.eps
         self.register_buffer("norm_weight", embed.norm.weight.detach().float())
@@ -145,7 +159,7 @@ class LoweredPatchEmbed(LoweredWeight):
         weights = (self.weight, self.scale, self.bias, self.norm_weight, self.norm_bias)
         x = self._whole_patches(x)
         grid = [side // patch for side, patch in zip(x.shape[2:], self.patch_size, strict=True)]
-        return patch_embed(x, *weights, 1 / self.input_scale, self.eps).view(x.shape[0], *grid, -1)
+        return patch_embed(x, *weights, 1 / self.input_scale, self.eps, self.dtype).view(x.shape[0], *grid, -1)
 
     def _whole_patches(self, x: Tensor) -> Tensor:
         """The image without the rows and columns that make no patch, or, where `pads`, with zeros behind them."""
@@ -158,17 +172,11 @@ class LoweredPatchEmbed(LoweredWeight):
 
 
 class LoweredHead(LoweredLinear):
-    """The classifier. (B, C) float -> (B, classes)."""
-
-    def __init__(self, layer: Any, site: str) -> None:
-        super().__init__(layer, site)
-        self.register_buffer("channel_scale", channel_scale_of(layer))
-        self.channel_scale: Tensor
-        self.grid = layer._input_quantizer.spec.grid
+    """The classifier, with the average pooling before it. (B, H, W, C) or (B, C) float -> (B, classes) float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q_x = self.grid.nearest(x.float() * self.channel_scale / self.input_scale).to(self.weight.dtype)
-        return self.dequantize(q_x, x.dtype)
+        tokens = x.view(x.shape[0], -1, x.shape[-1])
+        return self.dequantize(pool_quantize(tokens, self.inv_scale, self.weight.dtype), torch.float32)
 
 
 class Float32Interface(nn.Module):

@@ -10,13 +10,13 @@ import functools
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import ClassifierHead, PatchEmbed
 from torch import Tensor, nn
 
 from qswin.calib.grid import FP8, INT8, UINT8
 from qswin.models.discovery import offers
 from qswin.qat import lowering
-from qswin.qat.lowering.layers import LoweredHead, LoweredPatchEmbed
+from qswin.qat.lowering.layers import LoweredHead, LoweredLayerNorm, LoweredPatchEmbed
 from qswin.qat.quant.blocks import input_sizes
 from qswin.qat.quant.layers import QuantLinear
 from qswin.qat.quant.quantizers import quantizers
@@ -41,7 +41,7 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
         twin: a quantized model whose blocks are among `parts` (Swin V1 and V2), calibrated with recipe `attention` or
             `attention-fp8`.
         image: (1, 3, H, W) float32 of the size that the model is for: each block's place in it becomes an index.
-        dtype: of the images that it will get, of the residual stream and of what is not lowered (last norm, pooling).
+        dtype: of the residual stream and of what is not lowered. Images may be of it or of float32; logits are float32.
 
     Raises:
         ValueError: a site that the kernels need is in float, of another format or not calibrated, a site that they lack
@@ -57,9 +57,13 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
         if module in sizes:
             _replace(lowered, name, parts()[type(module)](module, name, *sizes[module]))
         elif isinstance(module, PatchEmbed) and isinstance(module.norm, nn.LayerNorm):
-            _replace(lowered, name, LoweredPatchEmbed(module, name))
-        elif name == "head.fc" and isinstance(module, QuantLinear):
-            _replace(lowered, name, LoweredHead(module, name))
+            _replace(lowered, name, LoweredPatchEmbed(module, name, dtype))
+        elif isinstance(module, ClassifierHead) and isinstance(module.fc, QuantLinear):
+            averages = (module.input_fmt, module.global_pool.pool_type) == ("NHWC", "avg")
+            _replace(lowered, name if averages else f"{name}.fc", LoweredHead(module.fc, f"{name}.fc"))
+    for name, module in list(lowered.named_modules()):
+        if isinstance(module, nn.LayerNorm) and module.bias is not None:
+            _replace(lowered, name, LoweredLayerNorm(module))
     for parameter in lowered.parameters():  # not the buffers: the kernels' scales stay float32
         parameter.data = parameter.data.to(dtype)
     return lowered

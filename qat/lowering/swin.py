@@ -136,7 +136,7 @@ class LoweredPatchMerging(nn.Module):
 
 
 class LoweredPatchMergingV2(LoweredPatchMerging):
-    """Patch merging of Swin V2: the norm comes after the reduction, and is computed in torch."""
+    """Patch merging of Swin V2: the norm comes after the reduction."""
 
     def __init__(self, merging: QuantPatchMerging, site: str, height: int, width: int) -> None:
         super().__init__(merging, site, height, width)

@@ -70,6 +70,12 @@ class Subject(ABC):
             cuda_graph: also as a CUDA graph, of those that can be one.
         """
 
+    def refusal(self, batch: int) -> str | None:
+        """Why it does not take a batch; None where it does."""
+        if batch < self.smallest or (self.largest is not None and batch > self.largest):
+            return f"outside its {self.smallest} to {self.largest}"
+        return None
+
     def counts(self, options: TimingOptions) -> tuple[int, int]:
         """How many runs warm up, and how many count."""
         if self.cpu_warmup is None:
@@ -80,9 +86,8 @@ class Subject(ABC):
 def time_batches(subject: Subject, batch_sizes: Sequence[int], options: TimingOptions) -> Iterator[Row]:
     """A row for each batch that the subject takes, and each way that it runs one; others are skipped with a warning."""
     for batch in batch_sizes:
-        if batch < subject.smallest or (subject.largest is not None and batch > subject.largest):
-            taken = (subject.row["model"], batch, subject.smallest, subject.largest)
-            logging.warning("%s: skips batch %d, outside its %d to %d", *taken)
+        if refusal := subject.refusal(batch):
+            logging.warning("%s: skips batch %d, %s", subject.row["model"], batch, refusal)
             continue
         for suffix, timer in subject.timers(noise_images(batch, subject.preprocessing), options.cuda_graph):
             measured = rates(measure(timer, *subject.counts(options)), batch)

@@ -36,7 +36,8 @@ SHAPES: dict[str, tuple[str, Values]] = {  # of kinds that list rows: under whic
     "layers": ("layers", dict(zip(LAYER, (str, str, list, list), strict=True))),
 }
 UNSHOWN = (  # kinds of JSON that are qswin's, and that no section shows
-    *("checkpoint", "engine", "package", "calibration cache", "checkpoint report", "calibration cache report"),
+    *("checkpoint", "engine", "package", "bundle", "calibration cache"),
+    *("checkpoint report", "calibration cache report"),
     *("quantizers", "doctor", "report", "checkpoint description"),
 )
 MOST_TIMED = 1000  # rows that a picture can show

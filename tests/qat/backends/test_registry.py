@@ -97,7 +97,7 @@ def test_an_unknown_suffix_is_answered_with_all_known_ones():
     with pytest.raises(ValueError) as error:
         backend_of(Path("a.tflite"))
     assert all(suffix in str(error.value) for suffix in (".onnx", ".engine", ".plan", ".pt2", ".safetensors", ".pth"))
-    assert build_targets() == ["inductor", "tensorrt", "tensorrt-rtx"]
+    assert build_targets() == ["bundle", "inductor", "tensorrt", "tensorrt-rtx"]
 
 
 @pytest.mark.parametrize(

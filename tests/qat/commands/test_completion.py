@@ -34,7 +34,7 @@ def complete(tmp_path, capsys):
 def test_commands_and_options_are_completed(complete):
     assert complete("qswin cal") == ["calibrate", "calib-cache"]
     assert complete("qswin build --prec") == ["--precision"]
-    assert complete("qswin build --target ''") == ["inductor", "tensorrt", "tensorrt-rtx"]
+    assert complete("qswin build --target ''") == ["bundle", "inductor", "tensorrt", "tensorrt-rtx"]
 
 
 def test_every_command_is_there():

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qswin.qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed
+from qswin.qat.kernels import attention, layer_norm, linear, norm_add, norm_quantize, patch_embed, pool_quantize
 
 DTYPES = {
     "*i8": torch.int8,
@@ -72,6 +72,16 @@ def kernels(level: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]
             norm_add._norm_add_kernel,
             NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
             NORM,
+        ),
+        "norm": (
+            layer_norm._layer_norm_kernel,
+            {name: "*fp16" for name in ("x_ptr", "weight_ptr", "bias_ptr", "out_ptr")},
+            NORM,
+        ),
+        "pool_quantize: no norm": (
+            pool_quantize._pool_quantize_kernel,
+            FLOATS | {"x_ptr": "*fp16", "out_ptr": level},
+            {"CHANNELS": 96, "BLOCK_TOKENS": 16, "BLOCK_CHANNELS": 128},
         ),
         "patch_embed": (
             patch_embed._patch_embed_kernel,

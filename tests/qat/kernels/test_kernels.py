@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and not interpreted"
 )
 
-from qswin.qat.kernels import attention, linear, norm_add, norm_quantize, patch_embed  # noqa: E402
+from qswin.qat.kernels import attention, layer_norm, linear, norm_add, norm_quantize, patch_embed, pool_quantize  # noqa: E402
 from qswin.qat.kernels.arithmetic import gelu  # noqa: E402
 
 FORMATS = pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
@@ -108,12 +108,38 @@ def test_norm_add(padded):
     torch.testing.assert_close(expected[1, 5].double(), one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norm(dtype):
+    x = (torch.randn(2, 5, 7, 24) * 3 + 1).to(dtype)
+    weight, bias = torch.randn(24).to(dtype), torch.randn(24).to(dtype)
+    ours, expected = compare(layer_norm.norm, layer_norm.norm_reference, x, weight, bias, 1e-5)
+    assert ours.dtype == dtype and ours.shape == x.shape
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    exact = torch.nn.functional.layer_norm(x.double(), (24,), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(expected.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(49, 200), (1, 128), (16, 20)])
+@FORMATS
+def test_pool_quantize(tokens, channels, dtype):
+    x, inv_scale = (torch.randn(3, tokens, channels) + 0.5).half(), torch.rand(channels) * 150
+    arguments = (x, inv_scale, dtype)
+    ours, expected = compare(pool_quantize.pool_quantize, pool_quantize.pool_quantize_reference, *arguments)
+    assert ours.shape == (3, channels)
+    assert_levels_close(ours, expected, share=0.01)
+    mean = x[1].double().mean(dim=0) * inv_scale
+    step = 0.5001 if dtype == torch.int8 else 2.0**-4 * mean.abs() + 2.0**-9
+    limit = 127 if dtype == torch.int8 else 448
+    assert ((expected[1].double() - mean.clamp(-limit, limit)).abs() <= step).all()
+
+
 @pytest.mark.parametrize(("side", "channels"), [(4, 96), (2, 16)])
 @FORMATS
 def test_patch_embed(side, channels, dtype):
     image, weight = torch.randn(2, 3, 8 * side, 9 * side), random_levels(dtype, channels, 3, side, side)
     scale, bias, norm = torch.rand(channels) * 1e-4, torch.randn(channels), torch.randn(2, channels)
-    arguments = (image, weight, scale, bias, norm[0], norm[1], 40.0, 1e-5)
+    arguments = (image, weight, scale, bias, norm[0], norm[1], 40.0, 1e-5, torch.float32)
     ours, expected = compare(patch_embed.patch_embed, patch_embed.patch_embed_reference, *arguments)
     assert ours.shape == (2, 72, channels)
     tolerance = 1e-2 if CUDA and dtype == torch.float8_e4m3fn else 1e-4  # a GPU adds FP8 products with about 14 bits

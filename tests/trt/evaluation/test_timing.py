@@ -113,7 +113,7 @@ def test_side_by_side(graphs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.txt"], "a.txt: not a model file that qswin knows; its name must end in one of .pt2, .onnx, .engine"),
+        (["a.txt"], "a.txt: not a model file that qswin knows; its name must end in one of .qsb, .pt2, .onnx, .engine"),
         (["a.onnx", "--batch-sizes", "x"], "--batch-sizes 'x': give batch sizes"),
         (["a.onnx", "--batch-sizes", "0,1"], "--batch-sizes '0,1': give batch sizes"),
     ],
