@@ -2,11 +2,13 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from absl import logging
 
 from qswin.calib.data.batches import Batch, image_batches
 from qswin.calib.data.folders import ImageFolder, scan_folder, spread_samples
@@ -92,6 +94,8 @@ class TrainingData:
     def __init__(
         self, folders: Folders, decoder: Decoder, data: DataConfig, batch_size: int, seed: int, ranks: Ranks
     ) -> None:
+        if data.workers > (cores := os.cpu_count() or 1):
+            logging.warning("data.workers=%d, and this machine has %d cores: fewer may be faster", data.workers, cores)
         self.folders, self.decoder, self.options = folders, decoder, data
         self.batch_size, self.seed, self.ranks = batch_size, seed, ranks
 

@@ -7,6 +7,7 @@ is no state to save: a run that is killed at any step resumes with the same batc
 import enum
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,9 +194,13 @@ def load_in_order(
     **options: Any,
 ) -> Iterator[Any]:
     """What `collate` makes of each batch's samples. Raises ValueError, in one line, for an unreadable image."""
-    loader = DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # said once, by TrainingData
+        loaded = iter(
+            DataLoader(dataset, batch_sampler=list(batches), num_workers=workers, collate_fn=collate, **options)
+        )
     try:
-        yield from loader
+        yield from loaded
     except ValueError as error:  # a worker process wraps its error in a traceback
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 

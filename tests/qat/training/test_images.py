@@ -1,12 +1,16 @@
 """Training images that cannot be read."""
 
+import os
+import warnings
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from qswin.calib.data.folders import ImageFolder
-from qswin.qat.training.images import TrainImages
+from qswin.qat.schema import DataConfig
+from qswin.qat.training.data import TrainingData
+from qswin.qat.training.images import TrainImages, load_in_order
 
 
 def images_of(folder: Path, bad: int, good: int, skip: bool) -> TrainImages:
@@ -36,3 +40,15 @@ def test_images_none_of_which_can_be_read_are_an_error(tmp_path):
         images_of(tmp_path, bad=3, good=0, skip=True)[1]
     with pytest.raises(ValueError, match=r"missing0\.png: missing, or cannot be read"):
         images_of(tmp_path, bad=3, good=1, skip=False)[0]
+
+
+def test_more_processes_than_cores_are_told_of_in_one_line(tmp_path, monkeypatch, caplog):
+    """torch's own warning of it is two long ones."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    images = images_of(tmp_path, bad=0, good=2, skip=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(load_in_order(images, [[0], [1]], 2, len)) == [1, 1]
+    TrainingData(None, None, DataConfig(workers=2), 1, 0, None)
+    assert "data.workers=2, and this machine has 1 cores" in caplog.text
