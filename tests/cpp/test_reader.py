@@ -7,6 +7,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 def test_thousands_of_changed_bundles_are_refused_or_in_bounds(sanitized, bundle_file):
     """Under AddressSanitizer and UndefinedBehaviorSanitizer, most with right checksums."""
     done = subprocess.run([sanitized / "qswin_fuzz", bundle_file, "3000"], capture_output=True, text=True)
@@ -48,6 +49,7 @@ print(counts[True] > 15, counts[False] > 15)
 """
 
 
+@pytest.mark.slow
 def test_both_readers_agree(cuda_include, bundle_file, plain):
     done = subprocess.run([sys.executable, "-c", AGREE, bundle_file], capture_output=True, text=True, env=plain)
     assert done.returncode == 0 and done.stdout == "True True\n", done.stderr[-2000:]

@@ -243,6 +243,7 @@ def test_a_finished_training_goes_on_with_more_epochs_only(config_file, caplog):
         trained(config_file, init)
 
 
+@pytest.mark.slow
 def test_another_checkpoint_under_the_name_of_init_is_noticed(config_file):
     ptq = calibrated(config_file)
     path = trained(config_file, f"init={ptq}")

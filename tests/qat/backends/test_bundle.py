@@ -83,6 +83,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path, without_
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_commands_take_it_as_any_model(checkpoint, tmp_path, without_compiler, capsys):
     path = build_file(checkpoint, tmp_path / "x.qsb", "--batch-sizes", "1,4")
     data = write_images(tmp_path / "data", each=2) / "val"

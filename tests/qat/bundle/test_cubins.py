@@ -30,6 +30,7 @@ print(cubin.function, cubin.threads, cubin.shared, cubin.code[1:4], sys.argv[1].
 """
 
 
+@pytest.mark.slow
 def test_a_cubin_names_its_function_and_no_path_of_this_machine():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))

@@ -25,9 +25,9 @@ MODELS = pytest.mark.parametrize(
     ("name", "recipe", "settings"),
     [
         (V1, "attention", {}),
-        (V1, "attention", {"img_size": 24, "window_size": 5}),
-        (V2, "attention", {}),
-        (V1, "attention-fp8", {}),
+        pytest.param(V1, "attention", {"img_size": 24, "window_size": 5}, marks=pytest.mark.slow),
+        pytest.param(V2, "attention", {}, marks=pytest.mark.slow),
+        pytest.param(V1, "attention-fp8", {}, marks=pytest.mark.slow),
         (V2, "attention-fp8", {}),
     ],
     ids=["V1", "V1, padded", "V2", "V1 in FP8", "V2 in FP8"],
@@ -47,7 +47,11 @@ def test_logits_are_the_lowered_models_to_the_bit(name, recipe, settings):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are not interpreted")
-@pytest.mark.parametrize(("name", "recipe"), [(V1, "attention"), (V2, "attention-fp8")], ids=["V1", "V2 in FP8"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [(V1, "attention"), pytest.param(V2, "attention-fp8", marks=pytest.mark.slow)],
+    ids=["V1", "V2 in FP8"],
+)
 def test_the_stored_launches_run_in_tritons_interpreter(name, recipe):
     """Kernels with the grids, constants and arguments that are in the file, and nothing else."""
     made = make_bundle(name, recipe)
@@ -99,6 +103,7 @@ def test_launches_that_are_not_the_operators_are_refused(made, what):
         interpret(made.bundle._replace(batches=(changed, made.bundle.batches[1])), made.images[:1])
 
 
+@pytest.mark.slow
 def test_it_knows_every_operator_by_itself():
     """In a process that has not lowered a model."""
     script = "from qswin.qat.bundle.interpreter import PLANS; print(*PLANS)"

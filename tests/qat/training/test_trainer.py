@@ -600,7 +600,8 @@ class Killed(BaseException):
     """Ends a run as a signal would, wherever it is."""
 
 
-@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_a_resumed_run_of_low_precision_ends_with_the_same_bits(config_file, ptq, tmp_path, monkeypatch, amp):
     """Killed within the second epoch; the loss's scale, which grows every third step here, goes on too."""
     options = (f"init={ptq}", "train.epochs=2", f"train.amp={amp}", "train.save_minutes=0")

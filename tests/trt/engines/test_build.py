@@ -44,7 +44,7 @@ def rtx() -> None:
         pytest.param("fp32", "fp32", (), marks=SLOW),
         ("fp32", "tf32", ()),
         ("fp32", "fp16", ("swin-fp16",)),
-        ("fp16", "fp16", ()),
+        pytest.param("fp16", "fp16", (), marks=SLOW),
         ("int8", "int8", ("Softmax=fp32",)),
         pytest.param("int8-17", "best", (), marks=SLOW),
         pytest.param("int8-batch2", "int8", (), marks=SLOW),
@@ -63,6 +63,7 @@ def test_every_graph_builds(rtx, graphs, graph, precision, overrides):
     assert sidecar["onnx_sha256"] == sha256(graphs[graph]) and sidecar["classes"] == list(DESCRIPTION.classes)
 
 
+@pytest.mark.slow
 def test_the_checksums_are_of_what_was_read(graphs, tmp_path, monkeypatch):
     """Another job writes the graph and the cache again while the engine is built."""
     onnx, cache = tmp_path / "a.onnx", tmp_path / "a.cache"

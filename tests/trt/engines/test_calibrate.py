@@ -12,6 +12,7 @@ from qswin.trt.graphs.files import read_onnx
 from tests.helpers import fails, invoke
 
 
+@pytest.mark.slow
 def test_an_offline_cache_is_bound_to_its_graph(graphs, data, tmp_path):
     cache, onnx = tmp_path / "a.cache", graphs["fp32"]
     common = ["--onnx", onnx, "--data", data / "train", "--cache", cache, "--batch-size", 4, "--offline"]

@@ -109,6 +109,7 @@ def test_a_fixed_batch_is_filled_up(tmp_path):
     np.testing.assert_allclose(predictor(images[:3]), predictor(images)[:3], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_quantized_graphs_of_a_fixed_batch_run_on_integers(tmp_path, images, monkeypatch):
     """ONNX Runtime left alone makes float products of them."""
 

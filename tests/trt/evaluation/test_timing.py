@@ -79,6 +79,7 @@ def test_what_is_timed_is_not_a_blank_image():
     assert abs(images.mean()) < 0.1 and abs(images.std() - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_side_by_side(graphs, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     checkpoint = tmp_path / "a.safetensors"
