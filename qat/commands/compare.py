@@ -1,7 +1,6 @@
 """`qswin compare`."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from qswin.trt.evaluation.compare import (
     logits_of,
     output_errors,
     read_images,
+    sentence,
     worst_layers,
 )
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     outputs, expected = (logits_of(predictor, images, size) for predictor in (ours, theirs))
     errors = output_errors(outputs, expected, theirs.task)
     report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **errors}
-    print(json.dumps(report, indent=1))
+    print(f"{args.model} against {args.reference}: {sentence(errors, len(images))}")
     if args.layers:
         values = backend_of(args.model).activations(args.model, args.reference, images[:size], opening)
         layers = layer_errors(values, args.reference, images[:size], args.timeout)

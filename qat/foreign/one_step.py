@@ -15,7 +15,7 @@ from qswin.qat.foreign.first_config import Found, config_text, describe, look_at
 from qswin.qat.ptq.job import run_calibration
 from qswin.qat.quant.quantizers import own_precision
 from qswin.qat.runs import one_job
-from qswin.trt.evaluation.compare import logits_of, output_errors, read_images
+from qswin.trt.evaluation.compare import logits_of, output_errors, read_images, sentence
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from qswin.trt.report.sections import write_report
 
@@ -45,12 +45,12 @@ class Outcome:
 
     def __str__(self) -> str:
         smaller = self.floating.size / self.quantized.size
-        same = f"the same class for {self.errors['top1_agreement']:.1f} % of {self.errors['images']} images"
+        beside = sentence(self.errors, self.errors["images"])
         return "\n".join(
             (
                 describe(self.found),
                 f"{self.quantized.path}: {self.quantized.size / 1e6:.1f} MB, {smaller:.1f} times less than FP32",
-                f"beside FP32 in ONNX Runtime: {same}",
+                f"against FP32, in ONNX Runtime: {beside}",
                 f"{self.folder / REPORT}: all of it on one page",
                 f"next: qswin evaluate --model {self.quantized.path} --data DIR, whose images have labels",
             )

@@ -55,6 +55,18 @@ def output_errors(ours: np.ndarray, reference: np.ndarray, task: str) -> dict[st
     return {**errors, "nan": int((~np.isfinite(ours)).sum())}
 
 
+def sentence(errors: dict[str, float], images: int) -> str:
+    """What `output_errors` found on so many images, for people."""
+    same = (
+        f"the same class for {errors['top1_agreement']:.1f} % of {images} images; "
+        if "top1_agreement" in errors
+        else ""
+    )
+    values = "logits" if same else f"values of the feature maps of {images} images"
+    told = f"{same}{values} differ by {errors['mean_abs']:.3g} on average, by {errors['max_abs']:.3g} at most"
+    return f"{told}; {errors['nan']} are NaN or infinite" if errors["nan"] else told
+
+
 def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
     """||ours - reference|| / ||reference||; infinite where ours is not finite."""
     if not np.isfinite(ours).all():

@@ -1,6 +1,7 @@
 """Errors against brute force, and a planted fault found where it was planted."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from qswin.trt.evaluation.compare import (
     output_errors,
     relative_error,
     residual_stream,
+    sentence,
 )
 from qswin.trt.graphs.files import read_onnx
 from tests.helpers import fails, invoke
@@ -26,6 +28,13 @@ def test_output_errors_by_hand():
     assert (errors["max_abs"], errors["mean_abs"], errors["median_abs"]) == (2, 1.25, 1)
     assert (errors["max_rel"], errors["median_rel"]) == (0.5, 0.5)
     assert (errors["top1_agreement"], errors["nan"]) == (50, 0)
+
+
+def test_what_is_said_of_errors():
+    errors = output_errors(np.array([[1.0, np.nan], [3.0, 2.0]]), np.array([[2.0, 4.0], [3.0, 2.0]]), "features")
+    assert sentence({**errors, "mean_abs": 0.5, "max_abs": 2.0}, 2) == (
+        "values of the feature maps of 2 images differ by 0.5 on average, by 2 at most; 1 are NaN or infinite"
+    )
 
 
 def test_values_that_are_not_finite_are_infinitely_wrong():
@@ -77,7 +86,8 @@ def test_the_command_compares_int8_with_float(graphs, tmp_path, capsys):
     report = json.loads((tmp_path / "c.json").read_text())
     assert report["kind"] == "comparison"
     assert 0 < report["mean_abs"] < 0.2 and report["layers"] and report["nan"] == 0
-    assert report["parting"] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert report["parting"] in said and re.search(r"the same class for \d+\.\d % of 8 images; logits differ by", said)
 
 
 def test_layers_have_the_time_that_runs_have(graphs, monkeypatch):
@@ -100,4 +110,4 @@ def test_unreadable_images_are_skipped_where_that_is_asked_for(graphs, data, cap
     assert f"{bad}: missing, or cannot be read" in (line := fails(capsys, "compare", *common))
     assert "--skip-unreadable" in line
     assert invoke("compare", *common, "--skip-unreadable") == 0
-    assert '"max_abs": 0.0' in capsys.readouterr().out
+    assert "by 0 on average, by 0 at most" in capsys.readouterr().out
