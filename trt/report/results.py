@@ -38,7 +38,7 @@ SHAPES: dict[str, tuple[str, Values]] = {  # of kinds that list rows: under whic
 UNSHOWN = (  # kinds of JSON that are qswin's, and that no section shows
     *("checkpoint", "engine", "package", "bundle", "calibration cache"),
     *("checkpoint report", "calibration cache report"),
-    *("quantizers", "doctor", "report", "checkpoint description"),
+    *("quantizers", "doctor", "report", "models", "checkpoint description", "quantization"),
 )
 MOST_TIMED = 1000  # rows that a picture can show
 Results = dict[str, dict[str, Values]]  # {kind: {file: what it holds}}
