@@ -30,7 +30,7 @@ test: check
 
 # The tests that take long: the commands of README.md and docs/, and the long variants of others
 slow: setup
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load --timeout 900
 
 # The tests with the oldest release of every dependency: make floors PYTHON=python3.10
 floors: .floors/ready
