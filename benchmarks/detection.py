@@ -39,6 +39,7 @@ NAME = "swin_unet_tiny_patch4_window7_224"
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 STRUCTURES = ("right ventricle", "myocardium", "left ventricle")  # labels 1, 2 and 3
 PREPROCESSING = Preprocessing(size=(224, 224), mean=(0.5,) * 3, std=(0.25,) * 3)
+DIVISOR = 32
 Target = dict[str, Tensor]
 
 
@@ -188,7 +189,7 @@ class Job:
 
     def run(self) -> None:
         args = self.args
-        train(self.model, self.slices["train"], args.epochs, args.lr, args.batch, args.device)
+        self.train_float(args.work / "float.pth")
         self.measure(self.model, "float", "none")
         floating = self.model.backbone
         for name in args.recipes:
@@ -202,10 +203,20 @@ class Job:
                 train(self.model, self.slices["train"], args.qat_epochs, args.lr / 10, args.batch, args.device)
                 self.measure(self.model, "qat", name)
 
+    def train_float(self, weights: Path) -> None:
+        """Trains the float detector; or takes the weights that an earlier run left in the folder."""
+        args = self.args
+        if weights.is_file():
+            self.model.load_state_dict(torch.load(weights, weights_only=True))
+            return
+        train(self.model, self.slices["train"], args.epochs, args.lr, args.batch, args.device)
+        torch.save(self.model.state_dict(), weights)
+
     def export(self, name: str) -> None:
         """The backbone's graph, measured in the detector, where the graph's format is INT8."""
         backbone: Any = self.model.backbone
-        size = (self.args.size, self.args.size)
+        padded = -(-self.args.size // DIVISOR) * DIVISOR  # which torchvision's detectors do to images
+        size = (padded, padded)
         preprocessing = dataclasses.replace(PREPROCESSING, size=size)
         what = {"name": NAME, **self.arguments}
         description = Description(what, "ptq", preprocessing, recipe=recipe_of(backbone))
