@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qswin.calib.data.batches import image_batches
-from qswin.calib.data.folders import ImageFolder, scan_folder, spread_samples
+from qswin.calib.data.folders import ImageFolder, scan_folder, scan_unlabelled, spread_samples, training_folder
 from qswin.calib.data.images import Preprocessing, load_mask, open_image
 from qswin.qat.schema import AugmentConfig
 from qswin.qat.training.images import train_transform
@@ -57,6 +57,22 @@ def test_folders_that_cannot_be_used_say_why(masks):
     (masks / "empty").mkdir()
     with pytest.raises(ValueError, match="no images"):
         scan_folder("segmentation", masks / "empty", ["a", "b"])
+
+
+def test_images_without_labels_may_lie_flat(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (4, 4)).save(photos / "a.png")
+    found = scan_unlabelled("classification", photos)
+    assert (found.classes, [path.name for path, _ in found.samples]) == ((), ["a.png"])
+    assert training_folder(photos) == photos
+    (photos / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(photos / "cat" / "b.png")
+    assert scan_unlabelled("classification", photos).classes == ("cat",)
+    (photos / "train").mkdir()
+    assert training_folder(photos) == photos / "train"
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        scan_unlabelled("classification", training_folder(tmp_path / "nowhere"))
 
 
 def test_class_names_are_text_of_a_bounded_size(masks):

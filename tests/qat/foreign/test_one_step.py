@@ -48,6 +48,7 @@ def test_from_weights_and_a_flat_folder_to_int8(swin_file, flat, tmp_path, capsy
     assert invoke(*arguments) == 0 and (out / "ptq.safetensors").read_bytes() == checkpoint
 
 
+@pytest.mark.slow
 def test_class_folders_name_the_classes(swin_file, data, tmp_path):
     out = tmp_path / "run"
     assert invoke("quantize", "--model", swin_file, "--data", data, "-o", out, *SMALL) == 0

@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from qswin.calib.calibrators import BINS, find_range
+from qswin.calib.data.folders import ImageFolder
+from qswin.calib.data.images import Preprocessing
 from qswin.calib.histogram_file import HISTOGRAMS, load_histograms
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.config import load_config
 from qswin.qat.distributed import Ranks, process_group
-from qswin.qat.ptq.job import run_calibration
+from qswin.qat.float_model import FloatModel
+from qswin.qat.ptq.job import class_names, run_calibration
 from qswin.qat.ptq.ranges import activation_quantizers
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import named_recipe
@@ -132,3 +136,32 @@ def test_unreadable_images_are_counted_when_skipped(config_file, data):
 def test_a_recipe_that_quantizes_nothing_is_refused(config_file):
     with pytest.raises(ValueError, match="recipe 'none' quantizes nothing; choose one of gemm, attention, auto, full"):
         run_calibration(load_config(config_file, ["recipe=none"]), Ranks(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("folders", "of_checkpoint", "named"),
+    [
+        (("cat", "dog"), None, ("cat", "dog")),
+        (("cat", "dog"), ("red", "blue"), ("cat", "dog")),
+        ((), ("red", "blue"), ("red", "blue")),  # a flat folder
+        ((), None, None),
+        (("a", "b", "c"), ("red", "blue"), ("red", "blue")),
+        (("a", "b", "c"), None, None),
+    ],
+)
+def test_class_folders_name_the_classes_where_they_are_as_many(folders, of_checkpoint, named, caplog):
+    model = torch.nn.Linear(1, 2)
+    model.num_classes = 2
+    floating = FloatModel(model, {}, Preprocessing(), classes=of_checkpoint)
+    assert class_names(ImageFolder(Path("photos"), folders, ()), floating) == named
+    assert ("photos: 3 folders of images, but 2 classes in the model" in caplog.text) is (len(folders) == 3)
+
+
+def test_the_checkpoints_classes_in_another_order_are_refused():
+    model = torch.nn.Linear(1, 2)
+    model.num_classes = 2
+    with pytest.raises(ValueError, match="class 0 is 'blue' here but 'red' in the checkpoint"):
+        class_names(
+            ImageFolder(Path("photos"), ("blue", "red"), ()),
+            FloatModel(model, {}, Preprocessing(), classes=("red", "blue")),
+        )
