@@ -71,7 +71,10 @@ class ModelConfig:
 class DataConfig:
     """Images and how they are read."""
 
-    root: str = option(MISSING, "Folder that holds `train` and `val`, in the layout of the model's task.")
+    root: str = option(
+        MISSING,
+        "Folder that holds `train` and `val`, in the layout of the model's task; for calibration, images alone will do.",
+    )
     workers: int = option(
         4, "Number of processes that decode images; 0 decodes in the process itself.", least=0, most=1024
     )
