@@ -73,7 +73,7 @@ class DataConfig:
 
     root: str = option(
         MISSING,
-        "Folder that holds `train` and `val`, in the layout of the model's task; for calibration, images alone will do.",
+        "Folder that holds `train` and `val`, in the layout of the model's task; calibration takes images alone too.",
     )
     workers: int = option(
         4, "Number of processes that decode images; 0 decodes in the process itself.", least=0, most=1024
