@@ -69,11 +69,9 @@ def quantize_checkpoint(model: Path, data: Path, out: Path, overrides: Sequence[
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: it is not a checkpoint that is known, its head does not serve, or a setting is wrong.
+        ValueError: it is not a checkpoint that is known, it has no head, or a setting is wrong.
     """
-    found = look_at(model, data)
-    if found.new_head:
-        raise ValueError(f"{describe(found)}; qswin init writes a config for it".replace("\n", "; "))
+    found = dataclasses.replace(look_at(model, None), data=data)  # whatever its folders are called
     write_atomic(out / CONFIG, config_text(found, out / CONFIG, str(out)).encode())
     config = load_config(out / CONFIG, list(overrides))
     with process_group(config.device) as ranks, one_job(out, ranks.main):
