@@ -1,7 +1,7 @@
 # qswin with ONNX Runtime, TensorRT-RTX and our own kernels, in the releases that CI tests.
 #
 #     docker build --tag qswin .
-#     docker run --rm --gpus all --volume "$PWD:/work" qswin calibrate --config x.yaml data.root=/work/data
+#     docker run --rm --gpus all --volume "$PWD:/home/qswin/jobs" qswin calibrate --config x.yaml data.root=photos
 #
 # Without an NVIDIA GPU leave out --gpus: calibration, export and ONNX Runtime run on the CPU.
 FROM python:3.11.14-slim-bookworm
@@ -21,8 +21,8 @@ COPY trt /tmp/qswin/trt
 RUN pip install --no-cache-dir --constraint /tmp/lock.txt '/tmp/qswin[rtx,cvt,plot,segmentation]' \
  && rm -rf /tmp/qswin /tmp/lock.txt
 
-# Jobs need no rights of root. A folder of yours that is mounted at /work must be writable for user 1000, or say --user.
+# Jobs need no rights of root. A folder of yours that is mounted must be writable for user 1000.
 RUN useradd --uid 1000 --create-home qswin
 USER qswin
-WORKDIR /work
+WORKDIR /home/qswin/jobs
 ENTRYPOINT ["qswin"]
