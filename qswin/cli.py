@@ -194,7 +194,7 @@ def main() -> None:
     open_closed_streams()
     command, *arguments = sys.argv[1:] or ["--help"]
     if command == "help":
-        command, arguments = (*arguments, "--help")[0], ["--help"]
+        command, arguments = (arguments or ["--help"])[0], ["--help"]
     if command in ("-h", "--help"):
         print("usage: qswin COMMAND [--help] ...\n       qswin help COMMAND\n       qswin --version\n")
         print("\n".join(f"  {name:<11} {summary}" for name, summary in COMMANDS.items()))

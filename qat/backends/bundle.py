@@ -15,14 +15,15 @@ from qswin.calib.data.images import Preprocessing
 from qswin.calib.reading import read_regular
 from qswin.calib.validation import Name, Task, shown, take
 from qswin.qat.backends.findings import Finding
+from qswin.qat.backends.on_stream import event_timers
 from qswin.qat.backends.registry import Backend, Listing, OpenOptions
 from qswin.qat.bundle import runner
 from qswin.qat.bundle.contents import ARCHITECTURES, Bundle, TensorAt
 from qswin.qat.bundle.reader import read_bundle
 from qswin.qat.bundle.runner import Context, Runner
-from qswin.trt.engines.cuda import Stopwatch, captured, find_gpu
+from qswin.trt.engines.cuda import Stopwatch, find_gpu
 from qswin.trt.engines.layers import Layer, layer_table
-from qswin.trt.evaluation.timing import CUDA_GRAPH, Subject, Timer, TimingOptions, parse_batch_sizes, wall_clock
+from qswin.trt.evaluation.timing import Subject, Timer, TimingOptions, parse_batch_sizes, wall_clock
 
 SUFFIX = ".qsb"
 TARGET = "bundle"
@@ -202,12 +203,7 @@ class RunningSubject(BundleSubject):
         self._watch = Stopwatch(self.predictor.stream)
 
     def timers(self, images: np.ndarray, cuda_graph: bool) -> Iterator[tuple[str, Timer]]:
-        predictor, watch = self.predictor, self._watch
-        predictor.load(images)
-        yield "", lambda: watch.time(predictor.enqueue)
-        if cuda_graph:
-            with captured(predictor.enqueue, predictor.stream) as launch:
-                yield CUDA_GRAPH, lambda: watch.time(launch)
+        return event_timers(self.predictor, self._watch, images, cuda_graph)
 
 
 def launches(bundle: Bundle) -> list[Layer]:

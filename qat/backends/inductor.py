@@ -109,12 +109,10 @@ def build_package(path: Path, precision: str, profile: tuple[int, int, int]) -> 
 
     from qswin.qat.checkpoint import open_checkpoint
     from qswin.qat.lowering.lower import lower
-    from qswin.qat.quant.quantizers import own_precision
+    from qswin.qat.quant.quantizers import check_precision
 
     model, description, digest = open_checkpoint(path)
-    own = own_precision(model)
-    if precision not in (own, "best"):
-        raise ValueError(f"{path}: quantized to {own}, not {precision}; leave --precision out")
+    own = check_precision(model, precision, f"{path}:")
     capability = check_gpu(own)
     start, size = time.perf_counter(), description.preprocessing.size
     lowered = lower(model.cuda(), torch.zeros(1, 3, *size, device="cuda"), torch.float16)

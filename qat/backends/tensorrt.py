@@ -10,15 +10,16 @@ from absl import logging
 
 from qswin.calib.files import version_of
 from qswin.qat.backends.findings import Finding
+from qswin.qat.backends.on_stream import event_timers
 from qswin.qat.backends.registry import Backend, Listing, OpenOptions
 from qswin.trt.engines.build import build_engine
-from qswin.trt.engines.cuda import Stopwatch, captured, find_gpu
+from qswin.trt.engines.cuda import Stopwatch, find_gpu
 from qswin.trt.engines.engine import KIND, SUFFIXES, Engine
 from qswin.trt.engines.layers import engine_layers, layer_table, timed_layers
 from qswin.trt.engines.options import BuildOptions
 from qswin.trt.engines.version import INSTALL, TARGETS, capabilities
 from qswin.trt.evaluation.compare import engine_activations
-from qswin.trt.evaluation.timing import CUDA_GRAPH, Subject, Timer, TimingOptions
+from qswin.trt.evaluation.timing import Subject, Timer, TimingOptions
 
 DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
@@ -38,12 +39,7 @@ class EngineSubject(Subject):
         self._watch = Stopwatch(engine.stream)
 
     def timers(self, images: np.ndarray, cuda_graph: bool) -> Iterator[tuple[str, Timer]]:
-        engine, watch = self.engine, self._watch
-        engine.load(images)
-        yield "", lambda: watch.time(engine.enqueue)
-        if cuda_graph:
-            with captured(engine.enqueue, engine.stream) as launch:
-                yield CUDA_GRAPH, lambda: watch.time(launch)
+        return event_timers(self.engine, self._watch, images, cuda_graph)
 
 
 class TensorRTBackend(Backend):

@@ -21,7 +21,7 @@ from qswin.qat.bundle.format import write_bundle
 from qswin.qat.bundle.trace import trace
 from qswin.qat.checkpoint import open_checkpoint
 from qswin.qat.lowering.lower import lower
-from qswin.qat.quant.quantizers import own_precision
+from qswin.qat.quant.quantizers import check_precision
 
 USUAL = (80, 86, 89, 90)
 OLDEST = {"int8": 80, "fp8": 89}  # architectures with the kernels' instructions
@@ -68,9 +68,7 @@ def build_bundle(
             needs (it is named).
     """
     model, description, digest = open_checkpoint(path)
-    own = own_precision(model)
-    if precision not in (own, "best"):
-        raise ValueError(f"{path}: quantized to {own}, not {precision}; leave --precision out")
+    own = check_precision(model, precision, f"{path}:")
     if architectures is None:
         architectures = [arch for arch in USUAL if arch >= OLDEST[own]]
     if old := [arch for arch in architectures if arch < OLDEST[own]]:

@@ -11,10 +11,10 @@ from qswin.qat.commands.arguments import above_zero, add_device_argument, add_ti
 from qswin.trt.evaluation.compare import (
     first_parting,
     layer_errors,
-    logits_of,
-    output_errors,
+    model_errors,
     read_images,
     sentence,
+    shared_batch_size,
     worst_layers,
 )
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
@@ -45,12 +45,11 @@ def main(args: argparse.Namespace) -> None:
     opening = OpenOptions(device=args.device, timeout=args.timeout)
     ours, theirs = open_predictor(args.model, opening), OnnxRuntimePredictor(args.reference, timeout=args.timeout)
     images = read_images(args.data, args.images, theirs.task, theirs.preprocessing, args.skip_unreadable)
-    size = min(ours.batch_size or 16, theirs.batch_size or 16)
-    outputs, expected = (logits_of(predictor, images, size) for predictor in (ours, theirs))
-    errors = output_errors(outputs, expected, theirs.task)
+    errors = model_errors(ours, theirs, images)
     report: dict[str, Any] = {"model": str(args.model), "reference": str(args.reference), **errors}
     print(f"{args.model} against {args.reference}: {sentence(errors, len(images))}")
     if args.layers:
+        size = shared_batch_size(ours, theirs)
         values = backend_of(args.model).activations(args.model, args.reference, images[:size], opening)
         layers = layer_errors(values, args.reference, images[:size], args.timeout)
         report |= {"layers": dict(layers), "parting": first_parting(layers, args.tolerance)}

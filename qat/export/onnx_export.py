@@ -22,7 +22,7 @@ from qswin.qat.float_model import input_size
 from qswin.qat.ptq.prediction import LOGITS, Outputs, named_outputs
 from qswin.qat.quant.blocks import fix_size
 from qswin.qat.quant.layers import undo_channel_scales
-from qswin.qat.quant.quantizers import own_precision, quantizers
+from qswin.qat.quant.quantizers import check_precision, own_precision, quantizers
 from qswin.qat.quant.recipe import RECIPES
 from qswin.qat.quant.rewrite import clip_weights, disable, enable, fold_biases, quantize
 from qswin.qat.quant.twins.swin import QuantSwinBlock
@@ -112,10 +112,7 @@ def _prepare(model: nn.Module, description: Description, precision: str, opset: 
             raise ValueError(
                 "the checkpoint is not quantized: run qswin calibrate first, or export with --precision fp32"
             )
-        if precision != own_precision(twin):
-            raise ValueError(
-                f"the checkpoint is quantized to {own_precision(twin)}, not {precision}; leave --precision out"
-            )
+        check_precision(twin, precision, "the checkpoint is")
         check_formats(twin, opset)
         enable(twin)
         clip_weights(twin)

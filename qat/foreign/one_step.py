@@ -15,13 +15,12 @@ from qswin.qat.foreign.first_config import Found, config_text, describe, look_at
 from qswin.qat.ptq.job import run_calibration
 from qswin.qat.quant.quantizers import own_precision
 from qswin.qat.runs import one_job
-from qswin.trt.evaluation.compare import logits_of, output_errors, read_images, sentence
+from qswin.trt.evaluation.compare import model_errors, read_images, sentence
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from qswin.trt.report.sections import write_report
 
 CONFIG, COMPARISON, REPORT = "config.yaml", "compare.json", "report.html"
 COMPARED = 64  # images that the two graphs are compared on
-BATCH_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +88,5 @@ def quantize_checkpoint(model: Path, data: Path, out: Path, overrides: Sequence[
 def _compare(quantized: Exported, floating: Exported, data: Path) -> dict[str, Any]:
     ours, theirs = (OnnxRuntimePredictor(graph.path) for graph in (quantized, floating))
     images = read_images(data, COMPARED, theirs.task, theirs.preprocessing)
-    outputs = [logits_of(predictor, images, BATCH_SIZE) for predictor in (ours, theirs)]
     named = {"model": str(quantized.path), "reference": str(floating.path), "images": len(images)}
-    return {**named, **output_errors(outputs[0], outputs[1], theirs.task)}
+    return {**named, **model_errors(ours, theirs, images)}

@@ -1,4 +1,8 @@
-"""What a launch of a kernel is: what an operator runs on a GPU, and what a bundle stores."""
+"""What a launch of a kernel is: what an operator runs on a GPU, and what a bundle stores.
+
+Each operator writes `wrap_triton(_its_kernel)[launch.grid](...)` itself. torch looks for the kernel by that name in the
+operator's source, as a part of the key of its compile caches; `wrap_triton(launch.kernel)` would hide it.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar

@@ -298,6 +298,22 @@ def own_precision(model: nn.Module) -> str:
     return "fp8" if any(quantizer.spec.grid.name == FP8.name for quantizer in quantizers(model)) else "int8"
 
 
+def check_precision(model: nn.Module, precision: str, subject: str) -> str:
+    """A quantized model's own precision.
+
+    Args:
+        precision: what it is asked for in; "best" stands for its own.
+        subject: what an error begins with: "a.safetensors:" or "the checkpoint is".
+
+    Raises:
+        ValueError: it is asked for in another one.
+    """
+    own = own_precision(model)
+    if precision not in (own, "best"):
+        raise ValueError(f"{subject} quantized to {own}, not {precision}; leave --precision out")
+    return own
+
+
 def table(model: nn.Module) -> str:
     """One line a quantizer: site, format, range and state."""
     rows = [("site", "format", "amax", "state")]

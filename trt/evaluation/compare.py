@@ -22,9 +22,11 @@ from qswin.trt.engines.engine import KIND, REMEDY
 from qswin.trt.engines.network import build_network
 from qswin.trt.engines.options import BuildOptions
 from qswin.trt.engines.version import find_tensorrt
+from qswin.trt.evaluation.evaluate import Predictor
 from qswin.trt.graphs.files import open_onnx, read_onnx
 from qswin.trt.graphs.half_precision import QDQ
 
+BATCH_SIZE = 16
 CHANNEL_SCALE = "._pre_quant_scale"  # ends the name of what a Mul before Q multiplies by; float graphs have none
 
 
@@ -55,15 +57,24 @@ def output_errors(ours: np.ndarray, reference: np.ndarray, task: str) -> dict[st
     return {**errors, "nan": int((~np.isfinite(ours)).sum())}
 
 
+def shared_batch_size(ours: Predictor, theirs: Predictor) -> int:
+    """Images of a batch that both models take; 16 where they take any number."""
+    return min(ours.batch_size or BATCH_SIZE, theirs.batch_size or BATCH_SIZE)
+
+
+def model_errors(ours: Predictor, reference: Predictor, images: np.ndarray) -> dict[str, float]:
+    """`output_errors` of a model against a reference on images (N, 3, H, W)."""
+    size = shared_batch_size(ours, reference)
+    outputs, expected = (logits_of(predictor, images, size) for predictor in (ours, reference))
+    return output_errors(outputs, expected, reference.task)
+
+
 def sentence(errors: dict[str, float], images: int) -> str:
     """What `output_errors` found on so many images, for people."""
-    same = (
-        f"the same class for {errors['top1_agreement']:.1f} % of {images} images; "
-        if "top1_agreement" in errors
-        else ""
-    )
-    values = "logits" if same else f"values of the feature maps of {images} images"
-    told = f"{same}{values} differ by {errors['mean_abs']:.3g} on average, by {errors['max_abs']:.3g} at most"
+    what = f"values of the feature maps of {images} images"
+    if "top1_agreement" in errors:
+        what = f"the same class for {errors['top1_agreement']:.1f} % of {images} images; logits"
+    told = f"{what} differ by {errors['mean_abs']:.3g} on average, by {errors['max_abs']:.3g} at most"
     return f"{told}; {errors['nan']} are NaN or infinite" if errors["nan"] else told
 
 

@@ -12,13 +12,6 @@ from tests.helpers import fails, invoke
 from tests.models.checkpoints.test_logits import HF_SWIN, HF_VIT, save_pretrained, torchvision_swin
 
 
-@pytest.fixture
-def swin_file(tmp_path):
-    """A small Swin of torchvision, for 5 classes."""
-    torch.save(torchvision_swin(False).state_dict(), tmp_path / "mine.pth")
-    return tmp_path / "mine.pth"
-
-
 def test_what_it_says_and_writes(tmp_path, swin_file, data, capsys):
     out, report = tmp_path / "mine.yaml", tmp_path / "mine.json"
     assert invoke("init", swin_file, "--data", data, "--out", out, "--json", report) == 0

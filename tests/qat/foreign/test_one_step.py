@@ -15,12 +15,6 @@ SMALL = ("recipe=gemm", "device=cpu", "data.workers=0", "calibration.batch_size=
 
 
 @pytest.fixture
-def swin_file(tmp_path):
-    torch.save(torchvision_swin(False).state_dict(), tmp_path / "mine.pth")
-    return tmp_path / "mine.pth"
-
-
-@pytest.fixture
 def flat(data, tmp_path):
     """The images of the training folder, without the folders of their classes."""
     folder = tmp_path / "photos"
