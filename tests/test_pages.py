@@ -176,7 +176,8 @@ def read_command_line(name: str, arguments: list[str], monkeypatch) -> None:
 )
 def test_benchmarks_take_the_options_that_are_given(page, count, monkeypatch, capsys):
     """They take hours, or a GPU: what produced the figures is not run here."""
-    lines = re.findall(r"python -m benchmarks\.(\w+)([^\n#`]*)", (ROOT / page).read_text())
+    text = (ROOT / page).read_text().replace("\\\n", " ")  # a command may go on in the next line
+    lines = re.findall(r"python -m benchmarks\.(\w+)([^\n#`]*)", text)
     assert len(lines) >= count
     for name, arguments in lines:
         words = shlex.split(arguments)
