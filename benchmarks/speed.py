@@ -134,7 +134,7 @@ def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     for event in trace.key_averages(group_by_input_shape=True):
         operator = event.key.removeprefix("qswin::")
         if operator != event.key:
-            moved, operations = (event.count * number for number in cost(operator, event.input_shapes))
+            moved, operations = (event.count * number for number in cost(operator, event.input_shapes, len(images)))
             seconds = event.device_time_total / 1e6
             rates = {"tb_per_second": moved / seconds / 1e12, "tops": operations / seconds / 1e12}
             row = {"operator": operator, "shapes": event.input_shapes[:2], "calls": event.count, "ms": 1000 * seconds}
@@ -142,7 +142,7 @@ def kernel_times(lowered: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def cost(operator: str, shapes: list[list[int]]) -> tuple[float, float]:
+def cost(operator: str, shapes: list[list[int]], batch: int) -> tuple[float, float]:
     """Bytes that a call must move, the residual stream being FP16, and operations (two a product)."""
     first, second = shapes[:2]
     size = math.prod(first)
@@ -153,9 +153,9 @@ def cost(operator: str, shapes: list[list[int]]) -> tuple[float, float]:
         return 3 * size, 0
     if operator == "norm_add":
         return 6 * size, 0
-    if operator.endswith("window_attention"):  # (rows, 3 C), (masks, heads, padded, padded)
-        moved = size * (1 if operator == "window_attention" else 2) + size // 3
-        return moved + 2 * math.prod(second), 4 * second[-1] * size // 3
+    if operator == "window_attention":  # (rows, 3 C), (masks, heads, tokens, padded) or none: of a whole image
+        tokens = second[2] if second else first[0] // batch
+        return size + size // 3 + (2 * math.prod(second) if second else 0), 4 * tokens * size // 3
     rows, columns = first[0], second[0]  # linear: (M, K), (N, K)
     result = {"linear_float": 2, "linear_add": 4}.get(operator, 1)
     return size + math.prod(second) + result * rows * columns, 2 * size * columns

@@ -13,6 +13,7 @@ from qswin.qat.kernels.launch import Launch, plans
 
 MULTIPROCESSORS = 132  # of an H100 or H200, on which the tiles were chosen
 GROUP_M = 8  # rows of tiles that share the weight's tiles in the L2 cache
+SMALLEST_SQUARE = tl.constexpr(1e-24)  # of a length: F.normalize's 1e-12, squared
 
 
 @triton.jit
@@ -57,9 +58,21 @@ def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: 
 
 
 @triton.jit
+def _normalize_heads(y, start_n, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """A tile of y in which each HEAD_DIM columns of a row, up to column NORMALIZED, have length 1; zeros stay."""
+    y = tl.reshape(y, (BLOCK_M, BLOCK_N // HEAD_DIM, HEAD_DIM))
+    inv_length = tl.rsqrt(tl.maximum(tl.sum(y * y, axis=2), SMALLEST_SQUARE))
+    starts = start_n + HEAD_DIM * tl.arange(0, BLOCK_N // HEAD_DIM)
+    y *= tl.where((starts < NORMALIZED)[None, :], inv_length, 1.0)[:, :, None]
+    return tl.reshape(y, (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
 def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, inv_scale_ptr, out_ptr, M, N: tl.constexpr, K: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    GELU: tl.constexpr, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = _pid_m_n(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m = pid_m * BLOCK_M
@@ -67,7 +80,11 @@ def _linear_kernel(
     y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
     out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
     if GELU:
-        y = gelu(y) * tl.load(inv_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        y = gelu(y)
+    if NORMALIZED:
+        y = _normalize_heads(y, pid_n * BLOCK_N, NORMALIZED, HEAD_DIM, BLOCK_M, BLOCK_N)
+    if GELU or NORMALIZED:
+        y *= tl.load(inv_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     if out_ptr.dtype.element_ty == x_ptr.dtype.element_ty:
         y = to_levels(y, out_ptr.dtype.element_ty)
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
@@ -113,7 +130,6 @@ def grid(m: int, n: int, block_sizes: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(m, block_sizes["BLOCK_M"]) * triton.cdiv(n, block_sizes["BLOCK_N"]),)
 
 
-@plans("qswin::linear_float")
 def _plan(
     x: Tensor,
     weight: Tensor,
@@ -121,14 +137,18 @@ def _plan(
     bias: Tensor,
     dtype: torch.dtype,
     inv_scale: Tensor | None = None,
+    gelu: bool = False,
+    normalized: int = 0,
+    head_dim: int = 0,
 ) -> Launch:
-    """A launch of the kernel: with GELU where there is an inv_scale."""
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
     block_sizes, options = tile_config(m, n, k)
+    block_sizes["BLOCK_N"] = max(block_sizes["BLOCK_N"], head_dim)
     pointers = {"x_ptr": x, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
     pointers |= {"inv_scale_ptr": scale if inv_scale is None else inv_scale, "out_ptr": out}
-    arguments = {**pointers, "M": m, "N": n, "K": k, "GELU": inv_scale is not None, **block_sizes}
+    epilogue = {"GELU": gelu, "NORMALIZED": normalized, "HEAD_DIM": head_dim}
+    arguments = {**pointers, "M": m, "N": n, "K": k, **epilogue, **block_sizes}
     return Launch(_linear_kernel, grid(m, n, block_sizes), arguments, options, out)
 
 
@@ -160,7 +180,7 @@ def linear_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> T
 
 @plans("qswin::linear_gelu_quantize")
 def _plan_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor) -> Launch:
-    return _plan(x, weight, scale, bias, x.dtype, inv_scale)
+    return _plan(x, weight, scale, bias, x.dtype, inv_scale, gelu=True)
 
 
 @triton_op("qswin::linear_gelu_quantize", mutates_args={})
@@ -174,10 +194,35 @@ def linear_gelu_quantize(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
     return _run(_plan_gelu_quantize(x, weight, scale, bias, inv_scale))
 
 
+@plans("qswin::linear_cosine_quantize")
+def _plan_cosine_quantize(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor, head_dim: int
+) -> Launch:
+    normalized = len(weight) // 3 * 2
+    return _plan(x, weight, scale, bias, x.dtype, inv_scale, normalized=normalized, head_dim=head_dim)
+
+
+@triton_op("qswin::linear_cosine_quantize", mutates_args={})
+def linear_cosine_quantize(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor, head_dim: int
+) -> Tensor:
+    """The levels, in the format of x, of q / ||q||, k / ||k|| and v, times inv_scale: (M, N).
+
+    q, k and v are a third each of the columns of x @ weight.T * scale + bias, and head_dim, a power of two of at least
+    32, the columns that a head has of each. The other arguments are those of `linear_gelu_quantize`.
+    """
+    return _run(_plan_cosine_quantize(x, weight, scale, bias, inv_scale, head_dim))
+
+
+@plans("qswin::linear_float")
+def _plan_float(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Launch:
+    return _plan(x, weight, scale, bias, dtype)
+
+
 @triton_op("qswin::linear_float", mutates_args={})
 def linear_float(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ weight.T * scale + bias, (M, N) of a dtype; scale is that of x times that of each of the weight's rows."""
-    return _run(_plan(x, weight, scale, bias, dtype))
+    return _run(_plan_float(x, weight, scale, bias, dtype))
 
 
 @plans("qswin::linear_add")
@@ -225,6 +270,16 @@ def linear_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Te
 def linear_gelu_quantize_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor) -> Tensor:
     """`linear_gelu_quantize` in plain torch, GELU being exact."""
     return to_levels_reference(F.gelu(_matmul_reference(x, weight, scale, bias)) * inv_scale, x.dtype)
+
+
+@linear_cosine_quantize.register_kernel("cpu")
+def linear_cosine_quantize_reference(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, inv_scale: Tensor, head_dim: int
+) -> Tensor:
+    """`linear_cosine_quantize` in plain torch."""
+    q, k, v = _matmul_reference(x, weight, scale, bias).view(len(x), 3, -1, head_dim).unbind(1)
+    y = torch.stack((F.normalize(q, dim=-1), F.normalize(k, dim=-1), v), dim=1).flatten(1)
+    return to_levels_reference(y * inv_scale, x.dtype)
 
 
 @linear_float.register_kernel("cpu")

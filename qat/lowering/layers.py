@@ -7,8 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qswin.qat.kernels.arithmetic import to_levels_reference
 from qswin.qat.kernels.layer_norm import norm
-from qswin.qat.kernels.linear import linear_add, linear_float, linear_gelu_quantize, linear_quantize
+from qswin.qat.kernels.linear import (
+    linear_add,
+    linear_cosine_quantize,
+    linear_float,
+    linear_gelu_quantize,
+    linear_quantize,
+)
 from qswin.qat.kernels.norm_add import norm_add
 from qswin.qat.kernels.norm_quantize import gather_quantize, norm_quantize
 from qswin.qat.kernels.patch_embed import patch_embed
@@ -79,6 +86,11 @@ class LoweredLinear(LoweredWeight):
         self.scale /= output_scale
         self.bias /= output_scale
 
+    def multiply_output(self, factors: Tensor) -> None:
+        """Multiplies scale and bias by each output channel's factor, (N,)."""
+        self.scale *= factors
+        self.bias *= factors
+
     def requantize(self, x: Tensor) -> Tensor:
         """(M, N) levels, in units of the scale given to `fold_output_scale`."""
         return linear_quantize(x, self.weight, self.scale, self.bias)
@@ -86,6 +98,10 @@ class LoweredLinear(LoweredWeight):
     def gelu_requantize(self, x: Tensor, inv_scale: Tensor) -> Tensor:
         """(M, N) levels: the result of GELU times inv_scale, (N,), the next layer's."""
         return linear_gelu_quantize(x, self.weight, self.scale, self.bias, inv_scale)
+
+    def cosine_requantize(self, x: Tensor, inv_scale: Tensor, head_dim: int) -> Tensor:
+        """(M, N) levels: q and k with heads of length 1, and v, times inv_scale, (N,); see `linear_cosine_quantize`."""
+        return linear_cosine_quantize(x, self.weight, self.scale, self.bias, inv_scale, head_dim)
 
     def dequantize(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(M, N) of a float dtype."""
@@ -157,25 +173,51 @@ class LoweredPatchEmbed(LoweredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = (self.weight, self.scale, self.bias, self.norm_weight, self.norm_bias)
-        x = self._whole_patches(x)
+        x = whole_patches(x, self.patch_size, self.pads)
         grid = [side // patch for side, patch in zip(x.shape[2:], self.patch_size, strict=True)]
         return patch_embed(x, *weights, 1 / self.input_scale, self.eps, self.dtype).view(x.shape[0], *grid, -1)
 
-    def _whole_patches(self, x: Tensor) -> Tensor:
-        """The image without the rows and columns that make no patch, or, where `pads`, with zeros behind them."""
-        rest_h, rest_w = (side % patch for side, patch in zip(x.shape[2:], self.patch_size, strict=True))
-        if not (rest_h or rest_w):
-            return x
-        if self.pads:
-            return F.pad(x, (0, -x.shape[3] % self.patch_size[1], 0, -x.shape[2] % self.patch_size[0]))
-        return x[:, :, : x.shape[2] - rest_h, : x.shape[3] - rest_w].contiguous()
+
+class LoweredPatchProjection(LoweredWeight):
+    """timm's PatchEmbed without a norm. (B, 3, H, W) of any float dtype -> (B, L, C) of `dtype`.
+
+    Raises:
+        ValueError: its patches do not become a row of tokens.
+    """
+
+    def __init__(self, embed: Any, site: str, dtype: torch.dtype) -> None:
+        super().__init__(embed.proj, f"{site}.proj")
+        if not embed.flatten:
+            raise ValueError(f"{site}: the kernels make a row of tokens of an image: build the model for one size")
+        refuse_channel_scales(embed.proj._input_quantizer, f"{site}.proj")
+        self.dtype, self.patch_size, self.pads = dtype, embed.patch_size, embed.dynamic_img_pad
+        self.weight = self.weight.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (height, width), batch = self.patch_size, x.shape[0]
+        x = whole_patches(x, self.patch_size, self.pads).float() / self.input_scale
+        levels = to_levels_reference(x, self.weight.dtype)
+        patches = levels.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, 3, H / P, P, W / P, P)
+        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+        y = linear_float(rows, self.weight, self.scale, self.bias, self.dtype)
+        return y.view(batch, -1, self.weight.shape[0])
+
+
+def whole_patches(x: Tensor, patch_size: tuple[int, int], pads: bool) -> Tensor:
+    """The image without the rows and columns that make no patch, or, where `pads`, with zeros behind them."""
+    rest_h, rest_w = (side % patch for side, patch in zip(x.shape[2:], patch_size, strict=True))
+    if not (rest_h or rest_w):
+        return x
+    if pads:
+        return F.pad(x, (0, -x.shape[3] % patch_size[1], 0, -x.shape[2] % patch_size[0]))
+    return x[:, :, : x.shape[2] - rest_h, : x.shape[3] - rest_w].contiguous()
 
 
 class LoweredHead(LoweredLinear):
     """The classifier, with the average pooling before it. (B, H, W, C) or (B, C) float -> (B, classes) float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.view(x.shape[0], -1, x.shape[-1])
+        tokens = x.contiguous().view(x.shape[0], -1, x.shape[-1])
         return self.dequantize(pool_quantize(tokens, self.inv_scale, self.weight.dtype), torch.float32)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qswin.calib.grid import FP8, INT8, UINT8
 from qswin.models.discovery import offers
 from qswin.qat import lowering
-from qswin.qat.lowering.layers import LoweredHead, LoweredLayerNorm, LoweredPatchEmbed
+from qswin.qat.lowering.layers import LoweredHead, LoweredLayerNorm, LoweredPatchEmbed, LoweredPatchProjection
 from qswin.qat.quant.blocks import input_sizes
 from qswin.qat.quant.layers import QuantLinear
 from qswin.qat.quant.quantizers import quantizers
@@ -26,7 +26,8 @@ from qswin.qat.quant.quantizers import quantizers
 def parts() -> dict[type, Any]:
     """{type of a twin: the class it becomes}, what the modules of lowering/ offer as PARTS.
 
-    Such a class is made of the twin, its name, and the height and width of what it gets, (B, H, W, C).
+    Such a class is made of the twin, its name, and the second and third size of what it gets: the height and width of
+    (B, H, W, C), the tokens and channels of (B, N, C).
     """
     found: dict[type, Any] = {}
     for more in offers(lowering, "PARTS"):
@@ -38,7 +39,7 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
     """A copy that computes in the twin's format, INT8 or FP8.
 
     Args:
-        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2), calibrated with recipe `attention` or
+        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2, ViT), calibrated with recipe `attention` or
             `attention-fp8`.
         image: (1, 3, H, W) float32 of the size that the model is for: each block's place in it becomes an index.
         dtype: of the residual stream and of what is not lowered. Images may be of it or of float32; logits are float32.
@@ -52,18 +53,23 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
     sizes = input_sizes(lowered, [module for module in lowered.modules() if type(module) in parts()], image)
     if not sizes:
         known = ", ".join(kind.__name__ for kind in parts())
-        raise ValueError(f"this model has no block that the kernels are for; those are {known} (of Swin V1 and V2)")
+        raise ValueError(
+            f"this model has no block that the kernels are for; those are {known} (of Swin V1 and V2, and of ViT)"
+        )
     for name, module in list(lowered.named_modules()):
         if module in sizes:
             _replace(lowered, name, parts()[type(module)](module, name, *sizes[module]))
-        elif isinstance(module, PatchEmbed) and isinstance(module.norm, nn.LayerNorm):
-            _replace(lowered, name, LoweredPatchEmbed(module, name, dtype))
+        elif isinstance(module, PatchEmbed):
+            stem = LoweredPatchProjection if isinstance(module.norm, nn.Identity) else LoweredPatchEmbed
+            _replace(lowered, name, stem(module, name, dtype))
         elif isinstance(module, ClassifierHead) and isinstance(module.fc, QuantLinear):
             averages = (module.input_fmt, module.global_pool.pool_type) == ("NHWC", "avg")
             _replace(lowered, name if averages else f"{name}.fc", LoweredHead(module.fc, f"{name}.fc"))
     for name, module in list(lowered.named_modules()):
         if isinstance(module, nn.LayerNorm) and module.bias is not None:
             _replace(lowered, name, LoweredLayerNorm(module))
+        elif isinstance(module, QuantLinear):
+            _replace(lowered, name, LoweredHead(module, name))
     for parameter in lowered.parameters():  # not the buffers: the kernels' scales stay float32
         parameter.data = parameter.data.to(dtype)
     return lowered

@@ -41,7 +41,8 @@ IMAGE = {
     "BLOCK_K": 64,
     "BLOCK_N": 128,
 }
-WINDOWS = {"CHANNELS": 96, "HEAD_DIM": 32, "BLOCK_TOKENS": 64, "WINDOWS_PER_PROGRAM": 1}
+NO_NORM = {"NORMALIZED": 0, "HEAD_DIM": 0}
+WINDOWS = {"CHANNELS": 96, "HEAD_DIM": 32, "WINDOWS_PER_PROGRAM": 1}
 FLOATS = {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "token_ids_ptr": "*i32", "qk_scale_ptr": "*fp32"}
 FLOATS |= {"inv_scale_ptr": "*fp32"}
 NORMS = FLOATS | {"weight_ptr": "*fp32", "norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32"}
@@ -52,7 +53,16 @@ def kernels(level: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]
     """{name: (kernel, its pointers' types, its constants)}, `level` being the type of a pointer to levels."""
     weights = FLOATS | {"weight_ptr": level}
     return {
-        "linear": (linear._linear_kernel, weights | {"x_ptr": level, "out_ptr": level}, LINEAR | {"GELU": True}),
+        "linear": (
+            linear._linear_kernel,
+            weights | {"x_ptr": level, "out_ptr": level},
+            LINEAR | NO_NORM | {"GELU": True},
+        ),
+        "cosine": (
+            linear._linear_kernel,
+            weights | {"x_ptr": level, "out_ptr": level},
+            LINEAR | {"GELU": False, "NORMALIZED": 256, "HEAD_DIM": 32},
+        ),
         "add": (
             linear._linear_add_kernel,
             weights | {"x_ptr": level, "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
@@ -88,17 +98,21 @@ def kernels(level: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]
             NORMS | {"image_ptr": "*fp16", "weight_ptr": level, "out_ptr": "*fp16"},
             IMAGE,
         ),
-        "attention": (
-            attention._window_attention_kernel,
-            FLOATS | {"qkv_ptr": level, "bias_ptr": "*fp16", "out_ptr": level},
-            WINDOWS | {"NUM_TOKENS": 49, "COSINE": False, "UNSIGNED": level == "*i8"},
-        ),
-        "cosine": (
-            attention._window_attention_kernel,
-            FLOATS | {"qkv_ptr": "*fp16", "bias_ptr": "*fp16", "out_ptr": level},
-            WINDOWS | {"NUM_TOKENS": 64, "COSINE": True, "UNSIGNED": False},
-        ),
+        **{
+            f"attention of {tokens}": (
+                attention._attention_kernel,
+                FLOATS | {"qkv_ptr": level, "bias_ptr": "*fp16", "out_ptr": level},
+                WINDOWS | attention_constants(tokens, level),
+            )
+            for tokens in (49, 144, 256, 576)
+        },
     }
+
+
+def attention_constants(tokens: int, level: str) -> dict[str, Any]:
+    tiles = attention.tiles(tokens)
+    sizes = {"NUM_TOKENS": tokens, "QUERIES": tiles.queries, "KEYS": tiles.keys, "MORE_KEYS": tiles.more_keys}
+    return sizes | {"BIAS": tokens != 256, "UNSIGNED": level == "*i8" and tokens < 200}
 
 
 def is_float(name: str) -> bool:

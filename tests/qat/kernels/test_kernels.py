@@ -265,7 +265,9 @@ PROBABILITIES = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize(
-    ("windows", "masks", "heads", "tokens"), [(9, 1, 3, 49), (4, 2, 2, 49), (3, 3, 1, 16), (1, 1, 2, 64)]
+    ("windows", "masks", "heads", "tokens"),
+    [(9, 1, 3, 49), (4, 2, 2, 49), (3, 3, 1, 16), (1, 1, 2, 64), (2, 2, 2, 144), (2, 1, 1, 197), (1, 1, 2, 256)]
+    + ([(2, 2, 2, 576), (1, 1, 3, 1025)] if CUDA else []),
 )
 @PROBABILITIES
 def test_window_attention(windows, masks, heads, tokens, dtype, unsigned, top):
@@ -277,6 +279,28 @@ def test_window_attention(windows, masks, heads, tokens, dtype, unsigned, top):
     ours, expected = compare(attention.window_attention, attention.window_attention_reference, *arguments)
     assert ours.shape == (windows * tokens, heads * 32)
     assert_levels_close(ours, expected, share=0.01 if dtype == torch.int8 else 0.02)
+
+
+@pytest.mark.parametrize("tokens", [50, 197])
+@PROBABILITIES
+def test_attention_may_have_no_bias(tokens, dtype, unsigned, top):
+    qkv = random_levels(dtype, 2 * tokens, 3 * 2 * 64)
+    scales = (torch.rand(2) * 3e-4, top, 0.9 / top)
+    ours, expected = compare(
+        attention.window_attention, attention.window_attention_reference, qkv, None, tokens, *scales, unsigned
+    )
+    assert_levels_close(ours, expected, share=0.01 if dtype == torch.int8 else 0.02)
+    zeros = attention.padded_bias(torch.zeros(1, 2, tokens, tokens))
+    with_zeros = attention.window_attention_reference(qkv, zeros, tokens, *scales, unsigned)
+    assert torch.equal(with_zeros.float(), expected.float())
+
+
+def test_the_tiles_hold_a_window():
+    for tokens in range(1, attention.MAX_TOKENS + 1):
+        tiles = attention.tiles(tokens)
+        assert tokens <= tiles.all_keys < 2 * max(tokens, 17)
+        assert tiles.queries * tiles.all_keys <= 32 * 32 * tiles.num_warps * 6  # 192 registers a thread
+    assert attention.tiles(144)[1:3] == (128, 32) and attention.tiles(576)[1:3] == (512, 64)
 
 
 def test_window_attention_is_attention():
@@ -293,35 +317,32 @@ def test_window_attention_is_attention():
     assert (found - expected).abs().mean() < 0.01
 
 
-@PROBABILITIES
-def test_cosine_window_attention(dtype, unsigned, top):
-    qkv, bias = torch.randn(9 * 49, 3 * 2 * 32) * 3, torch.randn(3, 2, 49, 49)
-    qkv[5] = 0.0  # a token whose q and k have no direction
-    arguments = (
-        qkv,
-        attention.padded_bias(bias),
-        49,
-        torch.tensor([2.0, 10.0]) / 250**2,
-        250.0,
-        250.0,
-        12.0,
-        top,
-        0.9 / top,
-        dtype,
-        unsigned,
-    )
-    ours, expected = compare(attention.cosine_window_attention, attention.cosine_window_attention_reference, *arguments)
-    assert_levels_close(ours, expected, share=0.01 if dtype == torch.int8 else 0.02)
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 32), (3, 32), (1, 64)])
+@FORMATS
+def test_linear_cosine_quantize(heads, head_dim, dtype):
+    channels = heads * head_dim
+    x, weight = random_levels(dtype, 70, 64), random_levels(dtype, 3 * channels, 64)
+    scale, bias = torch.rand(3 * channels) * unit(dtype), torch.randn(3 * channels)
+    inv_scale = torch.tensor([250.0, 200.0, 12.0]).repeat_interleave(channels)
+    arguments = (x, weight, scale, bias, inv_scale, head_dim)
+    ours, expected = compare(linear.linear_cosine_quantize, linear.linear_cosine_quantize_reference, *arguments)
+    assert ours.shape == (70, 3 * channels)
+    assert_levels_close(ours, expected, share=0.01)
+    y = ((x.double() @ weight.double().T) * scale + bias).view(70, 3, heads, head_dim)[8]
+    head = torch.cat([y[0, -1] / y[0, -1].norm() * 250, y[1, 0] / y[1, 0].norm() * 200, y[2, 0] * 12])
+    found = expected.view(70, 3, heads, head_dim)[8].double()
+    found = torch.cat([found[0, -1], found[1, 0], found[2, 0]])
+    if dtype == torch.int8:
+        assert (found - head.clamp(-128, 127)).abs().max() <= 0.5001
+    else:
+        torch.testing.assert_close(found, head.clamp(-448, 448), rtol=2**-4, atol=2**-9)
 
 
-def test_cosine_window_attention_is_attention():
-    qkv, bias = torch.randn(2 * 49, 3 * 2 * 32), torch.randn(1, 2, 49, 49)
-    q, k, v = qkv.view(2, 49, 3, 2, 32).permute(2, 0, 3, 1, 4)
-    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=7.0)
-    scale = torch.full((2,), 7.0 / 127**2)
-    q_out = attention.cosine_window_attention_reference(
-        qkv, attention.padded_bias(bias), 49, scale, 127.0, 127.0, 30.0, 127.0, 50 / 127 / 30, torch.int8, False
+def test_heads_without_a_direction_stay_zero():
+    weight, one = torch.zeros(96, 32, dtype=torch.int8), torch.ones(96)
+    ours, expected = compare(
+        linear.linear_cosine_quantize,
+        linear.linear_cosine_quantize_reference,
+        *(random_int8(4, 32), weight, one, torch.zeros(96), 100 * one, 32),
     )
-    found = q_out.float().view(2, 49, 2, 32).transpose(1, 2) / 50
-    assert (found - expected).abs().mean() < 0.02
+    assert not ours.any() and not expected.any()
