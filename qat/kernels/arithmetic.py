@@ -23,19 +23,15 @@ FP8_MAX = tl.constexpr(FP8.qmax)
 ROUNDING = tl.constexpr(1.5 * 2**23)
 SMALLEST_NORMAL, SUBNORMAL_ROUNDING = tl.constexpr(2.0**-6), tl.constexpr(1.5 * 2**14)  # of E4M3; to steps of 2**-9
 
-# Phi(y) = 1 / (1 + 2**(y * p(y**2))), where p is this polynomial in min(y**2, 40), highest power first. It is the
-# minimax fit of y * Phi(y) on [-6.5, 6.5] with three coefficients; the largest error is 2.6e-5.
-GELU_2, GELU_1, GELU_0 = (tl.constexpr(-1.4426950408889634 * c) for c in (-7.03636305e-04, 7.40150518e-02, 1.59501155))
-GELU_MAX_SQUARE = tl.constexpr(40.0)
+# GELU(y) = y * (1 + tanh(y * p(y**2))) / 2, where p has these coefficients: the minimax fit on [-8, 8]. Its largest
+# error is 2.7e-4, half that of the usual ones (0.79788 and 0.03568). The hardware's tanh adds up to 2.5e-4 * |y|.
+GELU_1, GELU_0 = tl.constexpr(0.03470089), tl.constexpr(0.80015708)
 
 # One line each: Inductor copies such constants into the source of a kernel, where a line break would end the string.
 _TO_INT8 = tl.constexpr(
     "{ .reg .s32 a, b, c, d, high;"
     " cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;"
     " cvt.pack.sat.s8.s32.b32 high, d, c, 0; cvt.pack.sat.s8.s32.b32 $0, b, a, high; }"
-)
-_TIMES_LOGISTIC = tl.constexpr(
-    "{ .reg .f32 e; ex2.approx.ftz.f32 e, $2; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 e, e; mul.f32 $0, $1, e; }"
 )
 
 
@@ -73,17 +69,15 @@ def to_levels(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def gelu(y):
-    """y * Phi(y) of float32, with an error below 3e-5."""
-    square = tl.minimum(y * y, GELU_MAX_SQUARE)
-    exponent = y * ((GELU_2 * square + GELU_1) * square + GELU_0)
+def gelu(y, factor):
+    """GELU(y) * factor of float32; the error of GELU is below 3e-4 + 2.5e-4 * |y|."""
+    z = y * (GELU_1 * (y * y) + GELU_0)
     if INTERPRETED:
-        value = y / (1.0 + tl.exp2(exponent))
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * z))
     else:
-        value = tl.inline_asm_elementwise(
-            _TIMES_LOGISTIC, "=f,f,f", [y, exponent], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return value
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1)
+    half = y * (0.5 * factor)
+    return half * tanh + half
 
 
 def to_levels_reference(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,10 +23,10 @@ MIN_KEYS = 32  # the least that a product of 8-bit matrices sums over
 
 @triton.jit
 def _load_bias(bias_ptr, offs_q, offs_k, NUM_TOKENS: tl.constexpr, NUM_KEYS: tl.constexpr, BIAS: tl.constexpr):
-    """What is added to scores, times LOG2E for exp2: (queries, keys), or (1, keys) without a bias; -inf for padding."""
+    """What is added to scores: (queries, keys) as it is stored, or (1, keys) without a bias; -inf for padding."""
     if BIAS:
         bias_ptrs = bias_ptr + offs_q[:, None] * NUM_KEYS + offs_k[None, :]
-        bias = tl.load(bias_ptrs, mask=(offs_q < NUM_TOKENS)[:, None], other=0.0).to(tl.float32) * LOG2E
+        bias = tl.load(bias_ptrs, mask=(offs_q < NUM_TOKENS)[:, None], other=0.0)
     else:
         bias = tl.where(offs_k < NUM_TOKENS, 0.0, -float("inf"))[None, :]
     return bias
@@ -42,18 +42,20 @@ def _load_tokens(ptr, offs_t, offs_d, NUM_TOKENS: tl.constexpr, STRIDE: tl.const
 def _scores(q, k, bias, qk_scale):
     """The scores of q (Q, D) and k (K, D), for exp2: (Q, K) float32."""
     SUM: tl.constexpr = tl.int32 if q.dtype == tl.int8 else tl.float32
-    return tl.dot(q, tl.trans(k), out_dtype=SUM).to(tl.float32) * (qk_scale * LOG2E) + bias
+    return tl.dot(q, tl.trans(k), out_dtype=SUM).to(tl.float32) * (qk_scale * LOG2E) + bias.to(tl.float32)
 
 
 @triton.jit
 def _weighted_sums(probs, v, UNSIGNED: tl.constexpr):
     """The levels of probs (Q, K) times v (K, D).
 
-    UNSIGNED probabilities, of 0 to 255, are 128 less in int8, which is made good by the sum of v's columns.
+    UNSIGNED probabilities, of 0 to 255, are 128 less in int8; the rest of the sums is a product too, for the matrix
+    units have time to spare.
     """
     SUM: tl.constexpr = tl.int32 if v.dtype == tl.int8 else tl.float32
     if UNSIGNED:
-        sums = tl.dot(to_levels(probs - 128.0, v.dtype), v, out_dtype=SUM) + 128 * tl.sum(v.to(SUM), axis=0)[None, :]
+        less = tl.full(probs.shape, -128, tl.int8)
+        sums = tl.dot(to_levels(probs - 128.0, v.dtype), v, out_dtype=SUM) - tl.dot(less, v, out_dtype=SUM)
     else:
         sums = tl.dot(to_levels(probs, v.dtype), v, out_dtype=SUM)
     return sums
@@ -131,11 +133,11 @@ def tiles(num_tokens: int) -> Tiles:
     if num_tokens <= 64:
         return Tiles(keys, keys, 0, num_warps=4)
     more_keys = 0
-    if num_tokens < keys:
+    if num_tokens <= keys * 3 // 4:
         keys //= 2
         more_keys = max(MIN_KEYS, triton.next_power_of_2(num_tokens - keys))
-    queries = 64 if keys + more_keys <= 256 else 32 if keys + more_keys <= 512 else 16
-    return Tiles(queries, keys, more_keys, num_warps=4)
+    queries = 64 if more_keys == 0 and keys <= 256 else 32 if keys + more_keys <= 512 else 16
+    return Tiles(queries, keys, more_keys, num_warps=2 if queries == 32 and keys + more_keys < 256 else 4)
 
 
 @plans("qswin::window_attention")
@@ -181,8 +183,8 @@ def window_attention(
     Args:
         qkv: (W * N, 3 * heads * D) int8 or float8_e4m3fn: W windows of N tokens; q, k and v side by side, heads within
             each.
-        bias: (M, heads, N, P), float16 or float32, as `padded_bias` returns it: position bias plus mask; window w has
-            mask w % M. None where nothing is added.
+        bias: (M, heads, N, P) float16 as `padded_bias` returns it: position bias plus mask; window w has mask w % M.
+            None where nothing is added.
         num_tokens: N, at most `MAX_TOKENS`.
         qk_scale: (heads,) float32: the scale of q times that of k, times what else a head's scores are multiplied by.
         probs_inv_scale: 1 / the scale of the probabilities.
@@ -198,13 +200,13 @@ def window_attention(
 
 
 def padded_bias(bias: Tensor) -> Tensor:
-    """Position bias plus mask (M, heads, N, N) as the kernel reads it: float16, with a column for each of its keys.
+    """Position bias plus mask (M, heads, N, N) as the kernel reads it, times LOG2E: float16, a column for each key.
 
     Each row's largest value is taken off: softmax does not see it, and float16 has no digits to spare for the 16 that
     Swin V2's biases reach. No token attends to the new columns.
     """
     extra = tiles(bias.shape[-1]).all_keys - bias.shape[-1]
-    bias = bias - bias.amax(dim=-1, keepdim=True)
+    bias = (bias - bias.amax(dim=-1, keepdim=True)) * LOG2E.value
     return F.pad(bias, (0, extra), value=-float("inf")).half().contiguous()
 
 
@@ -223,7 +225,7 @@ def window_attention_reference(
     q, k, v = qkv.view(-1, num_tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)  # each (W, heads, N, D)
     scores = (q.double() @ k.double().transpose(-2, -1)).float() * qk_scale[:, None, None]
     if bias is not None:
-        bias = bias[..., :num_tokens].float()
+        bias = bias[..., :num_tokens].float() / LOG2E.value
         scores = (scores.view(-1, *bias.shape) + bias).view(scores.shape)
     probs = scores.softmax(-1) * probs_inv_scale
     q_probs = UINT8.nearest(probs) if unsigned else to_levels_reference(probs, v.dtype)

@@ -12,49 +12,55 @@ from qswin.qat.kernels.arithmetic import gelu, to_levels, to_levels_reference
 from qswin.qat.kernels.launch import Launch, plans
 
 MULTIPROCESSORS = 132  # of an H100 or H200, on which the tiles were chosen
-GROUP_M = 8  # rows of tiles that share the weight's tiles in the L2 cache
+MIN_K = 32  # the least that a product of 8-bit matrices sums over
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # of a length: F.normalize's 1e-12, squared
 
 
 @triton.jit
-def _pid_m_n(M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The row and the column of a program's tile: programs go down GROUP_M rows of tiles before the next column."""
-    pid = tl.program_id(0)
-    num_pid_m, num_pid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    num_pid_in_group = GROUP_M * num_pid_n
-    first_pid_m = (pid // num_pid_in_group) * GROUP_M
-    group_size_m = tl.minimum(num_pid_m - first_pid_m, GROUP_M)
-    pid_in_group = pid % num_pid_in_group
-    return first_pid_m + pid_in_group % group_size_m, pid_in_group // group_size_m
+def _pid_m_n(N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The row and the column of a program's tile: all tiles of some rows come one after another.
+
+    They read the same rows of x, and all of the weight, which the L2 cache holds.
+    """
+    return tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.program_id(0) % tl.cdiv(N, BLOCK_N)
+
+
+@triton.jit
+def _add_products(acc, x_ptr, weight_ptr, rows, cols, start_k, K: tl.constexpr, BLOCK_K: tl.constexpr,
+                  MASK: tl.constexpr):  # fmt: skip
+    """acc plus the product of BLOCK_K columns of x and of the weight, from start_k; with MASK, zeros behind K."""
+    offs_k = start_k + tl.arange(0, BLOCK_K)
+    x_ptrs, weight_ptrs = x_ptr + rows[:, None] * K + offs_k[None, :], weight_ptr + cols[None, :] * K + offs_k[:, None]
+    if MASK:
+        x = tl.load(x_ptrs, mask=(offs_k < K)[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=(offs_k < K)[:, None], other=0.0)
+    else:
+        x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
+    return tl.dot(x, weight, acc, out_dtype=acc.dtype)
 
 
 @triton.jit
 def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: tl.constexpr, K: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                 LAST_K: tl.constexpr):  # fmt: skip
     """A tile of x @ weight.T * scale + bias in float32: BLOCK_M rows from start_m, columns offs_n.
+
+    Steps of BLOCK_K columns of x and one of LAST_K, so that nothing is loaded for nothing: 96 are 64 + 32. Behind the
+    last row and column the last one is read again, which costs less than a mask, and its result is not stored.
 
     It returns values only; offsets come from `_pid_m_n`, which takes no pointer. Inductor follows pointers through
     helpers: if offsets came from one that takes pointers, it would believe that a store to those offsets writes to the
     inputs, and would copy the inputs before each call.
     """
-    offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     x_ptr += start_m.to(tl.int64) * K
-    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
-    for start_k in range(0, K, BLOCK_K):
-        x_mask, weight_mask = (start_m + offs_m < M)[:, None], (offs_n < N)[None, :]
-        if K % BLOCK_K:
-            x_mask, weight_mask = (
-                x_mask & (start_k + offs_k < K)[None, :],
-                weight_mask & (start_k + offs_k < K)[:, None],
-            )
-        x = tl.load(x_ptr + offs_m[:, None] * K + (start_k + offs_k)[None, :], mask=x_mask, other=0.0)
-        weight_ptrs = weight_ptr + offs_n[None, :] * K + (start_k + offs_k)[:, None]
-        weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
-        acc = tl.dot(x, weight, acc, out_dtype=SUM)
-    scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)
-    bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
-    return acc.to(tl.float32) * scale[None, :] + bias[None, :]
+    rows, cols = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - start_m), tl.minimum(offs_n, N - 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32)
+    for start_k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):
+        acc = _add_products(acc, x_ptr, weight_ptr, rows, cols, start_k, K, BLOCK_K, False)
+    if LAST_K:
+        MASK: tl.constexpr = K % BLOCK_K != LAST_K
+        acc = _add_products(acc, x_ptr, weight_ptr, rows, cols, K // BLOCK_K * BLOCK_K, K, LAST_K, MASK)
+    return acc.to(tl.float32) * tl.load(scale_ptr + cols)[None, :] + tl.load(bias_ptr + cols)[None, :]
 
 
 @triton.jit
@@ -72,19 +78,20 @@ def _normalize_heads(y, start_n, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexp
 def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, inv_scale_ptr, out_ptr, M, N: tl.constexpr, K: tl.constexpr,
     GELU: tl.constexpr, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAST_K: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_n = _pid_m_n(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_m, pid_n = _pid_m_n(N, BLOCK_N)
     start_m = pid_m * BLOCK_M
     offs_m, offs_n = tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = _matmul_tile(
+        x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, LAST_K
+    )
     out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
     if GELU:
-        y = gelu(y)
+        y = gelu(y, tl.load(inv_scale_ptr + tl.minimum(offs_n, N - 1))[None, :])
     if NORMALIZED:
         y = _normalize_heads(y, pid_n * BLOCK_N, NORMALIZED, HEAD_DIM, BLOCK_M, BLOCK_N)
-    if GELU or NORMALIZED:
-        y *= tl.load(inv_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        y *= tl.load(inv_scale_ptr + tl.minimum(offs_n, N - 1))[None, :]
     if out_ptr.dtype.element_ty == x_ptr.dtype.element_ty:
         y = to_levels(y, out_ptr.dtype.element_ty)
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
@@ -92,17 +99,19 @@ def _linear_kernel(
 
 @triton.jit
 def _linear_add_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, shortcut_ptr, token_ids_ptr, out_ptr, M, rows_per_image, num_tokens,
-    N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, shortcut_ptr, token_ids_ptr, out_ptr, M,
+    ROWS_PER_IMAGE: tl.constexpr, NUM_TOKENS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAST_K: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_n = _pid_m_n(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_m, pid_n = _pid_m_n(N, BLOCK_N)
     start_m = pid_m * BLOCK_M
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = _matmul_tile(
+        x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, LAST_K
+    )
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    token_ids = tl.load(token_ids_ptr + offs_m % rows_per_image, mask=offs_m < M, other=-1)
-    offsets = ((offs_m // rows_per_image).to(tl.int64) * num_tokens + token_ids)[:, None] * N + offs_n[None, :]
+    token_ids = tl.load(token_ids_ptr + offs_m % ROWS_PER_IMAGE, mask=offs_m < M, other=-1)
+    offsets = ((offs_m // ROWS_PER_IMAGE).to(tl.int64) * NUM_TOKENS + token_ids)[:, None] * N + offs_n[None, :]
     mask = (token_ids >= 0)[:, None] & (offs_n < N)[None, :]
     y += tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -119,8 +128,9 @@ def tile_config(m: int, n: int, k: int) -> tuple[dict[str, int], dict[str, int]]
     else:
         block_m = 64 if statically_known_true(m < 4096) else 128
         block_n = 32 if n % 64 else 128 if n >= 1024 and k >= 384 else 64
-    block_k = 64 if k % 128 == 64 else 128  # 96 is padded: one step of 128 is faster than three of 32
-    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": GROUP_M}
+    block_k = min(128, max(MIN_K, triton.next_power_of_2(k + 1) // 2))
+    last_k = max(MIN_K, triton.next_power_of_2(k % block_k)) if k % block_k else 0
+    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "LAST_K": last_k}
     num_stages = 2 if block_n == 32 and block_m > 32 else 3
     return block_sizes, {"num_warps": 4, "num_stages": num_stages}
 
@@ -232,7 +242,7 @@ def _plan_add(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, shortcut: 
     block_sizes, options = tile_config(m, n, k)
     pointers = {"x_ptr": x, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
     pointers |= {"shortcut_ptr": shortcut, "token_ids_ptr": token_ids, "out_ptr": out}
-    sizes = {"M": m, "rows_per_image": token_ids.shape[0], "num_tokens": shortcut.shape[1], "N": n, "K": k}
+    sizes = {"M": m, "ROWS_PER_IMAGE": token_ids.shape[0], "NUM_TOKENS": shortcut.shape[1], "N": n, "K": k}
     arguments = {**pointers, **sizes, **block_sizes}
     return Launch(_linear_add_kernel, grid(m, n, block_sizes), arguments, options, out)
 

@@ -17,8 +17,9 @@ TILE_SIZE = 2048  # values that a program holds
 
 @triton.jit
 def _norm_add_kernel(
-    y_ptr, shortcut_ptr, token_ids_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, rows_per_image, num_tokens, eps,
-    CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    y_ptr, shortcut_ptr, token_ids_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, eps,
+    ROWS_PER_IMAGE: tl.constexpr, NUM_TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_CHANNELS)
@@ -27,8 +28,8 @@ def _norm_add_kernel(
     y = tl.load(y_ptrs, mask=(rows < num_rows)[:, None] & col_mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=cols < CHANNELS, other=0.0)
     bias = tl.load(bias_ptr + cols, mask=cols < CHANNELS, other=0.0)
-    token_ids = tl.load(token_ids_ptr + rows % rows_per_image, mask=rows < num_rows, other=-1)
-    offsets = ((rows // rows_per_image).to(tl.int64) * num_tokens + token_ids)[:, None] * CHANNELS + cols[None, :]
+    token_ids = tl.load(token_ids_ptr + rows % ROWS_PER_IMAGE, mask=rows < num_rows, other=-1)
+    offsets = ((rows // ROWS_PER_IMAGE).to(tl.int64) * NUM_TOKENS + token_ids)[:, None] * CHANNELS + cols[None, :]
     mask = (token_ids >= 0)[:, None] & col_mask
     x = tl.load(shortcut_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x += layer_norm(y, col_mask, weight[None, :], bias[None, :], eps, CHANNELS)
@@ -42,8 +43,8 @@ def _plan(y: Tensor, shortcut: Tensor, token_ids: Tensor, weight: Tensor, bias: 
     block_channels = triton.next_power_of_2(channels)
     block_rows = max(1, TILE_SIZE // block_channels)
     arguments: dict[str, Any] = {"y_ptr": y, "shortcut_ptr": shortcut, "token_ids_ptr": token_ids, "weight_ptr": weight}
-    arguments |= {"bias_ptr": bias, "out_ptr": out, "num_rows": num_rows, "rows_per_image": token_ids.shape[0]}
-    arguments |= {"num_tokens": shortcut.shape[1], "eps": eps}
+    arguments |= {"bias_ptr": bias, "out_ptr": out, "num_rows": num_rows, "eps": eps}
+    arguments |= {"ROWS_PER_IMAGE": token_ids.shape[0], "NUM_TOKENS": shortcut.shape[1]}
     arguments |= {"CHANNELS": channels, "BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels}
     return Launch(_norm_add_kernel, (triton.cdiv(num_rows, block_rows),), arguments, {"num_warps": 1}, out)
 

@@ -19,8 +19,9 @@ from qswin.qat.kernels.layer_norm import layer_norm
 
 @triton.jit
 def _norm_quantize_kernel(
-    x_ptr, token_ids_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, rows_per_image, num_tokens, eps, inv_scale,
-    CHANNELS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    x_ptr, token_ids_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, eps, inv_scale,
+    ROWS_PER_IMAGE: tl.constexpr, NUM_TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """A tile is (rows, tokens of a row, channels), so that the compiler sees that channels are contiguous.
@@ -32,9 +33,9 @@ def _norm_quantize_kernel(
     rows = start_row + offs_r
     row_mask = rows < num_rows
     channel_mask = (offs_c < CHANNELS)[None, None, :]
-    token_ids_ptrs = token_ids_ptr + (rows % rows_per_image)[:, None] * TOKENS + offs_t[None, :]
+    token_ids_ptrs = token_ids_ptr + (rows % ROWS_PER_IMAGE)[:, None] * TOKENS + offs_t[None, :]
     token_ids = tl.load(token_ids_ptrs, mask=row_mask[:, None], other=-1)
-    x_offsets = ((rows // rows_per_image).to(tl.int64)[:, None] * num_tokens + token_ids) * CHANNELS
+    x_offsets = ((rows // ROWS_PER_IMAGE).to(tl.int64)[:, None] * NUM_TOKENS + token_ids) * CHANNELS
     token_mask = (token_ids >= 0)[:, :, None]
     x_ptrs = x_ptr + x_offsets[:, :, None] + offs_c[None, None, :]
     x = tl.load(x_ptrs, mask=token_mask & channel_mask, other=0.0).to(tl.float32)
@@ -79,8 +80,8 @@ def _plan(
         "bias_ptr": bias,
         "out_ptr": out,
     }
-    arguments |= {"num_rows": num_rows, "rows_per_image": rows_per_image, "num_tokens": num_tokens}
-    arguments |= {"eps": eps, "inv_scale": inv_scale, "CHANNELS": channels, "TOKENS": tokens}
+    arguments |= {"num_rows": num_rows, "eps": eps, "inv_scale": inv_scale}
+    arguments |= {"ROWS_PER_IMAGE": rows_per_image, "NUM_TOKENS": num_tokens, "CHANNELS": channels, "TOKENS": tokens}
     arguments |= {"BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels, "NORM": norm}
     grid = (triton.cdiv(num_rows, block_rows),)
     return Launch(_norm_quantize_kernel, grid, arguments, {"num_warps": num_warps}, out)

@@ -39,8 +39,8 @@ def lower(twin: nn.Module, image: Tensor, dtype: torch.dtype = torch.float32) ->
     """A copy that computes in the twin's format, INT8 or FP8.
 
     Args:
-        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2, ViT), calibrated with recipe `attention` or
-            `attention-fp8`.
+        twin: a quantized model whose blocks are among `parts` (Swin V1 and V2, ViT), calibrated with recipe
+            `attention` or `attention-fp8`.
         image: (1, 3, H, W) float32 of the size that the model is for: each block's place in it becomes an index.
         dtype: of the residual stream and of what is not lowered. Images may be of it or of float32; logits are float32.
 

@@ -29,8 +29,10 @@ DTYPES = {
     "*fp16": torch.float16,
     "*fp32": torch.float32,
 }
-LINEAR = {"N": 384, "K": 96, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
+LINEAR = {"N": 384, "K": 96, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "LAST_K": 32}
+PLACES = {"ROWS_PER_IMAGE": 196, "NUM_TOKENS": 196}
 NORM = {"CHANNELS": 96, "BLOCK_ROWS": 4, "BLOCK_CHANNELS": 128}
+PLACED_NORM = NORM | PLACES
 IMAGE = {
     "IN_CHANNELS": 3,
     "HEIGHT": 32,
@@ -66,22 +68,22 @@ def kernels(level: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]
         "add": (
             linear._linear_add_kernel,
             weights | {"x_ptr": level, "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
-            LINEAR,
+            LINEAR | PLACES,
         ),
         "norm_quantize": (
             norm_quantize._norm_quantize_kernel,
             NORMS | {"x_ptr": "*fp16", "out_ptr": level},
-            NORM | {"TOKENS": 1, "NORM": True},
+            PLACED_NORM | {"TOKENS": 1, "NORM": True},
         ),
         "gather: no norm": (
             norm_quantize._norm_quantize_kernel,
             NORMS | {"x_ptr": "*fp16", "out_ptr": level},
-            NORM | {"TOKENS": 4, "NORM": False},
+            PLACED_NORM | {"TOKENS": 4, "NORM": False},
         ),
         "norm_add": (
             norm_add._norm_add_kernel,
             NORMS | {"y_ptr": "*fp16", "shortcut_ptr": "*fp16", "out_ptr": "*fp16"},
-            NORM,
+            PLACED_NORM,
         ),
         "norm": (
             layer_norm._layer_norm_kernel,
