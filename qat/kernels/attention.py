@@ -23,7 +23,7 @@ MIN_KEYS = 32  # the least that a product of 8-bit matrices sums over
 
 @triton.jit
 def _load_bias(bias_ptr, offs_q, offs_k, NUM_TOKENS: tl.constexpr, NUM_KEYS: tl.constexpr, BIAS: tl.constexpr):
-    """What is added to scores: (queries, keys) as it is stored, or (1, keys) without a bias; -inf for padding."""
+    """What is added to scores: (queries, keys) float16, or (1, keys) without a bias; -inf for padding."""
     if BIAS:
         bias_ptrs = bias_ptr + offs_q[:, None] * NUM_KEYS + offs_k[None, :]
         bias = tl.load(bias_ptrs, mask=(offs_q < NUM_TOKENS)[:, None], other=0.0)
@@ -80,6 +80,8 @@ def _attention_kernel(
     offs_k, offs_more = tl.arange(0, KEYS), KEYS + tl.arange(0, MORE_KEYS if MORE_KEYS else KEYS)
     bias_ptr += mask_head.to(tl.int64) * (NUM_TOKENS * (KEYS + MORE_KEYS))
     bias = _load_bias(bias_ptr, offs_q, offs_k, NUM_TOKENS, KEYS + MORE_KEYS, BIAS)
+    if WINDOWS_PER_PROGRAM > 1:
+        bias = bias.to(tl.float32)  # once; a single window's stays float16, in half the registers
     if MORE_KEYS:
         more_bias = _load_bias(bias_ptr, offs_q, offs_more, NUM_TOKENS, KEYS + MORE_KEYS, BIAS)
     qk_scale = tl.load(qk_scale_ptr + head)

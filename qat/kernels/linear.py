@@ -12,7 +12,6 @@ from qswin.qat.kernels.arithmetic import gelu, to_levels, to_levels_reference
 from qswin.qat.kernels.launch import Launch, plans
 
 MULTIPROCESSORS = 132  # of an H100 or H200, on which the tiles were chosen
-MIN_K = 32  # the least that a product of 8-bit matrices sums over
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # of a length: F.normalize's 1e-12, squared
 
 
@@ -26,40 +25,29 @@ def _pid_m_n(N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _add_products(acc, x_ptr, weight_ptr, rows, cols, start_k, K: tl.constexpr, BLOCK_K: tl.constexpr,
-                  MASK: tl.constexpr):  # fmt: skip
-    """acc plus the product of BLOCK_K columns of x and of the weight, from start_k; with MASK, zeros behind K."""
-    offs_k = start_k + tl.arange(0, BLOCK_K)
-    x_ptrs, weight_ptrs = x_ptr + rows[:, None] * K + offs_k[None, :], weight_ptr + cols[None, :] * K + offs_k[:, None]
-    if MASK:
-        x = tl.load(x_ptrs, mask=(offs_k < K)[None, :], other=0.0)
-        weight = tl.load(weight_ptrs, mask=(offs_k < K)[:, None], other=0.0)
-    else:
-        x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
-    return tl.dot(x, weight, acc, out_dtype=acc.dtype)
-
-
-@triton.jit
 def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: tl.constexpr, K: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                 LAST_K: tl.constexpr):  # fmt: skip
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """A tile of x @ weight.T * scale + bias in float32: BLOCK_M rows from start_m, columns offs_n.
 
-    Steps of BLOCK_K columns of x and one of LAST_K, so that nothing is loaded for nothing: 96 are 64 + 32. Behind the
-    last row and column the last one is read again, which costs less than a mask, and its result is not stored.
+    Behind the last row and column the last one is read again, which costs less than a mask; its result is not stored.
 
     It returns values only; offsets come from `_pid_m_n`, which takes no pointer. Inductor follows pointers through
     helpers: if offsets came from one that takes pointers, it would believe that a store to those offsets writes to the
     inputs, and would copy the inputs before each call.
     """
-    x_ptr += start_m.to(tl.int64) * K
+    offs_k = tl.arange(0, BLOCK_K)
     rows, cols = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - start_m), tl.minimum(offs_n, N - 1)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32)
-    for start_k in range(0, K // BLOCK_K * BLOCK_K, BLOCK_K):
-        acc = _add_products(acc, x_ptr, weight_ptr, rows, cols, start_k, K, BLOCK_K, False)
-    if LAST_K:
-        MASK: tl.constexpr = K % BLOCK_K != LAST_K
-        acc = _add_products(acc, x_ptr, weight_ptr, rows, cols, K // BLOCK_K * BLOCK_K, K, LAST_K, MASK)
+    x_ptrs = x_ptr + start_m.to(tl.int64) * K + rows[:, None] * K + offs_k[None, :]
+    weight_ptrs = weight_ptr + cols[None, :] * K + offs_k[:, None]
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+    for start_k in range(0, K, BLOCK_K):
+        if K % BLOCK_K:
+            x = tl.load(x_ptrs + start_k, mask=(start_k + offs_k < K)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs + start_k, mask=(start_k + offs_k < K)[:, None], other=0.0)
+        else:
+            x, weight = tl.load(x_ptrs + start_k), tl.load(weight_ptrs + start_k)
+        acc = tl.dot(x, weight, acc, out_dtype=SUM)
     return acc.to(tl.float32) * tl.load(scale_ptr + cols)[None, :] + tl.load(bias_ptr + cols)[None, :]
 
 
@@ -78,14 +66,12 @@ def _normalize_heads(y, start_n, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexp
 def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, inv_scale_ptr, out_ptr, M, N: tl.constexpr, K: tl.constexpr,
     GELU: tl.constexpr, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAST_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = _pid_m_n(N, BLOCK_N)
     start_m = pid_m * BLOCK_M
     offs_m, offs_n = tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = _matmul_tile(
-        x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, LAST_K
-    )
+    y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
     out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
     if GELU:
         y = gelu(y, tl.load(inv_scale_ptr + tl.minimum(offs_n, N - 1))[None, :])
@@ -101,14 +87,12 @@ def _linear_kernel(
 def _linear_add_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, shortcut_ptr, token_ids_ptr, out_ptr, M,
     ROWS_PER_IMAGE: tl.constexpr, NUM_TOKENS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAST_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = _pid_m_n(N, BLOCK_N)
     start_m = pid_m * BLOCK_M
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = _matmul_tile(
-        x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, LAST_K
-    )
+    y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     token_ids = tl.load(token_ids_ptr + offs_m % ROWS_PER_IMAGE, mask=offs_m < M, other=-1)
     offsets = ((offs_m // ROWS_PER_IMAGE).to(tl.int64) * NUM_TOKENS + token_ids)[:, None] * N + offs_n[None, :]
@@ -128,9 +112,8 @@ def tile_config(m: int, n: int, k: int) -> tuple[dict[str, int], dict[str, int]]
     else:
         block_m = 64 if statically_known_true(m < 4096) else 128
         block_n = 32 if n % 64 else 128 if n >= 1024 and k >= 384 else 64
-    block_k = min(128, max(MIN_K, triton.next_power_of_2(k + 1) // 2))
-    last_k = max(MIN_K, triton.next_power_of_2(k % block_k)) if k % block_k else 0
-    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "LAST_K": last_k}
+    block_k = 64 if k % 128 == 64 else 128  # 96 is padded: a step of 128 is as fast as 64 + 32, and faster at batch 1
+    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     num_stages = 2 if block_n == 32 and block_m > 32 else 3
     return block_sizes, {"num_warps": 4, "num_stages": num_stages}
 

@@ -29,7 +29,7 @@ DTYPES = {
     "*fp16": torch.float16,
     "*fp32": torch.float32,
 }
-LINEAR = {"N": 384, "K": 96, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "LAST_K": 32}
+LINEAR = {"N": 384, "K": 96, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
 PLACES = {"ROWS_PER_IMAGE": 196, "NUM_TOKENS": 196}
 NORM = {"CHANNELS": 96, "BLOCK_ROWS": 4, "BLOCK_CHANNELS": 128}
 PLACED_NORM = NORM | PLACES
