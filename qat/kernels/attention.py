@@ -121,7 +121,6 @@ class Tiles(NamedTuple):
     queries: int
     keys: int
     more_keys: int
-    num_warps: int
 
     @property
     def all_keys(self) -> int:
@@ -129,17 +128,19 @@ class Tiles(NamedTuple):
         return self.keys + self.more_keys
 
 
-def tiles(num_tokens: int) -> Tiles:
-    """The tiles of windows of a number of tokens, from a sweep on an H200 (docs/performance.md)."""
-    keys = max(MIN_KEYS, triton.next_power_of_2(num_tokens))
+def tiles(num_tokens: int, biased: bool = True) -> Tiles:
+    """The tiles of windows of a number of tokens, from a sweep on an H200 (docs/performance.md).
+
+    Scores, and a bias beside them, are held in the registers of four warps: of fewer queries where there are more keys.
+    """
+    keys, more_keys = max(MIN_KEYS, triton.next_power_of_2(num_tokens)), 0
     if num_tokens <= 64:
-        return Tiles(keys, keys, 0, num_warps=4)
-    more_keys = 0
+        return Tiles(keys, keys, 0)
     if num_tokens <= keys * 3 // 4:
         keys //= 2
         more_keys = max(MIN_KEYS, triton.next_power_of_2(num_tokens - keys))
-    queries = 64 if more_keys == 0 and keys <= 256 else 32 if keys + more_keys <= 512 else 16
-    return Tiles(queries, keys, more_keys, num_warps=2 if queries == 32 and keys + more_keys < 256 else 4)
+    queries = 64 if keys + more_keys <= 256 else 32 if keys + more_keys <= (512 if biased else 640) else 16
+    return Tiles(queries, keys, more_keys)
 
 
 @plans("qswin::window_attention")
@@ -155,8 +156,8 @@ def _plan(
     num_masks, num_heads = 1 if bias is None else bias.shape[0], qk_scale.shape[0]
     rows, channels = qkv.shape[0], qkv.shape[1] // 3  # len() would make a constant of a free batch
     out = torch.empty((rows, channels), dtype=qkv.dtype, device=qkv.device)
-    num_windows, tile = rows // num_tokens, tiles(num_tokens)
-    small = tile.queries == tile.keys and not statically_known_true(num_windows * num_heads < SMALL_GRID)
+    num_windows, tile = rows // num_tokens, tiles(num_tokens, biased=bias is not None)
+    small = tile.queries == tile.all_keys and not statically_known_true(num_windows * num_heads < SMALL_GRID)
     windows_per_program = WINDOWS_PER_PROGRAM if small else 1
     arguments: dict[str, Any] = {"qkv_ptr": qkv, "bias_ptr": qk_scale if bias is None else bias}
     arguments |= {"qk_scale_ptr": qk_scale, "out_ptr": out}
@@ -167,7 +168,7 @@ def _plan(
     arguments |= {"WINDOWS_PER_PROGRAM": windows_per_program, "BIAS": bias is not None, "UNSIGNED": unsigned}
     programs = num_masks * num_heads * triton.cdiv(num_tokens, tile.queries)
     grid = (programs, triton.cdiv(num_windows, num_masks * windows_per_program))
-    return Launch(_attention_kernel, grid, arguments, {"num_warps": tile.num_warps}, out)
+    return Launch(_attention_kernel, grid, arguments, {"num_warps": 4}, out)
 
 
 @triton_op("qswin::window_attention", mutates_args={})

@@ -12,6 +12,7 @@ from qswin.qat.kernels.arithmetic import gelu, to_levels, to_levels_reference
 from qswin.qat.kernels.launch import Launch, plans
 
 MULTIPROCESSORS = 132  # of an H100 or H200, on which the tiles were chosen
+MAX_WALK_K = 256  # columns of x that a program holds for a walk over the weight's rows
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # of a length: F.normalize's 1e-12, squared
 
 
@@ -22,6 +23,18 @@ def _pid_m_n(N: tl.constexpr, BLOCK_N: tl.constexpr):
     They read the same rows of x, and all of the weight, which the L2 cache holds.
     """
     return tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.program_id(0) % tl.cdiv(N, BLOCK_N)
+
+
+@triton.jit
+def _load_columns(ptrs, offs_k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns offs_k of some rows, (rows, BLOCK_K), zeros behind K."""
+    return tl.load(ptrs) if K % BLOCK_K == 0 else tl.load(ptrs, mask=(offs_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _dequantize(acc, scale_ptr, bias_ptr, cols):
+    """Sums of levels as floats."""
+    return acc.to(tl.float32) * tl.load(scale_ptr + cols)[None, :] + tl.load(bias_ptr + cols)[None, :]
 
 
 @triton.jit
@@ -38,17 +51,13 @@ def _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N: 
     offs_k = tl.arange(0, BLOCK_K)
     rows, cols = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - start_m), tl.minimum(offs_n, N - 1)
     x_ptrs = x_ptr + start_m.to(tl.int64) * K + rows[:, None] * K + offs_k[None, :]
-    weight_ptrs = weight_ptr + cols[None, :] * K + offs_k[:, None]
-    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+    weight_ptrs = weight_ptr + cols[:, None] * K + offs_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32)
     for start_k in range(0, K, BLOCK_K):
-        if K % BLOCK_K:
-            x = tl.load(x_ptrs + start_k, mask=(start_k + offs_k < K)[None, :], other=0.0)
-            weight = tl.load(weight_ptrs + start_k, mask=(start_k + offs_k < K)[:, None], other=0.0)
-        else:
-            x, weight = tl.load(x_ptrs + start_k), tl.load(weight_ptrs + start_k)
-        acc = tl.dot(x, weight, acc, out_dtype=SUM)
-    return acc.to(tl.float32) * tl.load(scale_ptr + cols)[None, :] + tl.load(bias_ptr + cols)[None, :]
+        x = _load_columns(x_ptrs + start_k, start_k + offs_k, K, BLOCK_K)
+        weight = _load_columns(weight_ptrs + start_k, start_k + offs_k, K, BLOCK_K)
+        acc = tl.dot(x, tl.trans(weight), acc, out_dtype=acc.dtype)
+    return _dequantize(acc, scale_ptr, bias_ptr, cols)
 
 
 @triton.jit
@@ -63,24 +72,60 @@ def _normalize_heads(y, start_n, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexp
 
 
 @triton.jit
+def _epilogue(y, inv_scale_ptr, start_n, cols, GELU: tl.constexpr, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """What comes behind a linear layer, times inv_scale; or y as it is."""
+    if GELU:
+        y = gelu(y, tl.load(inv_scale_ptr + cols)[None, :])
+    if NORMALIZED:
+        y = _normalize_heads(y, start_n, NORMALIZED, HEAD_DIM, BLOCK_M, BLOCK_N)
+        y *= tl.load(inv_scale_ptr + cols)[None, :]
+    return y
+
+
+@triton.jit
+def _stored(y, LEVEL: tl.constexpr, OUT: tl.constexpr):
+    """y as levels, or as floats of another dtype."""
+    return to_levels(y, OUT) if OUT == LEVEL else y.to(OUT)
+
+
+@triton.jit
 def _linear_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, inv_scale_ptr, out_ptr, M, N: tl.constexpr, K: tl.constexpr,
-    GELU: tl.constexpr, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GELU: tl.constexpr, NORMALIZED: tl.constexpr, HEAD_DIM: tl.constexpr, WALK_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_n = _pid_m_n(N, BLOCK_N)
-    start_m = pid_m * BLOCK_M
-    offs_m, offs_n = tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
-    if GELU:
-        y = gelu(y, tl.load(inv_scale_ptr + tl.minimum(offs_n, N - 1))[None, :])
-    if NORMALIZED:
-        y = _normalize_heads(y, pid_n * BLOCK_N, NORMALIZED, HEAD_DIM, BLOCK_M, BLOCK_N)
-        y *= tl.load(inv_scale_ptr + tl.minimum(offs_n, N - 1))[None, :]
-    if out_ptr.dtype.element_ty == x_ptr.dtype.element_ty:
-        y = to_levels(y, out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
+    """A tile of the result; or, with WALK_STAGES, all columns of some rows, tile by tile, x being read once.
+
+    K is one step then, and WALK_STAGES is how many tiles of the weight are on their way, as Triton counts them.
+    """
+    LEVEL: tl.constexpr = x_ptr.dtype.element_ty
+    OUT: tl.constexpr = out_ptr.dtype.element_ty
+    offs_m = tl.arange(0, BLOCK_M)
+    if WALK_STAGES:
+        start_m = tl.program_id(0) * BLOCK_M
+        offs_k = tl.arange(0, BLOCK_K)
+        rows = tl.minimum(offs_m, M - 1 - start_m)
+        x_ptrs = x_ptr + start_m.to(tl.int64) * K + rows[:, None] * K + offs_k[None, :]
+        x = _load_columns(x_ptrs, offs_k, K, BLOCK_K)
+        for start_n in tl.range(0, N, BLOCK_N, num_stages=WALK_STAGES):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            cols = tl.minimum(offs_n, N - 1)
+            weight = _load_columns(weight_ptr + cols[:, None] * K + offs_k[None, :], offs_k, K, BLOCK_K)
+            acc = tl.dot(x, tl.trans(weight), out_dtype=tl.int32 if LEVEL == tl.int8 else tl.float32)
+            y = _dequantize(acc, scale_ptr, bias_ptr, cols)
+            y = _epilogue(y, inv_scale_ptr, start_n, cols, GELU, NORMALIZED, HEAD_DIM, BLOCK_M, BLOCK_N)
+            out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
+            tl.store(out_ptrs, _stored(y, LEVEL, OUT), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
+    else:
+        pid_m, pid_n = _pid_m_n(N, BLOCK_N)
+        start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        y = _matmul_tile(x_ptr, weight_ptr, scale_ptr, bias_ptr, start_m, offs_n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        cols = tl.minimum(offs_n, N - 1)
+        y = _epilogue(y, inv_scale_ptr, start_n, cols, GELU, NORMALIZED, HEAD_DIM, BLOCK_M, BLOCK_N)
+        out_ptrs = out_ptr + start_m.to(tl.int64) * N + offs_m[:, None] * N + offs_n[None, :]
+        tl.store(out_ptrs, _stored(y, LEVEL, OUT), mask=(start_m + offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit
@@ -104,8 +149,7 @@ def _linear_add_kernel(
 def tile_config(m: int, n: int, k: int) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes, and warps and stages, from a sweep at batch 64 on an H200 (docs/performance.md).
 
-    They are within 3 % of the best ones over a Swin-T. Where the result is so small that large tiles would leave
-    multiprocessors idle, as at batch 1, tiles are small.
+    Where the result is so small that large tiles would leave multiprocessors idle, as at batch 1, tiles are small.
     """
     if statically_known_true(m * n < MULTIPROCESSORS * 64 * 64):
         block_m, block_n = 32, 32
@@ -113,9 +157,22 @@ def tile_config(m: int, n: int, k: int) -> tuple[dict[str, int], dict[str, int]]
         block_m = 64 if statically_known_true(m < 4096) else 128
         block_n = 32 if n % 64 else 128 if n >= 1024 and k >= 384 else 64
     block_k = 64 if k % 128 == 64 else 128  # 96 is padded: a step of 128 is as fast as 64 + 32, and faster at batch 1
-    block_sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     num_stages = 2 if block_n == 32 and block_m > 32 else 3
-    return block_sizes, {"num_warps": 4, "num_stages": num_stages}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, {"num_warps": 4, "num_stages": num_stages}
+
+
+def walk_config(m: int, n: int, k: int) -> tuple[dict[str, int], dict[str, int]] | None:
+    """Block sizes and stages of a walk over all columns; None where it does not pay: for few rows, or a large K.
+
+    At batch 64 it takes 41 us for qkv of a Swin-T's first stage, 57 for fc1, where tiles take 52 and 76: they are bound
+    by the L1 cache, through which each tile of columns reads x again.
+    """
+    block_k = max(32, triton.next_power_of_2(k))
+    if block_k > MAX_WALK_K or statically_known_true(m < 2 * MULTIPROCESSORS * 128):
+        return None
+    block_n = 32 if n % 64 else 64
+    block_sizes = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return block_sizes | {"WALK_STAGES": 3 if block_n == 32 else 2}, {"num_warps": 4}
 
 
 def grid(m: int, n: int, block_sizes: dict[str, int]) -> tuple[int]:
@@ -136,13 +193,15 @@ def _plan(
 ) -> Launch:
     (m, k), n = x.shape, len(weight)
     out = torch.empty((m, n), dtype=dtype, device=x.device)
-    block_sizes, options = tile_config(m, n, k)
+    walk = walk_config(m, n, k)
+    block_sizes, options = walk or tile_config(m, n, k)
     block_sizes["BLOCK_N"] = max(block_sizes["BLOCK_N"], head_dim)
     pointers = {"x_ptr": x, "weight_ptr": weight, "scale_ptr": scale, "bias_ptr": bias}
     pointers |= {"inv_scale_ptr": scale if inv_scale is None else inv_scale, "out_ptr": out}
-    epilogue = {"GELU": gelu, "NORMALIZED": normalized, "HEAD_DIM": head_dim}
+    epilogue = {"GELU": gelu, "NORMALIZED": normalized, "HEAD_DIM": head_dim, "WALK_STAGES": 0}
     arguments = {**pointers, "M": m, "N": n, "K": k, **epilogue, **block_sizes}
-    return Launch(_linear_kernel, grid(m, n, block_sizes), arguments, options, out)
+    programs = (triton.cdiv(m, block_sizes["BLOCK_M"]),) if walk else grid(m, n, block_sizes)
+    return Launch(_linear_kernel, programs, arguments, options, out)
 
 
 def _run(launch: Launch) -> Tensor:

@@ -43,7 +43,7 @@ IMAGE = {
     "BLOCK_K": 64,
     "BLOCK_N": 128,
 }
-NO_NORM = {"NORMALIZED": 0, "HEAD_DIM": 0}
+TILE = {"NORMALIZED": 0, "HEAD_DIM": 0, "WALK_STAGES": 0}
 WINDOWS = {"CHANNELS": 96, "HEAD_DIM": 32, "WINDOWS_PER_PROGRAM": 1}
 FLOATS = {"scale_ptr": "*fp32", "bias_ptr": "*fp32", "token_ids_ptr": "*i32", "qk_scale_ptr": "*fp32"}
 FLOATS |= {"inv_scale_ptr": "*fp32"}
@@ -58,12 +58,17 @@ def kernels(level: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]
         "linear": (
             linear._linear_kernel,
             weights | {"x_ptr": level, "out_ptr": level},
-            LINEAR | NO_NORM | {"GELU": True},
+            LINEAR | TILE | {"GELU": True},
         ),
         "cosine": (
             linear._linear_kernel,
             weights | {"x_ptr": level, "out_ptr": level},
-            LINEAR | {"GELU": False, "NORMALIZED": 256, "HEAD_DIM": 32},
+            LINEAR | {"GELU": False, "NORMALIZED": 256, "HEAD_DIM": 32, "WALK_STAGES": 0},
+        ),
+        "walk": (
+            linear._linear_kernel,
+            weights | {"x_ptr": level, "out_ptr": level},
+            LINEAR | TILE | {"GELU": True, "WALK_STAGES": 2, "BLOCK_M": 128, "BLOCK_K": 128},
         ),
         "add": (
             linear._linear_add_kernel,
