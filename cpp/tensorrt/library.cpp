@@ -69,8 +69,12 @@ void report(const char* what) noexcept {
 
 }  // namespace qswin
 
-// TensorRT asks for these by name when it loads the library (IPluginRegistry::loadLibrary).
 extern "C" {
+
+// 806 of 8.6: whose headers the library was compiled with. Another TensorRT would call other virtual functions.
+QSWIN_API int qswin_tensorrt_version() { return NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR; }
+
+// TensorRT asks for the others by name when it loads the library (IPluginRegistry::loadLibrary).
 
 #if NV_TENSORRT_MAJOR >= 10
 QSWIN_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
