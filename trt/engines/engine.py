@@ -154,8 +154,9 @@ class Engine(BuiltModel):
         self._batch = batch
 
     def enqueue(self) -> None:
-        """Puts one inference of the loaded batch on the stream."""
-        self.context.execute_async_v3(self.stream)
+        """Puts one inference of the loaded batch on the stream. Raises ValueError where TensorRT, or a plugin, fails."""
+        if not self.context.execute_async_v3(self.stream):
+            raise ValueError(f"batch {self._batch}: {self.backend} cannot run the engine; its log is above")
 
     def run_loaded(self) -> None:
         """One inference of the loaded batch, to its end."""
