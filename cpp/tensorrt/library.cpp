@@ -39,7 +39,7 @@ class BundleCreator final : public nvinfer1::IPluginCreator {
   }
 
   void setPluginNamespace(const char* space) noexcept override {
-    guarded([&] { return namespace_ = space ? space : ""; }, std::string());
+    guarded([&] { namespace_ = space ? space : ""; });
   }
   const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
@@ -75,7 +75,6 @@ extern "C" {
 QSWIN_API int qswin_tensorrt_version() { return NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR; }
 
 // TensorRT asks for the others by name when it loads the library (IPluginRegistry::loadLibrary).
-
 #if NV_TENSORRT_MAJOR >= 10
 QSWIN_API nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   using Creator = nvinfer1::IPluginCreatorInterface;

@@ -99,12 +99,7 @@ nvinfer1::IPluginV2DynamicExt* BundlePlugin::clone() const noexcept {
 }
 
 void BundlePlugin::setPluginNamespace(const char* space) noexcept {
-  guarded(
-      [&] {
-        namespace_ = space ? space : "";
-        return true;
-      },
-      false);
+  guarded([&] { namespace_ = space ? space : ""; });
 }
 
 }  // namespace qswin

@@ -27,6 +27,16 @@ Result guarded(Work work, Result failed) noexcept {
   }
 }
 
+template <typename Work>
+void guarded(Work work) noexcept {
+  guarded(
+      [&] {
+        work();
+        return true;
+      },
+      false);
+}
+
 class BundlePlugin final : public nvinfer1::IPluginV2DynamicExt {
  public:
   BundlePlugin(std::shared_ptr<Model> model, std::string space)

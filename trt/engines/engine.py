@@ -154,7 +154,7 @@ class Engine(BuiltModel):
         self._batch = batch
 
     def enqueue(self) -> None:
-        """Puts one inference of the loaded batch on the stream. Raises ValueError where TensorRT, or a plugin, fails."""
+        """Puts one inference of the loaded batch on the stream. Raises ValueError where TensorRT fails."""
         if not self.context.execute_async_v3(self.stream):
             raise ValueError(f"batch {self._batch}: {self.backend} cannot run the engine; its log is above")
 
