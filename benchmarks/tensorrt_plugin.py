@@ -153,6 +153,7 @@ def second_context(engine: Engine, batch: int) -> dict[str, Any]:
     expected, free = engine(images), free_memory()
     context, stream = engine.engine.create_execution_context(), Stream()
     taken = free - free_memory()
+    assert context.set_optimization_profile_async(0, stream.ptr)
     context.set_input_shape("input", images.shape)
     arrays = {"input": DeviceArray(images.shape, np.float32), "logits": DeviceArray(expected.shape, np.float32)}
     for name, array in arrays.items():
