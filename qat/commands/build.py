@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Builds a TensorRT engine from an exported ONNX file, without a GPU a TensorRT-RTX one, or, from a calibrated"
         " checkpoint, a package of the project's own kernels, in INT8 or FP8 (inductor), or, without a GPU, a bundle of"
-        " them, which runs without torch (bundle), which TensorRT takes as an engine's one layer (--bundle, --plugin)."
+        " them, which runs without torch (bundle). A plugin makes a bundle the one layer of a TensorRT engine"
+        " (--bundle, --plugin)."
     )
     parser.epilog = (
         "example:\n"
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to build from, of --target inductor and bundle: calibrated with recipe=attention or attention-fp8",
     )
     parser.add_argument("--bundle", type=Path, help="to build from, of --target tensorrt, with --plugin")
-    parser.add_argument("--plugin", type=Path, help="of --bundle: libqswin_trt.so, which the engine's users load too")
+    parser.add_argument("--plugin", type=Path, help="of --bundle: libqswin_trt.so, which running the engine takes too")
     parser.add_argument("--engine", required=True, type=Path, help="the file to write; its sidecar goes beside it")
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)}; default: best")
     parser.add_argument(
