@@ -219,6 +219,15 @@ Bundle read_bundle(Bytes file) {
   return bundle;
 }
 
+const Batch& find_batch(const Bundle& bundle, uint32_t size) {
+  for (const Batch& each : bundle.batches) {
+    if (each.size == size) return each;
+  }
+  std::string held;
+  for (const Batch& each : bundle.batches) held += (held.empty() ? "" : ", ") + std::to_string(each.size);
+  throw Error(QSWIN_BAD_ARGUMENT, "batch " + std::to_string(size) + ": the bundle holds " + held);
+}
+
 std::vector<Cubin> read_code(const Bundle& bundle, const Code& code) {
   check_digest(code.content, code.digest);
   const size_t start = CUBIN * bundle.signatures.size();

@@ -55,6 +55,9 @@ struct Bundle {
 // Reads and checks all but the code. Throws Error.
 Bundle read_bundle(Bytes file);
 
+// What is run for a batch size. Throws Error, with those that there are, where the bundle does not hold it.
+const Batch& find_batch(const Bundle& bundle, uint32_t size);
+
 // Reads and checks an architecture's cubins, one for each kernel. Throws Error.
 std::vector<Cubin> read_code(const Bundle& bundle, const Code& code);
 

@@ -9,12 +9,13 @@
 
 namespace qswin {
 
-#define QSWIN_DRIVER_FUNCTIONS(X)                                                                              \
-  X(cuInit)                                                                                                    \
-  X(cuGetErrorString) X(cuDriverGetVersion) X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetAttribute)         \
-      X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease) X(cuCtxPushCurrent) X(cuCtxPopCurrent)          \
-          X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) X(cuLaunchKernel) \
-              X(cuMemAlloc) X(cuMemFree) X(cuMemcpyHtoD) X(cuMemcpyDtoH) X(cuStreamSynchronize)
+#define QSWIN_DRIVER_FUNCTIONS(X)                                                                                     \
+  X(cuInit)                                                                                                           \
+  X(cuGetErrorString)                                                                                                 \
+  X(cuDriverGetVersion) X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetAttribute) X(cuDevicePrimaryCtxRetain)        \
+      X(cuDevicePrimaryCtxRelease) X(cuCtxPushCurrent) X(cuCtxPopCurrent) X(cuCtxGetDevice) X(cuModuleLoadData)       \
+          X(cuModuleUnload) X(cuModuleGetFunction) X(cuFuncSetAttribute) X(cuLaunchKernel) X(cuMemAlloc) X(cuMemFree) \
+              X(cuMemcpyHtoD) X(cuMemcpyDtoH) X(cuStreamSynchronize)
 
 struct Driver {
 #define QSWIN_MEMBER(name) decltype(&::name) name##_;

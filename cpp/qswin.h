@@ -59,6 +59,11 @@ QSWIN_API qswin_status qswin_create_context(qswin_bundle* bundle, uint32_t batch
  */
 QSWIN_API qswin_status qswin_enqueue(const qswin_context* context, void* stream, const void* input, void* output);
 
+/* The same in a workspace of the caller's: qswin_workspace_size bytes on the device, for one inference at a time. */
+QSWIN_API qswin_status qswin_workspace_size(const qswin_bundle* bundle, uint32_t batch, size_t* size);
+QSWIN_API qswin_status qswin_enqueue_in(const qswin_bundle* bundle, uint32_t batch, void* workspace, void* stream,
+                                        const void* input, void* output);
+
 /* Free what the handle holds; NULL is ignored. What was enqueued must have ended. Contexts may outlive their bundle. */
 QSWIN_API void qswin_destroy_context(qswin_context* context);
 QSWIN_API void qswin_close(qswin_bundle* bundle);

@@ -65,7 +65,6 @@ class Loaded {
   Loaded(const Loaded&) = delete;
   Loaded& operator=(const Loaded&) = delete;
 
-  const Batch& batch(uint32_t size) const;
   void enqueue(const Batch& batch, CUdeviceptr workspace, CUstream stream, CUdeviceptr input, CUdeviceptr output) const;
 
   Bundle plan;  // its pointers into the file are not used once it is loaded
@@ -128,15 +127,6 @@ const Code& Loaded::choose() const {
                                      "; build it with another --arch");
 }
 
-const Batch& Loaded::batch(uint32_t size) const {
-  std::string held;
-  for (const Batch& each : plan.batches) {
-    if (each.size == size) return each;
-    held += (held.empty() ? "" : ", ") + std::to_string(each.size);
-  }
-  throw Error(QSWIN_BAD_ARGUMENT, "batch " + std::to_string(size) + ": the bundle holds " + held);
-}
-
 void Loaded::enqueue(const Batch& batch, CUdeviceptr workspace, CUstream stream, CUdeviceptr input,
                      CUdeviceptr output) const {
   const CUdeviceptr spaces[4] = {workspace, constants_->address(), input, output};
@@ -175,6 +165,12 @@ void require(bool holds, const char* what) {
   if (!holds) throw Error(QSWIN_BAD_ARGUMENT, what);
 }
 
+CUdeviceptr aligned_address(const void* address) {
+  const auto number = reinterpret_cast<CUdeviceptr>(address);
+  require(number % 16 == 0, "an address that is not a multiple of 16");
+  return number;
+}
+
 std::vector<uint8_t> read_file(const char* path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   const std::streamoff size = file.tellg();
@@ -192,7 +188,7 @@ struct qswin_bundle {
 
 struct qswin_context {
   qswin_context(std::shared_ptr<const Loaded> bundle, uint32_t size)
-      : loaded(std::move(bundle)), batch(loaded->batch(size)) {
+      : loaded(std::move(bundle)), batch(find_batch(loaded->plan, size)) {
     const Current current(loaded->device->context());
     workspace = std::make_unique<Memory>(batch.workspace, "the workspace");
   }
@@ -261,9 +257,26 @@ qswin_status qswin_create_context(qswin_bundle* bundle, uint32_t batch, qswin_co
 qswin_status qswin_enqueue(const qswin_context* context, void* stream, const void* input, void* output) {
   return guarded([&] {
     require(context && input && output, "the context, the input or the output is NULL");
-    const auto in = reinterpret_cast<CUdeviceptr>(input), out = reinterpret_cast<CUdeviceptr>(output);
-    require(in % 16 == 0 && out % 16 == 0, "the input's or the output's address is not a multiple of 16");
-    context->loaded->enqueue(context->batch, context->workspace->address(), static_cast<CUstream>(stream), in, out);
+    context->loaded->enqueue(context->batch, context->workspace->address(), static_cast<CUstream>(stream),
+                             aligned_address(input), aligned_address(output));
+  });
+}
+
+qswin_status qswin_workspace_size(const qswin_bundle* bundle, uint32_t batch, size_t* size) {
+  return guarded([&] {
+    require(bundle && size, "the bundle, or where the size is to go, is NULL");
+    *size = find_batch(bundle->loaded->plan, batch).workspace;
+  });
+}
+
+qswin_status qswin_enqueue_in(const qswin_bundle* bundle, uint32_t batch, void* workspace, void* stream,
+                              const void* input, void* output) {
+  return guarded([&] {
+    require(bundle && input && output, "the bundle, the input or the output is NULL");
+    const Batch& found = find_batch(bundle->loaded->plan, batch);
+    require(workspace || found.workspace == 0, "the workspace is NULL");
+    bundle->loaded->enqueue(found, aligned_address(workspace), static_cast<CUstream>(stream), aligned_address(input),
+                            aligned_address(output));
   });
 }
 

@@ -171,6 +171,7 @@ def read_command_line(name: str, arguments: list[str], monkeypatch) -> None:
         ("docs/lab/robustness.md", 3),
         ("docs/performance.md", 4),
         ("docs/moving.md", 1),
+        ("docs/bundle.md", 1),
         ("SECURITY.md", 1),
     ],
 )

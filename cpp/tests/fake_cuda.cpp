@@ -5,6 +5,7 @@
 // says:
 //   FAKE_CUDA_LOG         the file
 //   FAKE_CUDA_CAPABILITY  of the GPU, "90"
+//   FAKE_CUDA_NO_CONTEXT  that no context is current in the thread
 //   FAKE_CUDA_FAIL        the call that fails, by its number among those that allocate or load
 #include <cuda.h>
 
@@ -71,6 +72,10 @@ CUresult cuCtxPushCurrent(CUcontext) { return ++current, CUDA_SUCCESS; }
 CUresult cuCtxPopCurrent(CUcontext* context) {
   *context = nullptr;
   return --current, CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetDevice(CUdevice* device) {
+  return *device = 0, std::getenv("FAKE_CUDA_NO_CONTEXT") ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
 }
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {

@@ -172,12 +172,7 @@ class BundleSubject(Subject):
     def __init__(self, path: Path, predictor: BundlePredictor, device: str) -> None:
         row = {"model": path.name, "backend": predictor.backend, "precision": predictor.precision}
         self.row, self.preprocessing = {**row, "device": device}, predictor.preprocessing
-        self._batch_sizes = predictor.batch_sizes
-
-    def refusal(self, batch: int) -> str | None:
-        return (
-            None if batch in self._batch_sizes else f"which is not among its {', '.join(map(str, self._batch_sizes))}"
-        )
+        self.batch_sizes = predictor.batch_sizes
 
 
 class InterpretedSubject(BundleSubject):
@@ -226,8 +221,7 @@ class BundleBackend(Backend):
     name = TARGET
     suffixes = (SUFFIX,)
     targets = (TARGET,)
-    build_options = BundleOptions
-    source = "checkpoint"
+    sources = {"checkpoint": BundleOptions}
     kind = KIND
 
     def open(self, path: Path, options: OpenOptions) -> BundlePredictor:

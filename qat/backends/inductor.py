@@ -204,8 +204,7 @@ class Inductor(Backend):
     name = TARGET
     suffixes = (SUFFIX,)
     targets = (TARGET,)
-    build_options = PackageOptions
-    source = "checkpoint"
+    sources = {"checkpoint": PackageOptions}
     kind = KIND
 
     def open(self, path: Path, options: OpenOptions) -> Package:

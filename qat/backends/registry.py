@@ -7,7 +7,7 @@ A module of qat/backends that has a BACKEND is found by itself. Code outside the
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,16 +56,15 @@ class Backend(ABC):
         name: one word, by which backends are sorted.
         suffixes: of its files.
         targets: what `qswin build --target` calls what it builds; empty if it builds nothing.
-        build_options: of a backend with targets: a frozen dataclass, `target` and a field for each flag that it takes.
-        source: of a backend with targets: the flag that names what it builds from, onnx or checkpoint.
+        sources: of a backend with targets: {flag that names what it builds from, onnx, checkpoint or bundle: its
+            options, a frozen dataclass with `target` and a field for each flag that goes with it}.
         kind: of a backend with targets: what the sidecar of a built file says it is.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     targets: ClassVar[tuple[str, ...]] = ()
-    build_options: ClassVar[Callable[..., Any]]
-    source: ClassVar[str]
+    sources: ClassVar[Mapping[str, Callable[..., Any]]]
     kind: ClassVar[str]
 
     def takes(self, path: Path) -> bool:
@@ -117,7 +116,7 @@ class Backend(ABC):
         """Builds the content of `output` from `source`, and what its sidecar says of it; writes neither.
 
         Args:
-            options: of type `build_options`.
+            options: of the type that `sources` has for it.
         """
         raise NotImplementedError(f"{self.name} builds nothing")
 
@@ -172,6 +171,27 @@ def builder(target: str) -> Backend:
     return next(backend for backend in backends() if target in backend.targets)
 
 
+def choose_source(backend: Backend, target: str, given: Collection[str]) -> str:
+    """The flag that names what is built from. Raises ValueError where it, or a flag, is not for the target."""
+    taken = {
+        flag: {flag, *(field.name for field in dataclasses.fields(options))}  # type: ignore[arg-type]
+        for flag, options in backend.sources.items()
+    }
+    check_flags(given, set().union(*taken.values()), f"--target {target}")
+    found = [flag for flag in backend.sources if flag in given]
+    if not found:
+        sources = " or ".join(f"--{flag} FILE" for flag in backend.sources)
+        raise ValueError(f"--target {target} builds from {sources}, which is not given")
+    check_flags(given, taken[found[0]], f"--target {target} with --{found[0]}")
+    return found[0]
+
+
+def check_flags(given: Collection[str], taken: Collection[str], what: str) -> None:
+    """Raises ValueError for a flag that is not among those taken."""
+    if foreign := [name for name in given if name not in taken]:
+        raise ValueError(f"--{foreign[0].replace('_', '-')} is not for {what}")
+
+
 def build(target: str, output: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Builds a model file and writes it with its sidecar.
 
@@ -186,15 +206,11 @@ def build(target: str, output: Path, given: dict[str, Any]) -> dict[str, Any]:
         ValueError: a flag is not for this target or is missing, `output` is of another kind, or it cannot be built.
     """
     backend = builder(target)
-    taken = {backend.source, *(field.name for field in dataclasses.fields(backend.build_options))}  # type: ignore[arg-type]
-    if foreign := [name for name in given if name not in taken]:
-        raise ValueError(f"--{foreign[0].replace('_', '-')} is not for --target {target}")
-    if backend.source not in given:
-        raise ValueError(f"--target {target} builds from --{backend.source} FILE, which is not given")
-    options = backend.build_options(target=target, **{key: given[key] for key in given if key != backend.source})
+    source = choose_source(backend, target, given)
+    options = backend.sources[source](target=target, **{key: given[key] for key in given if key != source})
     check_suffix("--engine", output, backend.suffixes)
     check_replaceable(sidecar_path(output), backend.kind)
     make_folder_of(output)
-    data, values = backend.build(given[backend.source], output, options)
+    data, values = backend.build(given[source], output, options)
     write_with_sidecar(output, data, backend.kind, values)
     return {**values, "bytes": len(data)}

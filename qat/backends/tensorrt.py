@@ -1,6 +1,8 @@
 """Engines of TensorRT and TensorRT-RTX."""
 
 import dataclasses
+import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,19 @@ import numpy as np
 from absl import logging
 
 from qswin.calib.files import version_of
+from qswin.calib.reading import read_regular
+from qswin.calib.validation import take
+from qswin.qat.backends.bundle import LARGEST_FILE, Described
 from qswin.qat.backends.findings import Finding
 from qswin.qat.backends.on_stream import event_timers
 from qswin.qat.backends.registry import Backend, Listing, OpenOptions
+from qswin.qat.bundle.reader import read_bundle
 from qswin.trt.engines.build import build_engine
 from qswin.trt.engines.cuda import Stopwatch, find_gpu
 from qswin.trt.engines.engine import KIND, SUFFIXES, Engine
 from qswin.trt.engines.layers import engine_layers, layer_table, timed_layers
 from qswin.trt.engines.options import BuildOptions
+from qswin.trt.engines.plugin_network import Classifier, PluginOptions, build_plugin_engine
 from qswin.trt.engines.version import INSTALL, TARGETS, capabilities
 from qswin.trt.evaluation.compare import engine_activations
 from qswin.trt.evaluation.timing import Subject, Timer, TimingOptions
@@ -36,6 +43,7 @@ class EngineSubject(Subject):
         engine = self.engine
         self.row = {"model": path.name, "backend": engine.backend, "precision": engine.precision, "device": gpu.name}
         self.preprocessing, self.smallest, self.largest = engine.preprocessing, engine.smallest, engine.largest
+        self.batch_sizes = engine.batch_sizes
         self._watch = Stopwatch(engine.stream)
 
     def timers(self, images: np.ndarray, cuda_graph: bool) -> Iterator[tuple[str, Timer]]:
@@ -46,8 +54,7 @@ class TensorRTBackend(Backend):
     name = "tensorrt"
     suffixes = SUFFIXES
     targets = TARGETS
-    build_options = BuildOptions
-    source = "onnx"
+    sources = {"onnx": BuildOptions, "bundle": PluginOptions}
     kind = KIND
 
     def open(self, path: Path, options: OpenOptions) -> Engine:
@@ -66,8 +73,10 @@ class TensorRTBackend(Backend):
     ) -> dict[str, np.ndarray]:
         return engine_activations(path, reference, images)
 
-    def build(self, source: Path, output: Path, options: BuildOptions) -> tuple[bytes, dict[str, Any]]:
+    def build(self, source: Path, output: Path, options: BuildOptions | PluginOptions) -> tuple[bytes, dict[str, Any]]:
         """TensorRT keeps its measured tactics in timing.cache beside the engine; TensorRT-RTX measures none."""
+        if isinstance(options, PluginOptions):
+            return build_from_bundle(source, options)
         if options.timing_cache is None and options.target == "tensorrt":
             options = dataclasses.replace(options, timing_cache=output.with_name("timing.cache"))
         engine, sidecar = build_engine(source, options)
@@ -77,6 +86,30 @@ class TensorRTBackend(Backend):
 
     def findings(self) -> list[Finding]:
         return [finding(target) for target in TARGETS]
+
+
+def build_from_bundle(path: Path, options: PluginOptions) -> tuple[bytes, dict[str, Any]]:
+    """An engine whose one layer is a bundle, and what its sidecar says of it. Raises as `build_plugin_engine` does."""
+    start, data = time.perf_counter(), read_regular(path, LARGEST_FILE)
+    bundle = read_bundle(data, str(path))
+    take(bundle.manifest.model, Described, f"{path}: its manifest")  # what an engine could not be run with is not built
+    held = tuple(batch.size for batch in bundle.batches)
+    engine, profile, tensorrt = build_plugin_engine(path, Classifier(data, bundle.image, held), options)
+    gpu = find_gpu()
+    assert options.plugin is not None and gpu is not None  # else it raises
+    return engine, {
+        **bundle.manifest.model,
+        "bundle": path.name,
+        "bundle_sha256": hashlib.sha256(data).hexdigest(),
+        "target": tensorrt.target,
+        "version": tensorrt.version,
+        "gpu": gpu.name,
+        "capability": gpu.capability,
+        "plugin": options.plugin.name,
+        "profile": profile,
+        "batch_sizes": [batch for batch in held if profile[0] <= batch <= profile[2]],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def finding(target: str) -> Finding:

@@ -86,6 +86,11 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
+    """Of the commands that run engines; `load_plugin` loads it before a model is opened."""
+    parser.add_argument("--plugin", type=Path, help="of engines that were built from a --bundle: libqswin_trt.so")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What opens a model file of any kind: qswin.qat.backends.registry.OpenOptions."""
     parser.add_argument("--threads", type=workers, default=0, help="compute threads of ONNX Runtime; 0: all cores")

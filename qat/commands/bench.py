@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from qswin.calib.files import write_result
 from qswin.qat.backends.registry import OpenOptions, backend_of, time_model
-from qswin.qat.commands.arguments import add_model_arguments, count, positive
+from qswin.qat.commands.arguments import add_model_arguments, add_plugin_argument, count, positive
+from qswin.trt.engines.plugin import load_plugin
 from qswin.trt.evaluation.timing import TimingOptions, parse_batch_sizes, plot, table
 
 
@@ -32,9 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the rows here too; - is standard output")
     parser.add_argument("--plot", type=Path, help="write a PNG of images/s over the batch")
     add_model_arguments(parser)
+    add_plugin_argument(parser)
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.plugin:
+        load_plugin(args.plugin)
     opening = OpenOptions(args.threads, args.device, args.config, tuple(args.overrides), args.timeout)
     timing = TimingOptions(args.warmup, args.repeats, args.cpu_repeats, args.cuda_graph, args.compile)
     batch_sizes = parse_batch_sizes(args.batch_sizes)

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Builds a TensorRT engine from an exported ONNX file, without a GPU a TensorRT-RTX one, or, from a calibrated"
         " checkpoint, a package of the project's own kernels, in INT8 or FP8 (inductor), or, without a GPU, a bundle of"
-        " them, which runs without torch (bundle)."
+        " them, which runs without torch (bundle). A plugin makes a bundle the one layer of a TensorRT engine"
+        " (--bundle, --plugin)."
     )
     parser.epilog = (
         "example:\n"
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  qswin build --checkpoint runs/x/ptq.safetensors --engine runs/x/int8.pt2 --target inductor --batch-sizes 64"
         "\n"
         "  qswin build --checkpoint runs/x/ptq.safetensors --engine runs/x/int8.qsb --target bundle --batch-sizes 1,64"
+        "\n"
+        "  qswin build --bundle runs/x/int8.qsb --plugin cpp/build/libqswin_trt.so --engine runs/x/kernels.engine"
     )
     parser.add_argument(
         "--target", choices=build_targets(), default="tensorrt", help="what is built, and for which runtime"
@@ -39,12 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="to build from, of --target inductor and bundle: calibrated with recipe=attention or attention-fp8",
     )
+    parser.add_argument("--bundle", type=Path, help="to build from, of --target tensorrt, with --plugin")
+    parser.add_argument("--plugin", type=Path, help="of --bundle: libqswin_trt.so, which running the engine takes too")
     parser.add_argument("--engine", required=True, type=Path, help="the file to write; its sidecar goes beside it")
     parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)}; default: best")
     parser.add_argument(
         "--batch-sizes",
         help="smallest, usual and largest batch, or one number; default: 1,8,64."
-        " Of a bundle, every batch that it is for; default: 1,64",
+        " Of --target bundle, every batch that it is for; default: 1,64. Of --bundle, batches that it holds",
     )
     parser.add_argument("--arch", help="architectures that a bundle is for; default: 80,86,89,90; of FP8 89,90")
     parser.add_argument("--capability", help="compute capability that TensorRT-RTX builds for; default: 8.9")

@@ -7,7 +7,14 @@ from typing import Any
 from qswin.calib.files import write_result
 from qswin.calib.messages import printable
 from qswin.qat.backends.registry import OpenOptions, backend_of, open_predictor
-from qswin.qat.commands.arguments import above_zero, add_device_argument, add_timeout_argument, count
+from qswin.qat.commands.arguments import (
+    above_zero,
+    add_device_argument,
+    add_plugin_argument,
+    add_timeout_argument,
+    count,
+)
+from qswin.trt.engines.plugin import load_plugin
 from qswin.trt.evaluation.compare import (
     first_parting,
     layer_errors,
@@ -38,10 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_timeout_argument(parser)
     add_device_argument(parser)
+    add_plugin_argument(parser)
     parser.add_argument("--json", type=Path, help="write the errors here too; - is standard output")
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.plugin:
+        load_plugin(args.plugin)
     opening = OpenOptions(device=args.device, timeout=args.timeout)
     ours, theirs = open_predictor(args.model, opening), OnnxRuntimePredictor(args.reference, timeout=args.timeout)
     images = read_images(args.data, args.images, theirs.task, theirs.preprocessing, args.skip_unreadable)

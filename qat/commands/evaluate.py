@@ -5,7 +5,8 @@ from pathlib import Path
 
 from qswin.calib.files import write_result
 from qswin.qat.backends.registry import OpenOptions, open_predictor
-from qswin.qat.commands.arguments import add_model_arguments, count, positive, workers
+from qswin.qat.commands.arguments import add_model_arguments, add_plugin_argument, count, positive, workers
+from qswin.trt.engines.plugin import load_plugin
 from qswin.trt.evaluation.evaluate import EvaluationOptions, evaluate_folder
 
 
@@ -29,9 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--worst", type=count, default=8, help="how many pictures")
     add_model_arguments(parser)
+    add_plugin_argument(parser)
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.plugin:
+        load_plugin(args.plugin)
     predictor = open_predictor(
         args.model, OpenOptions(args.threads, args.device, args.config, tuple(args.overrides), args.timeout)
     )

@@ -151,6 +151,39 @@ def test_the_binding_has_several_contexts_and_bundles(made, bundle_file, plain, 
     assert lines[-1] == "left 0 allocations 0 modules 0 contexts"
 
 
+IN = """
+import ctypes, sys
+from pathlib import Path
+from qswin.qat.bundle.runner import Runner, library
+
+runner, size = Runner(Path(sys.argv[1]).read_bytes()), ctypes.c_size_t()
+pointers = [ctypes.c_void_p(runner._handle), ctypes.c_uint32(4)]
+assert library().qswin_workspace_size(*pointers, ctypes.byref(size)) == 0
+print(size.value)
+addresses = [ctypes.c_void_p(value << 20) for value in (1, 0, 2, 3)]  # workspace, stream, input, output
+assert library().qswin_enqueue_in(*pointers, *addresses) == 0
+for changed in ({1: ctypes.c_uint32(3)}, {2: None}, {2: ctypes.c_void_p(8)}, {4: None}):
+    arguments = [changed.get(index, value) for index, value in enumerate([*pointers, *addresses])]
+    assert library().qswin_enqueue_in(*arguments) == 2
+    print(library().qswin_error().decode())
+"""
+
+
+def test_a_workspace_of_the_callers_is_used(made, bundle_file, plain, plain_log):
+    done = subprocess.run([sys.executable, "-c", IN, bundle_file], capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size, *errors = done.stdout.splitlines()
+    assert int(size) == made.bundle.batches[1].workspace
+    for error, words in zip(errors, ("batch 3", "workspace is NULL", "multiple of 16", "is NULL"), strict=True):
+        assert words in error
+    allocated, *lines = plain_log.read_text().splitlines()
+    launches = [line.split()[1:] for line in lines if line.startswith("launch")]
+    starts = {"workspace": 1 << 20, "input": 2 << 20, "output": 3 << 20, "constants": int(allocated.split()[1])}
+    code = made.bundle.code[90]
+    assert launches == [expected(each, code[each.kernel], starts) for each in made.bundle.batches[1].launches]
+    assert lines[-1] == "left 0 allocations 0 modules 0 contexts" and len(lines) == len(launches) + 1
+
+
 WITHOUT = """
 from qswin.qat.bundle.runner import library
 try:

@@ -11,8 +11,9 @@ import numpy as np
 from qswin.calib.data.batches import fill_up, joined
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.files import read_sidecar
-from qswin.calib.validation import Count, Task, take
+from qswin.calib.validation import Count, Name, Task, take
 from qswin.trt.engines.cuda import Gpu, find_gpu
+from qswin.trt.engines.plugin import check_loaded
 from qswin.trt.engines.version import TensorRT, find_tensorrt
 
 KIND = "engine"
@@ -29,6 +30,8 @@ class Built:
         target: TensorRT, TensorRT-RTX or inductor, as `qswin build --target` calls it; `version` is the library's.
         capability: the GPU's, "9.0".
         profile: the smallest, the usual and the largest batch.
+        plugin: the library with the engine's layers, if TensorRT lacks them.
+        batch_sizes: that it takes, if those alone.
     """
 
     target: str
@@ -39,6 +42,8 @@ class Built:
     preprocessing: Preprocessing
     task: Task
     classes: list[str] | None
+    plugin: Name | None = None
+    batch_sizes: tuple[Count, ...] | None = None
 
 
 def check_fits(path: Path, sidecar: Built, tensorrt: TensorRT, gpu: Gpu | None) -> None:
@@ -70,6 +75,7 @@ class BuiltModel:
     Attributes:
         sidecar: what running the model takes of it.
         smallest, largest: the batches that it takes.
+        batch_sizes: those that it takes alone; None for all between the two.
 
     Raises:
         FileNotFoundError: the model or its sidecar is missing.
@@ -77,16 +83,22 @@ class BuiltModel:
     """
 
     def __init__(self, path: Path, kind: str, data: bytes | None = None) -> None:
-        keys = [field.name for field in dataclasses.fields(Built)]
+        keys = [field.name for field in dataclasses.fields(Built) if field.default is dataclasses.MISSING]
         values = read_sidecar(path, kind, keys, REMEDY, data)
         self.sidecar = sidecar = take(values, Built, f"{path}: its sidecar", REMEDY)
         self.smallest, _, self.largest = sidecar.profile
+        self.batch_sizes = sidecar.batch_sizes
         self.backend = f"{sidecar.target} {sidecar.version}"
         self.precision = sidecar.engine_precision
         self.preprocessing = sidecar.preprocessing
         self.task: str = sidecar.task
         self.classes: list[str] | None = sidecar.classes
         self.batch_size: int | None = self.largest
+
+    def next_size(self, count: int) -> int:
+        """The smallest batch of `count` images or more that it takes; `count` where it takes none."""
+        held = self.batch_sizes or (self.smallest, max(count, self.smallest))
+        return next((size for size in held if size >= count), count)
 
 
 class Engine(BuiltModel):
@@ -99,7 +111,7 @@ class Engine(BuiltModel):
 
     Raises:
         FileNotFoundError: the engine or its sidecar is missing.
-        ValueError: it does not fit this machine.
+        ValueError: it does not fit this machine, or its layers are in a plugin that is not loaded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,6 +119,8 @@ class Engine(BuiltModel):
         data = path.read_bytes() if path.is_file() else b""
         super().__init__(path, KIND, data)
         check_fits(path, self.sidecar, find_tensorrt(self.sidecar.target), find_gpu())
+        if self.sidecar.plugin is not None:
+            check_loaded(path)
         from polygraphy.backend.trt import engine_from_bytes
         from polygraphy.cuda import DeviceArray, Stream
 
@@ -126,10 +140,11 @@ class Engine(BuiltModel):
 
     def _bind(self, batch: int) -> None:
         """Sets the batch size of what follows, and makes room for it."""
-        if not self.smallest <= batch <= self.largest:
-            raise ValueError(
-                f"batch {batch}: the engine takes {self.smallest} to {self.largest}; build it with other --batch-sizes"
-            )
+        if batch not in (self.batch_sizes or range(self.smallest, self.largest + 1)):
+            taken = f"{self.smallest} to {self.largest}"
+            if self.batch_sizes is not None:
+                taken = ", ".join(map(str, self.batch_sizes))
+            raise ValueError(f"batch {batch}: the engine takes {taken}; build it with other --batch-sizes")
         if batch == self._batch:
             return
         self.context.set_input_shape("input", (batch, *tuple(self.engine.get_tensor_shape("input"))[1:]))
@@ -139,8 +154,9 @@ class Engine(BuiltModel):
         self._batch = batch
 
     def enqueue(self) -> None:
-        """Puts one inference of the loaded batch on the stream."""
-        self.context.execute_async_v3(self.stream)
+        """Puts one inference of the loaded batch on the stream. Raises ValueError where TensorRT fails."""
+        if not self.context.execute_async_v3(self.stream):
+            raise ValueError(f"batch {self._batch}: {self.backend} cannot run the engine; its log is above")
 
     def run_loaded(self) -> None:
         """One inference of the loaded batch, to its end."""
@@ -148,8 +164,8 @@ class Engine(BuiltModel):
         self._stream.synchronize()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, 3, H, W) float32 -> logits, or `joined` maps, float32; N up to `largest`, filled up to `smallest`."""
-        self.load(fill_up(images, self.smallest))
+        """(N, 3, H, W) float32 -> logits, or `joined` maps, float32; N up to `largest`, filled up to `next_size`."""
+        self.load(fill_up(images, self.next_size(len(images))))
         self.enqueue()
         outputs = [np.empty(self._buffers[name].shape, dtype=np.float32) for name in self._outputs]
         for name, output in zip(self._outputs, outputs, strict=True):

@@ -51,7 +51,7 @@ def build_network(
         if tensorrt.can.weak_typing:
             set_layer_precisions(network, overrides)
         mark_outputs(network, outputs)
-        config = _config(network, profile, options, tensorrt, calibrator, level_formats(model))
+        config = builder_config(network, profile, options, tensorrt, calibrator, level_formats(model))
         engine = engine_bytes_from_network((builder, network, parser), config, save_timing_cache=_timing_cache(options))
     except PolygraphyException as error:
         raise ValueError(f"{path}: {tensorrt} cannot build it ({error}); its log is above") from error
@@ -72,7 +72,7 @@ def _timing_cache(options: BuildOptions) -> str | None:
     return None if options.timing_cache is None else str(options.timing_cache)
 
 
-def _config(
+def builder_config(
     network: Any,
     profile: tuple[int, int, int],
     options: BuildOptions,

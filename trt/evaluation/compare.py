@@ -184,11 +184,14 @@ def engine_activations(path: Path, reference: Path, images: np.ndarray) -> dict[
     given out, TensorRT 8.6 finds no implementation.
 
     Raises:
-        ValueError: the engine was built from another ONNX file.
+        ValueError: the engine was built from another ONNX file, or from a bundle.
     """
     from polygraphy.backend.trt import TrtRunner, engine_from_bytes
 
-    source = take(read_sidecar(path, KIND, (), REMEDY), EngineSource, f"{path}: its sidecar", REMEDY)
+    sidecar = read_sidecar(path, KIND, (), REMEDY)
+    if "bundle" in sidecar:
+        raise ValueError(f"{path}: built from a bundle, which is one layer; --layers is for engines of ONNX files")
+    source = take(sidecar, EngineSource, f"{path}: its sidecar", REMEDY)
     graph, digest = open_onnx(reference)
     if source.onnx_sha256 != digest:
         raise ValueError(

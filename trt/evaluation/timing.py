@@ -51,6 +51,7 @@ class Subject(ABC):
         row: what is said of it in each row: model, backend, precision and device.
         preprocessing: of its images.
         smallest, largest: the batches that it takes; None for any.
+        batch_sizes: those that it takes alone; None for all of these.
         cpu_warmup: warm-up runs at most, where it runs on the CPU; None on a GPU.
     """
 
@@ -58,6 +59,7 @@ class Subject(ABC):
     preprocessing: Preprocessing
     smallest: int = 1
     largest: int | None = None
+    batch_sizes: Sequence[int] | None = None
     cpu_warmup: int | None = None
 
     @abstractmethod
@@ -72,6 +74,8 @@ class Subject(ABC):
 
     def refusal(self, batch: int) -> str | None:
         """Why it does not take a batch; None where it does."""
+        if self.batch_sizes is not None:
+            return None if batch in self.batch_sizes else f"not among its {', '.join(map(str, self.batch_sizes))}"
         if batch < self.smallest or (self.largest is not None and batch > self.largest):
             return f"outside its {self.smallest} to {self.largest}"
         return None

@@ -50,8 +50,8 @@ class ConstantSubject(Subject):
 
 
 class ConstantBackend(Backend):
-    name, suffixes, targets, build_options = "constant", (".txt",), ("list",), ListOptions
-    source, kind = "onnx", "constant"
+    name, suffixes, targets, kind = "constant", (".txt",), ("list",), "constant"
+    sources = {"onnx": ListOptions}
 
     def open(self, path: Path, options: registry.OpenOptions) -> Constant:
         return Constant(path)
