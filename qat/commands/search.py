@@ -7,7 +7,10 @@ from qswin.qat.commands.arguments import add_probe_arguments, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Finds which sites to leave in float for a budget; writes a recipe file for recipe=FILE."
+    parser.description = (
+        "Finds which sites to leave in float for a budget; writes a recipe file for recipe=FILE. Images without labels"
+        " will do, but for a budget on a metric."
+    )
     parser.epilog = (
         "example:\n  qswin search --checkpoint runs/x/ptq.safetensors --data DIR/train"
         " --sensitivity runs/x/sensitivity.json --budget 'acc1_drop<=0.1' --recipe runs/x/mixed.yaml"

@@ -7,7 +7,10 @@ from qswin.qat.commands.arguments import add_probe_arguments, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Quantizes one site (or layer) at a time, and all but it, and ranks them by what that costs."
+    parser.description = (
+        "Quantizes one site (or layer) at a time, and all but it, and ranks them by what that costs. Images without labels"
+        " will do: the KL against the float model is measured then."
+    )
     parser.epilog = (
         "example:\n  qswin sensitivity --checkpoint runs/x/ptq.safetensors --data DIR/train"
         " --json runs/x/sensitivity.json"

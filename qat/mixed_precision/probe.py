@@ -12,12 +12,12 @@ from scipy.special import log_softmax
 from torch import nn
 
 from qswin.calib.data.batches import Batch, image_batches
-from qswin.calib.data.folders import draw_samples, scan_folder
+from qswin.calib.data.folders import draw_samples, scan_with_labels_if_any
 from qswin.calib.data.shards import ImageFile
 from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Loaded, open_checkpoint
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
-from qswin.trt.evaluation.evaluate import evaluate, main_metric
+from qswin.trt.evaluation.evaluate import Metric, evaluate, main_metric
 
 Groups = dict[str, list[TensorQuantizer]]
 
@@ -57,11 +57,16 @@ class Divergence:
 
 
 class Probe:
-    """Measures a calibrated model with some of its quantizers on, against itself with none."""
+    """Measures a calibrated model with some of its quantizers on, against itself with none.
 
-    def __init__(self, loaded: Loaded, batches: list[Batch], device: str) -> None:
+    Args:
+        unlabelled: why the batches have no labels of this model; the KL is all that is measured then. None: they have.
+    """
+
+    def __init__(self, loaded: Loaded, batches: list[Batch], device: str, unlabelled: str | None = None) -> None:
         self.model, self.description, self.sha256 = loaded
         self.task, self.classes, self.batches = self.description.task, self.description.classes or (), batches
+        self.unlabelled = unlabelled
         self.predict = TorchPredictor(self.model, self.description, device)
         self.switch([])
         self.reference = [self.predict(batch.images) for batch in batches]
@@ -74,11 +79,12 @@ class Probe:
             quantizer.enable()
 
     def measure(self, quantized: Sequence[TensorQuantizer]) -> dict[str, float]:
-        """{"kl"} and the task's main metrics with these quantizers and no others."""
+        """{"kl"}, and before it the task's main metrics where there are labels, with these quantizers and no others."""
         self.switch(quantized)
-        metric, divergence = main_metric(self.task, self.classes), Divergence(self.reference)
-        result = evaluate(self.predict, self.batches, [metric, divergence])
-        return {name: result[name] for name in (*metric.headline, "kl")}
+        labelled = [] if self.unlabelled else [main_metric(self.task, self.classes)]
+        metrics: list[Metric] = [*labelled, Divergence(self.reference)]
+        result = evaluate(self.predict, self.batches, metrics)
+        return {name: result[name] for metric in metrics for name in metric.headline}
 
 
 def group_quantizers(model: nn.Module, by: str) -> Groups:
@@ -108,10 +114,13 @@ def open_probe(checkpoint: Path, images: ProbeImages, device: str) -> Probe:
     model, description, _ = loaded = open_checkpoint(checkpoint)
     if not any(quantizers(model)):
         raise ValueError(f"{checkpoint}: not quantized; run qswin calibrate first")
-    folder = scan_folder(description.task, images.data, description.classes)
+    main_metric(description.task, ())  # a backbone has none, and no class distribution either
+    folder, unlabelled = scan_with_labels_if_any(description.task, images.data, description.classes)
+    if unlabelled:
+        logging.info("%s: without labels, KL against the float model is measured", unlabelled)
     samples = sorted(draw_samples(folder, images.images, images.seed))
     skipped: list[ImageFile] | None = [] if images.skip_unreadable else None
     batches = list(image_batches(samples, description.preprocessing, images.batch_size, images.workers, skipped))
     if skipped:
         logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
-    return Probe(loaded, batches, device)
+    return Probe(loaded, batches, device, unlabelled)

@@ -29,6 +29,7 @@ from qswin.qat.mixed_precision.probe import Probe, ProbeImages, group_quantizers
 from qswin.qat.mixed_precision.sensitivity import read_report
 from qswin.qat.quant.recipe import Recipe, Rule
 
+COSTS = ("bops", "latency")  # budgets that sites in float use up; the others are on accuracy
 SUFFIXES = (".yaml", ".yml")  # of recipes
 
 
@@ -57,6 +58,25 @@ def parse_budget(text: str, metric: str = r"\w+") -> Budget:
         known = ", ".join(f"{name}<=NUMBER" for name in (drop, "kl", "bops", "latency"))
         raise ValueError(f"--budget {shown(text)}: give one of {known}")
     return Budget(match[1], limit)
+
+
+def budget_of(text: str, probe: Probe, metric: str) -> Budget:
+    """A budget that can be measured on the images of a probe. Says so where one image decides it.
+
+    Args:
+        metric: the first that the probe measures.
+
+    Raises:
+        ValueError: see `parse_budget`; or it needs labels, and there are none.
+    """
+    if probe.unlabelled and parse_budget(text).name.endswith("_drop"):
+        raise ValueError(f"--budget {shown(text)}: needs labels, but {probe.unlabelled}; give kl<=NUMBER")
+    budget = parse_budget(text, r"\w+" if probe.unlabelled else metric)
+    images = sum(len(batch.labels) for batch in probe.batches)
+    if budget.name == "acc1_drop" and 0 < budget.limit < 100 / images:
+        step = f"one image of {images} is {100 / images:.3g} points of Acc@1"
+        logging.warning("--budget %s is finer than one image: %s; take more --images, or kl<=NUMBER", text, step)
+    return budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +109,17 @@ def candidates(report: dict[str, Any], operations: dict[str, tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search found: the groups, first those that stay in float, of which there are `floats`."""
+    """What a search found.
+
+    Args:
+        groups: first those that stay in float, of which there are `floats`.
+        budget: on accuracy, it needs that many in float; else it allows no more.
+    """
 
     recipe: Recipe
     groups: list[Candidate]
     floats: int
+    budget: Budget
 
     @property
     def share(self) -> float:
@@ -109,9 +135,14 @@ class Found:
         }
 
     def __str__(self) -> str:
-        count = f"{self.floats} of {len(self.groups)} groups stay in float"
-        first = f"{count}; {self.share:.3f} of the float model's bit operations"
+        first = f"{self.sentence()}; {self.share:.3f} of the float model's bit operations"
         return text_of([first, *(f"  {group.name}  (KL {group.kl:.4g})" for group in self.groups[: self.floats])])
+
+    def sentence(self) -> str:
+        """What the budget costs, or allows."""
+        verb = "can" if self.budget.name in COSTS else "has to" if self.floats < 2 else "have to"
+        number = "no group" if not self.floats else f"{self.floats} of {len(self.groups)} groups"
+        return f"{number} {verb} stay in float for {self.budget.name}<={self.budget.limit:g}"
 
 
 def search_recipe(
@@ -135,14 +166,14 @@ def search_recipe(
         description = probe.description
         assert description.recipe is not None  # the probe has quantizers
         reference = probe.measure([])
-        limit = parse_budget(budget, next(iter(reference)))
+        limit = budget_of(budget, probe, next(iter(reference)))
         image = torch.from_numpy(probe.batches[0].images[:1]).to(ranks.device)
         groups = candidates(report, bit_operations(probe.model, image))
-        if limit.name in ("bops", "latency"):
+        if limit.name in COSTS:
             floats = most_in_float(cost_of(limit, probe.model, description, groups, target), limit, len(groups))
         else:
             floats = least_in_float(probe, groups, limit, reference)
-    return Found(mixed_recipe(description.recipe, groups, floats), groups, floats)
+    return Found(mixed_recipe(description.recipe, groups, floats), groups, floats, limit)
 
 
 def save_recipe(path: Path, recipe: Recipe) -> None:

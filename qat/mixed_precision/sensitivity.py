@@ -120,11 +120,14 @@ def table(report: dict[str, Any], rows: int) -> str:
     lines = [f"{'':<40} {'alone: KL':>12} {'':>8} {'all but: KL':>12}"]
     values = [(row["name"], row["alone"], row["without"]) for row in report["rows"][:rows]]
     for name, alone, without in [*values, ("everything", report["all"], report["float"])]:
-        metric = next(key for key in alone if key != "kl")
-        lines.append(
-            f"{name:<40} {alone['kl']:12.4g} {alone[metric]:8.4g} {without['kl']:12.4g} {without[metric]:8.4g}"
-        )
+        lines.append(f"{name:<40} {_cells(alone)} {_cells(without)}")
     return text_of(lines)
+
+
+def _cells(metrics: dict[str, float]) -> str:
+    """The KL and the main metric, which is missing where there were no labels."""
+    main = next((f"{value:8.4g}" for key, value in metrics.items() if key != "kl"), " " * 8)
+    return f"{metrics['kl']:12.4g} {main}"
 
 
 def plot(report: dict[str, Any], path: Path, rows: int) -> None:
