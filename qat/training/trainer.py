@@ -17,12 +17,13 @@ from absl import logging
 from torch import nn
 from tqdm import tqdm
 
-from qswin.calib.data.folders import ImageFolder
+from qswin.calib.data.folders import ImageFolder, spread_samples
 from qswin.models.registry import family_of, task_of
 from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
 from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.plan import check_readable, model_fact, plan_text, sites_fact
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, Verdict, tell
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES
@@ -37,6 +38,8 @@ from qswin.qat.training.progress import LAST, REMEDY, Log, load_state, open_log,
 from qswin.qat.training.starting import checkpoint_start, float_start
 from qswin.qat.training.step import NonFiniteLoss, TrainStep
 from qswin.trt.evaluation.evaluate import evaluate, main_metric
+
+CHECKED = 64  # images of each folder that a plan decodes
 
 
 class Trainer:
@@ -120,6 +123,28 @@ class Trainer:
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(self._kept()) from error
 
+    def plan(self) -> str:
+        """What `run` would do. A sample of the images is decoded, and nothing is written. Raises as `run` does."""
+        config, options, folders = self.config, self.options, self.data.folders
+        size, state = self.description.preprocessing, "from the beginning"
+        if self._is_finished():
+            state = f"done: {self.path} is there; train.epochs can be raised, and resume=never starts over"
+        elif self._resume():
+            state = f"going on at step {self.step.done} of {self.step.total}"
+        for folder in folders:
+            sample = spread_samples(folder, CHECKED)
+            check_readable(sample, size, options.batch_size, config.data.workers, config.data.skip_unreadable)
+        batch = options.batch_size * options.grad_accum_steps * self.ranks.world
+        facts = {
+            "model": model_fact(self.description.model, self.model, size, config.init or config.model.checkpoint),
+            "recipe": "none: it stays in float" if self.description.recipe is None else sites_fact(self.model),
+            "images": f"{len(folders.train.samples)} in {folders.train.root}, {len(folders.validation.samples)} in val",
+            "training": f"{options.epochs} epochs of {self.steps_per_epoch} steps of {batch} images",
+            "device": f"{self.ranks.device}, {self.ranks.world} processes",
+            "state": state,
+        }
+        return plan_text("train", facts, [] if state.startswith("done") else [self.path, self.run_folder.folder / LAST])
+
     def _train(self) -> dict[str, float]:
         """The steps that are left; returns the metrics of the last epoch."""
         metrics: dict[str, float] = {}
@@ -188,8 +213,8 @@ class Trainer:
             save_state(self.run_folder.folder, {**self.step.state_dict(), **started})
         self.last_save, self.saved_step = time.monotonic(), self.step.done
 
-    def _resume(self) -> None:
-        """Goes back to last.pt, if any.
+    def _resume(self) -> bool:
+        """Goes back to last.pt, if any, and says whether there was one.
 
         Raises:
             ValueError: it cannot be read, does not fit the model or the config, or began with another `init` or other
@@ -208,6 +233,7 @@ class Trainer:
                 raise ValueError(f"{folder / LAST}: {error}; {REMEDY}") from error
             self.saved_step = self.step.done
             logging.info("%s: going on at step %d of %d", folder / LAST, self.step.done, self.step.total)
+        return state is not None
 
     def _finish(self, metrics: dict[str, float]) -> Path:
         """Saves the trained checkpoint, on rank 0, with the verdict on it.
