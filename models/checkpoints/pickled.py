@@ -152,6 +152,6 @@ def read_with_stand_ins(data: bytes) -> Any:
 
 
 def stand_in_of(value: object) -> str | None:
-    """What a stand-in, or a stand-in's class, stands for, such as "argparse.Namespace"; None of any other value."""
+    """What a stand-in, or a stand-in's class, stands for, such as "yacs.config.CfgNode"; None of any other value."""
     kind = value if isinstance(value, type) else type(value)
     return kind.of if issubclass(kind, StandIn) else None
