@@ -126,6 +126,7 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         path = run.folder / PTQ
         logging.info("%s: already calibrated; resume=never starts over", path)
         return path
+    start = time.perf_counter()
     prepared = _prepare(config, ranks, recipe, run)
     if ranks.main:
         run.claim()
@@ -133,7 +134,9 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
     if ranks.main:
         save_checkpoint(prepared.path, prepared.twin, description)
         save_histograms(run.folder / HISTOGRAMS, observations(prepared.twin))
-        logging.info("%s: %d quantizers", prepared.path, len(list(quantizers(prepared.twin))))
+        count, skipped = len(list(quantizers(prepared.twin))), description.metrics["unreadable_images"]
+        seen = f"{description.metrics['calibration_images']} images" + (f" ({skipped} skipped)" if skipped else "")
+        logging.info("%s: %d quantizers from %s in %.1f s", prepared.path, count, seen, time.perf_counter() - start)
     return prepared.path
 
 
@@ -220,10 +223,6 @@ def calibrate_on(
     tensors = _load(mine, preprocessing, options, data, ranks, skipped)
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
-    start = time.perf_counter()
     images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range, seed)
-    seconds = time.perf_counter() - start
     total, left_out = map(int, ranks.sum([images, len(skipped)]))
-    if ranks.main:
-        logging.info("calibrated on %d images in %.1f s", total, seconds)
     return {"calibration_images": total, "unreadable_images": left_out}
