@@ -57,7 +57,7 @@ def sites_fact(model: nn.Module) -> str:
 
 
 def check_readable(
-    samples: Sequence[Sample], preprocessing: Preprocessing, batch_size: int, workers: int, skip_unreadable: bool
+    samples: Sequence[Sample], preprocessing: Preprocessing, batch_size: int, workers: int | None, skip_unreadable: bool
 ) -> str:
     """Decodes images; says how many there are, and how many would be left out.
 

@@ -78,7 +78,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser, images: int, batch_siz
     parser.add_argument("--images", type=count, default=images, help="how many are drawn at random")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="images of a batch")
     parser.add_argument("--seed", type=count, default=0, help="of the drawing")
-    parser.add_argument("--workers", type=workers, default=4, help="decoding processes")
+    parser.add_argument("--workers", type=workers, help="decoding processes; default: one a core, 16 at most")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
 
 

@@ -31,7 +31,7 @@ class ProbeImages:
     images: int = 256
     seed: int = 0
     batch_size: int = 32
-    workers: int = 4
+    workers: int | None = None
     skip_unreadable: bool = False
 
 

@@ -63,14 +63,15 @@ class Trainer:
         if config.init is not None and Path(config.init).resolve() == self.path.resolve():
             raise ValueError(f"init={config.init}: this training would write it; choose another run=FOLDER")
         preprocessing, augment = self.description.preprocessing, self.options.augment
-        decoder = choose_decoder(self.task, preprocessing, config.data, augment, ranks.device)
+        images = len(folders.train.samples)
+        decoder = choose_decoder(self.task, preprocessing, config.data, augment, ranks.device, images)
         self.data = TrainingData(folders, decoder, config.data, self.options.batch_size, config.seed, ranks)
         self.steps_per_epoch = len(self.data) // self.options.grad_accum_steps
         if not self.steps_per_epoch:
-            images = f"{folders.train.root}: {len(folders.train.samples)} images"
-            raise ValueError(f"{images} do not fill one step; lower train.batch_size")
+            raise ValueError(f"{folders.train.root}: {images} images do not fill one step; lower train.batch_size")
         self.step = self._build_step(len(folders.train.classes))
         self.last_save, self.saved_step = time.monotonic(), 0
+        self.began = (time.monotonic(), 0)  # when this process began to train, at which step
 
     def _start(self, folder: ImageFolder) -> tuple[nn.Module, Description]:
         """The model to train, and the sidecar of what will come of it."""
@@ -148,10 +149,12 @@ class Trainer:
     def _train(self) -> dict[str, float]:
         """The steps that are left; returns the metrics of the last epoch."""
         metrics: dict[str, float] = {}
-        with open_log(self.run_folder.folder, self.step.done) if self.ranks.main else _no_log() as log:
+        folder, self.began = self.run_folder.folder, (time.monotonic(), self.step.done)
+        with open_log(folder, self.step.done) if self.ranks.main else _no_log() as log:
             while self.step.done < self.step.total:
-                self.train_epoch(log)
+                loss = self.train_epoch(log)
                 metrics = self.validate()
+                self._tell_epoch(loss, metrics)
                 shares = {} if self.step.oscillations is None else self.step.oscillations.shares()
                 log({"step": self.step.done, "epoch": self.step.done // self.steps_per_epoch, **metrics, **shares})
                 self.save()
@@ -177,18 +180,38 @@ class Trainer:
             what = f"was trained from another file than init={self.config.init} is now"
             raise ValueError(f"{path}: {what}; choose another run=FOLDER, or start over with resume=never")
 
-    def train_epoch(self, log: Log) -> None:
-        """The rest of the epoch that the next step lies in."""
+    def _tell_epoch(self, loss: float, metrics: dict[str, float]) -> None:
+        """A line of what an epoch came to, on rank 0; with the first, where to see more."""
+        if not self.ranks.main:
+            return
+        epoch = f"epoch {self.step.done // self.steps_per_epoch} of {self.options.epochs}"
+        values = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": loss, **metrics}.items())
+        logging.info("%s: %s; %s left", epoch, values, self._time_left())
+        if self.step.done - self.began[1] <= self.steps_per_epoch:
+            board = self.run_folder.folder / "tensorboard"
+            logging.info("curves: tensorboard --logdir %s, then http://localhost:6006", board)
+
+    def _time_left(self) -> str:
+        """Of the whole training, at the speed so far."""
+        start, first = self.began
+        each = (time.monotonic() - start) / max(self.step.done - first, 1)
+        return str(tqdm.format_interval(each * (self.step.total - self.step.done)))
+
+    def train_epoch(self, log: Log) -> float:
+        """The rest of the epoch that the next step lies in; returns the mean loss of its steps, on this rank."""
+        losses: list[float] = []
         epoch, done = divmod(self.step.done, self.steps_per_epoch)
         accumulated = self.options.grad_accum_steps
         batches = self.data.batches(epoch, done * accumulated, self.steps_per_epoch * accumulated)
         quiet = not (self.ranks.main and sys.stderr.isatty())
-        for _ in tqdm(range(done, self.steps_per_epoch), f"epoch {epoch}", disable=quiet):
+        steps, name = range(done, self.steps_per_epoch), f"epoch {epoch + 1} of {self.options.epochs}"
+        for _ in (bar := tqdm(steps, name, self.steps_per_epoch, initial=done, disable=quiet)):
             start, number, rate = time.perf_counter(), self.step.done, self.step.lr_factor() * self.options.lr
             try:
-                loss = self.step(batches)
+                losses.append(loss := self.step(batches))
             except NonFiniteLoss as error:
                 raise ValueError(f"{error}; the batch's files: {self.data.files(error.indices)}") from error
+            bar.set_postfix(loss=f"{loss:.4g}", lr=f"{rate:.2g}", all_left=self._time_left(), refresh=False)
             if number % self.options.log_every == 0:
                 (total,) = self.ranks.sum([loss])
                 images = self.options.batch_size * accumulated * self.ranks.world
@@ -196,6 +219,7 @@ class Trainer:
                 log({"step": number, "loss": total / self.ranks.world, "lr": rate, "images_per_second": speed})
             if time.monotonic() - self.last_save > 60 * self.options.save_minutes:
                 self.save()
+        return sum(losses) / max(len(losses), 1)
 
     def validate(self) -> dict[str, float]:
         """{"acc1", "acc5"}, or {"dice"}, over val/, every rank taking its share."""

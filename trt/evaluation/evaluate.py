@@ -129,7 +129,7 @@ class EvaluationOptions:
     Attributes:
         images: evaluate this many, evenly spread; 0 for all.
         batch_size: of models that take any.
-        workers: decoding processes.
+        workers: decoding processes; None for one a core.
         skip_unreadable: count and skip the files that cannot be read.
         pictures: a folder for pictures of the worst images.
         worst: how many pictures.
@@ -137,7 +137,7 @@ class EvaluationOptions:
 
     images: int = 0
     batch_size: int = 32
-    workers: int = 4
+    workers: int | None = None
     skip_unreadable: bool = False
     pictures: Path | None = None
     worst: int = 8
