@@ -26,7 +26,7 @@ from benchmarks.hostile_cases import CASES, Case
 from benchmarks.hostile_world import World, make_world
 from benchmarks.results import commit, machine
 
-LOG = re.compile(r"^[IWEF]\d{4} |^usage: | ")  # a line of absl's log, or of how a command is used
+LOG = re.compile(r"^[IWEF]\d{4} |^qswin: (?!error:)|^usage: | ")  # a line of the log, or of how a command is used
 HEAD = """\
 `python -m benchmarks.hostile` gives each to the real command, under limits of memory and time. The rules are in
 [SECURITY.md](../../SECURITY.md). *Refused* is one line and exit code 2."""

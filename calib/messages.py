@@ -6,10 +6,15 @@ Names of files, of members of archives and of nodes come from elsewhere, and a t
 import copy
 import io
 import logging as records
+import os
+import stat
+import sys
 from collections.abc import Iterable
 from typing import TextIO
 
 from absl import logging
+
+RED, YELLOW = 1, 3
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -41,6 +46,20 @@ class PrintableStream(io.TextIOBase):
         return self._stream.isatty()
 
 
+def coloured(text: str, colour: int, stream: TextIO) -> str:
+    """The text in one of a terminal's eight colours; as it is where the stream is none, or NO_COLOR is set."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain else f"\x1b[{30 + colour}m{text}\x1b[0m"
+
+
+def is_regular_file(stream: TextIO) -> bool:
+    """Whether what is written goes to a file, not to a terminal or through a pipe."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # it has no descriptor, or is closed
+        return False
+
+
 class PrintableFormatter(logging.PythonFormatter):
     """absl's format of a record: its message is one line, its traceback is lines."""
 
@@ -48,6 +67,18 @@ class PrintableFormatter(logging.PythonFormatter):
         safe = copy.copy(record)
         safe.msg, safe.args = printable(record.getMessage()), None
         return printable(super().format(safe), keep="\n\t")
+
+
+class LineFormatter(PrintableFormatter):
+    """For people: `qswin: message`. With time, process and place in a file, and where --verbosity asks for more."""
+
+    def format(self, record: records.LogRecord) -> str:
+        if logging.get_verbosity() > logging.INFO or is_regular_file(sys.stderr):
+            return super().format(record)
+        rank = os.environ.get("RANK", "0")
+        warns = record.levelno >= records.WARNING
+        kind = coloured(f"{record.levelname.lower()}: ", YELLOW, sys.stderr) if warns else ""
+        return f"qswin{'' if rank == '0' else f'[{printable(rank)}]'}: {kind}{printable(record.getMessage())}"
 
 
 def text_of(lines: Iterable[str]) -> str:

@@ -15,8 +15,9 @@ HEAD = """\
 
 Written by `python docs/make_cli.py` from the parsers. `qswin COMMAND --help` says the same.
 
-Every command also takes absl's flags, such as `--verbosity=1`, which shows the traceback of an error. `--flagfile` is
-off.
+Every command also takes `-v`, which shows time, process and place of each line and the traceback of an error. A file
+that standard error goes to gets time and place anyway. Warnings are coloured on a terminal, unless `NO_COLOR` is set.
+absl's other flags are taken too, but for `--flagfile`.
 
 """
 TYPES = {Path: "path", int: "integer", float: "number", None: "text", str: "text"}

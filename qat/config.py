@@ -52,9 +52,10 @@ def _leaves(node: yaml.MappingNode, prefix: str, path: Path) -> list[tuple[str, 
     leaves = []
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
-        if isinstance(value_node, yaml.MappingNode) and any(known.startswith(f"{key}.") for known in KEYS):
+        section = any(known.startswith(f"{key}.") for known in KEYS)
+        if section and isinstance(value_node, yaml.MappingNode):
             leaves += _leaves(value_node, f"{key}.", path)
-        else:
+        elif not (section and value_node.tag == "tag:yaml.org,2002:null"):  # one whose keys are all comments
             line = key_node.start_mark.line + 1
             leaves.append((key, construct_yaml(value_node, f"{path}:{line}"), line))
     return leaves

@@ -75,8 +75,11 @@ class DataConfig:
         MISSING,
         "Folder that holds `train` and `val`, in the layout of the model's task; calibration takes images alone too.",
     )
-    workers: int = option(
-        4, "Number of processes that decode images; 0 decodes in the process itself.", least=0, most=1024
+    workers: int | None = option(
+        None,
+        "Processes that decode images; 0 decodes in the process itself. null is one a core, 16 at most.",
+        least=0,
+        most=1024,
     )
     decoder: str = option(
         "pillow",

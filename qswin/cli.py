@@ -23,7 +23,7 @@ from absl.flags import argparse_flags
 
 from qswin import limits
 from qswin.calib.files import NotSaved, forget_saved, saved_files, version_of
-from qswin.calib.messages import PrintableFormatter, PrintableStream, printable
+from qswin.calib.messages import RED, LineFormatter, PrintableStream, coloured, printable
 
 COMMANDS = {
     "quantize": "from trained weights and a folder of images to an INT8 graph and a report, in one go",
@@ -48,6 +48,8 @@ COMMANDS = {
 
 STOPPED = 130  # the exit code
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in torch's RuntimeErrors
+ERROR = "error:"
+VERBOSE = "--verbosity=1"
 NAMED = 8  # files of a list in one line
 UNSAVED = "every file that it wrote is whole; the same command starts again"
 
@@ -70,11 +72,15 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 class Parser(argparse_flags.ArgumentParser):
-    """Takes a command's arguments and absl's flags, but for --flagfile, which prints any file in its error."""
+    """Takes a command's arguments and absl's flags, but for --flagfile, which prints any file in its error.
+
+    `-v` takes no number here, as people expect of it.
+    """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if any(re.match("--?flagfile(=|$)", arg) for arg in args):
             self.error("--flagfile is off; write the flags out")
+        args = [VERBOSE if arg in ("-v", "--verbose") else arg for arg in args]
         return super().parse_known_args(args, namespace)  # type: ignore[no-untyped-call]
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -121,7 +127,7 @@ def run(add_arguments: AddArguments, main: Main, prog: str, argv: list[str]) -> 
             discard_unwritten()
 
     open_closed_streams()
-    logging.get_absl_handler().setFormatter(PrintableFormatter())
+    logging.get_absl_handler().setFormatter(LineFormatter())
     app.run(guarded, argv=[prog, *argv], flags_parser=parse)
 
 
@@ -141,7 +147,7 @@ def end(message: str, code: int) -> NoReturn:
     """Exits after one line on standard error. What the command held is let go first: it would complain at the exit."""
     traceback.clear_frames(sys.exc_info()[2])
     with contextlib.suppress(OSError):  # nobody reads it
-        print(printable(message), file=sys.stderr)
+        print(printable(message).replace(ERROR, coloured(ERROR, RED, sys.stderr), 1), file=sys.stderr)
     sys.exit(code)
 
 

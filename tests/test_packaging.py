@@ -171,3 +171,14 @@ def test_every_dependency_has_a_floor_and_the_constraints_pin_it(wheel):
     lines = (ROOT / "constraints" / "floors.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     assert {pin.name: str(pin.specifier).removeprefix("==").removesuffix(".*") for pin in pins} == floors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_first_minutes(wheel):
+    """From an empty folder, the wheel and five checkpoints of five sources to five verdicts."""
+    pytest.importorskip("transformers")
+    command = ["bash", ROOT / "tests" / "first_minutes.sh", wheel]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, text=True, stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"five checkpoints: \d+ s, 5 commands\n$", done.stdout)

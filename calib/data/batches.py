@@ -22,6 +22,8 @@ from qswin.calib.data.images import Preprocessing, load_image, load_mask
 from qswin.calib.data.shards import ImageFile
 
 MOST_IMAGES = 65_536  # of a batch that a flag asks for
+MOST_PROCESSES = 16  # by default
+IMAGES_EACH = 64  # images that a process is worth starting for: they take one process half a second or more
 Target = int | np.ndarray  # a class index, or a mask (H, W) uint8
 Decoded = list[Target | ValueError]  # for each sample of a batch: its target, or the error of its files
 
@@ -67,11 +69,23 @@ def warn_of_skipped(skipped: Sequence[ImageFile] | None) -> None:
         logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
 
 
+def decoding_processes(workers: int | None, images: int) -> int:
+    """How many processes decode: as many as are asked for.
+
+    By default one a core, of which torchrun's processes share those of the machine; at most 16; and none for few
+    images, which are decoded sooner than a second process has started: that takes one to two seconds.
+    """
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), MOST_PROCESSES, images // IMAGES_EACH)
+
+
 def image_batches(
     samples: Sequence[Sample],
     preprocessing: Preprocessing,
     batch_size: int,
-    workers: int = 4,
+    workers: int | None = None,
     skipped: list[ImageFile] | None = None,
 ) -> Iterator[Batch]:
     """Yields batches in the order of `samples`.
@@ -80,7 +94,7 @@ def image_batches(
 
     Args:
         workers: decoding processes; as many batches are decoded ahead. With fewer than two workers, or fewer than two
-            batches, the calling process decodes.
+            batches, the calling process decodes. None: see `decoding_processes`.
         skipped: a list to which unreadable files are added, which are then left out. Without a list they are an error.
 
     Raises:
@@ -88,7 +102,7 @@ def image_batches(
         ChildProcessError: a decoding process was killed.
     """
     chunks = [samples[at : at + batch_size] for at in range(0, len(samples), batch_size)]
-    workers = min(workers, len(chunks))
+    workers = min(decoding_processes(workers, len(samples)), len(chunks))
     decoding = _by_processes(chunks, preprocessing, workers) if workers > 1 else _by_this_process(chunks, preprocessing)
     for chunk, (images, decoded) in zip(chunks, decoding, strict=True):
         yield from _collect(chunk, images, decoded, skipped)

@@ -53,9 +53,27 @@ def scan_unlabelled(task: str, root: str | Path) -> ImageFolder:
     Raises:
         FileNotFoundError, ValueError: as `scan_folder` does.
     """
-    root = Path(root)
-    laid_out = root.is_dir() and (any(entry.is_dir() for entry in root.iterdir()) or any(root.glob("*.tar")))
-    return scan_folder(task if laid_out else "features", root)
+    return scan_folder(task if _is_laid_out(Path(root)) else "features", root)
+
+
+def _is_laid_out(root: Path) -> bool:
+    return root.is_dir() and (any(entry.is_dir() for entry in root.iterdir()) or any(root.glob("*.tar")))
+
+
+def scan_with_labels_if_any(
+    task: str, root: str | Path, classes: Sequence[str] | None
+) -> tuple[ImageFolder, str | None]:
+    """As `scan_folder`; where the labels are none of this model, as `scan_unlabelled`, and why.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no images either way.
+    """
+    if not _is_laid_out(Path(root)):
+        return scan_unlabelled(task, root), f"the images of {root} lie in no folder of a class"
+    try:
+        return scan_folder(task, root, classes), None
+    except ValueError as error:
+        return scan_unlabelled(task, root), str(error)
 
 
 def training_folder(root: str | Path) -> Path:

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from qswin.limits import MORE, scale
 from qswin.models.checkpoints.json_files import read_json
+from qswin.models.checkpoints.pickled import read_with_stand_ins, stand_in_of
 
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DDP, torch.compile and Lightning modules, before every name
 WRAPPERS = ("model", "state_dict", "state_dict_ema", "model_state")  # where training frameworks keep the weights
 BROKEN = (  # what torch raises over a damaged file
     *(RuntimeError, EOFError, OSError, ValueError),
-    *(KeyError, IndexError, AttributeError, TypeError, MemoryError, RecursionError, ArithmeticError),
+    *(AssertionError, KeyError, IndexError, AttributeError, TypeError, MemoryError, RecursionError, ArithmeticError),
     *(zipfile.BadZipFile, struct.error),
 )
 INDEX = ".index.json"
+SAVE = "save only its state dict: torch.save(model.state_dict(), FILE)"
 LARGEST_FILE = int(scale() * (1 << 34))  # bytes: the largest model's weights, with an optimizer's state beside them
 DEEPEST = 4  # wrappings around the weights that are looked through
 
@@ -117,25 +120,34 @@ def read_state(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
             state: Any = safetensors.torch.load(data)
         else:
             _check_stored(data)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
-                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = _load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); copy it again") from error
     except pickle.UnpicklingError as error:
-        if "eights" in str(error):
-            reason = "holds pickled code, which is never run"
-        else:
-            reason = "is truncated or not a checkpoint"
-        raise ValueError(f"{path}: {reason}; save only its state dict: torch.save(model.state_dict(), FILE)") from error
+        raise ValueError(f"{path}: is truncated or not a checkpoint ({_first_line(error)}); {SAVE}") from error
     except BROKEN as error:
-        reason = str(error).partition("\n")[0] or "it ends too early"
+        reason = _first_line(error) or "it ends too early"
         raise ValueError(f"{path}: truncated, or not a PyTorch checkpoint ({reason})") from error
     return _tensors(state, path)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _load(data: bytes) -> Any:
+    """What torch.save wrote: by torch where that suffices, else with stand-ins for the objects beside the tensors."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return read_with_stand_ins(data)
+
+
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of what a file holds, out of the wrappings that training frameworks put around them."""
+    _refuse_pickled(state, path)
     if not isinstance(state, dict):
         raise ValueError(f"{path}: not a checkpoint but a {type(state).__name__}; save model.state_dict()")
     for _ in range(DEEPEST):
@@ -145,15 +157,34 @@ def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
         state = state[inner]
     else:
         raise ValueError(f"{path}: its weights are wrapped more than {DEEPEST} deep; save model.state_dict()")
+    for key in WRAPPERS:
+        _refuse_pickled(state.get(key), path)
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         name = str(key).removeprefix("module.")
+        if "_rebuild_" in (stand_in_of(value) or ""):
+            raise ValueError(f"{path}: {name} is a tensor by {stand_in_of(value)}, which is not read; save dense ones")
         if not isinstance(value, Tensor):
             continue
         if name in tensors:
             raise ValueError(f"{path}: {name} is there twice, once as module.{name}; save model.state_dict() again")
         tensors[name] = _plain(value, name, path)
-    return tensors
+    for value in () if tensors else state.values():
+        _refuse_pickled(value, path)
+    return without_prefixes(tensors)
+
+
+def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the prefixes that wrappers of a model put before every name, however many."""
+    while state and (shared := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)):
+        state = {key.removeprefix(shared): value for key, value in state.items()}
+    return state
+
+
+def _refuse_pickled(value: object, path: Path) -> None:
+    """Raises ValueError for an object where weights should be: a whole model, say."""
+    if (kind := stand_in_of(value)) is not None:
+        raise ValueError(f"{path}: holds pickled code ({kind}), which is never run; {SAVE}")
 
 
 def _plain(value: Tensor, name: str, path: Path) -> Tensor:

@@ -55,6 +55,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, help="write what the checkpoint's sidecar says as JSON; - is standard output"
     )
+    add_dry_run_argument(parser)
+
+
+def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check every input, say what would be done, and write nothing"
+    )
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +69,7 @@ def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a calibrated checkpoint (.safetensors)")
     add_sample_arguments(parser, images=256, batch_size=32)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or another torch device")
+    add_dry_run_argument(parser)
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser, images: int, batch_size: int) -> None:
@@ -70,7 +78,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser, images: int, batch_siz
     parser.add_argument("--images", type=count, default=images, help="how many are drawn at random")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="images of a batch")
     parser.add_argument("--seed", type=count, default=0, help="of the drawing")
-    parser.add_argument("--workers", type=workers, default=4, help="decoding processes")
+    parser.add_argument("--workers", type=workers, help="decoding processes; default: one a core, 16 at most")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip files that cannot be read")
 
 

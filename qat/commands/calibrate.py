@@ -20,11 +20,15 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.checkpoint import write_report
     from qswin.qat.config import load_config
     from qswin.qat.distributed import process_group
-    from qswin.qat.ptq.job import run_calibration
+    from qswin.qat.ptq.job import plan_calibration, run_calibration
     from qswin.qat.runs import one_job
 
     strict = ["calibration.strict=true"] if args.strict else []
     config = load_config(args.config, [*args.overrides, *strict])
+    if args.dry_run:
+        with process_group(config.device) as ranks:
+            print(plan_calibration(config, ranks))
+        return
     with process_group(config.device) as ranks, one_job(Path(config.run), ranks.main):
         path = run_calibration(config, ranks)
         if ranks.main:

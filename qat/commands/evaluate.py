@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the result here too; - is standard output")
     parser.add_argument("--images", type=count, default=0, help="evaluate this many, evenly spread; 0: all")
     parser.add_argument("--batch-size", type=positive, default=32, help="of models that take any")
-    parser.add_argument("--workers", type=workers, default=4, help="decoding processes")
+    parser.add_argument("--workers", type=workers, help="decoding processes; default: one a core, 16 at most")
     parser.add_argument("--skip-unreadable", action="store_true", help="count and skip files that cannot be read")
     parser.add_argument(
         "--pictures", type=Path, help="folder for pictures of the worst images; of segmentation, with masks"

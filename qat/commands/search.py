@@ -7,7 +7,10 @@ from qswin.qat.commands.arguments import add_probe_arguments, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Finds which sites to leave in float for a budget; writes a recipe file for recipe=FILE."
+    parser.description = (
+        "Finds which sites to leave in float for a budget; writes a recipe file for recipe=FILE. Images without labels"
+        " will do, but for a budget on a metric."
+    )
     parser.epilog = (
         "example:\n  qswin search --checkpoint runs/x/ptq.safetensors --data DIR/train"
         " --sensitivity runs/x/sensitivity.json --budget 'acc1_drop<=0.1' --recipe runs/x/mixed.yaml"
@@ -28,10 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     from qswin.calib.files import check_suffix, write_result
     from qswin.qat.mixed_precision.probe import ProbeImages
-    from qswin.qat.mixed_precision.search import SUFFIXES, Target, save_recipe, search_recipe
+    from qswin.qat.mixed_precision.search import SUFFIXES, Target, plan_search, save_recipe, search_recipe
 
     check_suffix("--recipe", args.recipe, SUFFIXES)
     images = ProbeImages(args.data, args.images, args.seed, args.batch_size, args.workers, args.skip_unreadable)
+    if args.dry_run:
+        outputs = [args.recipe, *([args.json] if args.json else [])]
+        print(plan_search(args.checkpoint, images, args.sensitivity, args.budget, outputs, args.device))
+        return
     target = Target(args.runtime, args.latency_batch_size, args.recipe.with_name("timing.cache"))
     found = search_recipe(args.checkpoint, images, args.sensitivity, args.budget, target, args.device)
     save_recipe(args.recipe, found.recipe)

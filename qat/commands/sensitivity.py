@@ -7,7 +7,10 @@ from qswin.qat.commands.arguments import add_probe_arguments, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Quantizes one site (or layer) at a time, and all but it, and ranks them by what that costs."
+    parser.description = (
+        "Quantizes one site (or layer) at a time, and all but it, and ranks them by what that costs."
+        " Images without labels will do: the KL against the float model is measured then."
+    )
     parser.epilog = (
         "example:\n  qswin sensitivity --checkpoint runs/x/ptq.safetensors --data DIR/train"
         " --json runs/x/sensitivity.json"
@@ -21,9 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     from qswin.qat.mixed_precision.probe import ProbeImages
-    from qswin.qat.mixed_precision.sensitivity import plot, run_sensitivity, table
+    from qswin.qat.mixed_precision.sensitivity import plan_sensitivity, plot, run_sensitivity, table
 
     images = ProbeImages(args.data, args.images, args.seed, args.batch_size, args.workers, args.skip_unreadable)
+    if args.dry_run:
+        print(plan_sensitivity(args.checkpoint, images, args.by, args.json, args.device))
+        return
     report = run_sensitivity(args.checkpoint, images, args.by, args.json, args.device)
     print(table(report, args.top))
     if args.plot:

@@ -23,6 +23,10 @@ def main(args: argparse.Namespace) -> None:
     from qswin.qat.training.trainer import Trainer
 
     config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        with process_group(config.device) as ranks:
+            print(Trainer(config, ranks).plan())
+        return
     with process_group(config.device) as ranks, one_job(Path(config.run), ranks.main):
         path = Trainer(config, ranks).run()
         if ranks.main:

@@ -158,7 +158,6 @@ def config_text(found: Found, out: Path, run: str | None = None) -> str:
         *(f"  {key}: {_scalar(value)}" for key, value in found.model.items()),
         "data:",
         f"  {root}  # {images}",
-        "  workers: 4",
         f"recipe: {recipe}  # {what}",
         "calibration:",
         "  images: 512  # of train/, drawn at random",

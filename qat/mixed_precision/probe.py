@@ -4,20 +4,21 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from scipy.special import log_softmax
 from torch import nn
 
-from qswin.calib.data.batches import Batch, image_batches
-from qswin.calib.data.folders import draw_samples, scan_folder
+from qswin.calib.data.batches import Batch, image_batches, warn_of_skipped
+from qswin.calib.data.folders import Sample, draw_samples, scan_with_labels_if_any
 from qswin.calib.data.shards import ImageFile
 from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Loaded, open_checkpoint
+from qswin.qat.plan import check_readable, model_fact, sites_fact
 from qswin.qat.quant.quantizers import TensorQuantizer, quantizers
-from qswin.trt.evaluation.evaluate import evaluate, main_metric
+from qswin.trt.evaluation.evaluate import Metric, evaluate, main_metric
 
 Groups = dict[str, list[TensorQuantizer]]
 
@@ -30,7 +31,7 @@ class ProbeImages:
     images: int = 256
     seed: int = 0
     batch_size: int = 32
-    workers: int = 4
+    workers: int | None = None
     skip_unreadable: bool = False
 
 
@@ -57,14 +58,24 @@ class Divergence:
 
 
 class Probe:
-    """Measures a calibrated model with some of its quantizers on, against itself with none."""
+    """Measures a calibrated model with some of its quantizers on, against itself with none.
 
-    def __init__(self, loaded: Loaded, batches: list[Batch], device: str) -> None:
+    Args:
+        unlabelled: why the batches have no labels of this model; the KL is all that is measured then. None: they have.
+    """
+
+    def __init__(self, loaded: Loaded, batches: list[Batch], device: str, unlabelled: str | None = None) -> None:
         self.model, self.description, self.sha256 = loaded
         self.task, self.classes, self.batches = self.description.task, self.description.classes or (), batches
+        self.unlabelled = unlabelled
         self.predict = TorchPredictor(self.model, self.description, device)
         self.switch([])
         self.reference = [self.predict(batch.images) for batch in batches]
+
+    @property
+    def metric(self) -> str:
+        """The task's, where there are labels."""
+        return next(iter(main_metric(self.task, self.classes).headline))
 
     def switch(self, quantized: Sequence[TensorQuantizer]) -> None:
         """Quantizes with these quantizers and no others."""
@@ -74,11 +85,12 @@ class Probe:
             quantizer.enable()
 
     def measure(self, quantized: Sequence[TensorQuantizer]) -> dict[str, float]:
-        """{"kl"} and the task's main metrics with these quantizers and no others."""
+        """{"kl"}, and before it the task's main metrics where there are labels, with these quantizers and no others."""
         self.switch(quantized)
-        metric, divergence = main_metric(self.task, self.classes), Divergence(self.reference)
-        result = evaluate(self.predict, self.batches, [metric, divergence])
-        return {name: result[name] for name in (*metric.headline, "kl")}
+        labelled = [] if self.unlabelled else [main_metric(self.task, self.classes)]
+        metrics: list[Metric] = [*labelled, Divergence(self.reference)]
+        result = evaluate(self.predict, self.batches, metrics)
+        return {name: result[name] for metric in metrics for name in metric.headline}
 
 
 def group_quantizers(model: nn.Module, by: str) -> Groups:
@@ -98,20 +110,50 @@ def group_quantizers(model: nn.Module, by: str) -> Groups:
     return dict(groups)
 
 
-def open_probe(checkpoint: Path, images: ProbeImages, device: str) -> Probe:
-    """A probe of a calibrated checkpoint.
+class Drawn(NamedTuple):
+    """A checkpoint and the images that it will be probed on; see `Probe` for why they may be without labels."""
+
+    loaded: Loaded
+    samples: list[Sample]
+    unlabelled: str | None
+
+
+def draw_probe(checkpoint: Path, images: ProbeImages) -> Drawn:
+    """Loads a calibrated checkpoint and draws its images.
 
     Raises:
         FileNotFoundError: the checkpoint or the folder is missing.
-        ValueError: the checkpoint is not quantized, or an image cannot be read.
+        ValueError: the checkpoint is not quantized, or it is a backbone.
     """
     model, description, _ = loaded = open_checkpoint(checkpoint)
     if not any(quantizers(model)):
         raise ValueError(f"{checkpoint}: not quantized; run qswin calibrate first")
-    folder = scan_folder(description.task, images.data, description.classes)
-    samples = sorted(draw_samples(folder, images.images, images.seed))
+    main_metric(description.task, ())  # a backbone has none, and no class distribution either
+    folder, unlabelled = scan_with_labels_if_any(description.task, images.data, description.classes)
+    if unlabelled:
+        logging.info("%s: without labels, KL against the float model is measured", unlabelled)
+    return Drawn(loaded, sorted(draw_samples(folder, images.images, images.seed)), unlabelled)
+
+
+def open_probe(checkpoint: Path, images: ProbeImages, device: str) -> Probe:
+    """A probe of a calibrated checkpoint. Raises as `draw_probe` does, and ValueError for an unreadable image."""
+    loaded, samples, unlabelled = draw_probe(checkpoint, images)
     skipped: list[ImageFile] | None = [] if images.skip_unreadable else None
-    batches = list(image_batches(samples, description.preprocessing, images.batch_size, images.workers, skipped))
-    if skipped:
-        logging.warning("%d unreadable images skipped, the first is %s", len(skipped), skipped[0])
-    return Probe(loaded, batches, device)
+    preprocessing = loaded.description.preprocessing
+    batches = list(image_batches(samples, preprocessing, images.batch_size, images.workers, skipped))
+    warn_of_skipped(skipped)
+    return Probe(loaded, batches, device, unlabelled)
+
+
+def probe_facts(drawn: Drawn, checkpoint: Path, images: ProbeImages, by: str, device: object) -> dict[str, str]:
+    """What a job that probes would work on, for its plan. Every image is decoded: ValueError for one that cannot be."""
+    model, description, _ = drawn.loaded
+    size = description.preprocessing
+    readable = check_readable(drawn.samples, size, images.batch_size, images.workers, images.skip_unreadable)
+    labels = "labelled" if drawn.unlabelled is None else f"without labels ({drawn.unlabelled})"
+    return {
+        "model": model_fact(description.model, model, size, checkpoint),
+        "groups": f"{len(group_quantizers(model, by))}, by {by}: {sites_fact(model)}",
+        "images": f"{readable} of {images.data}, {labels}",
+        "device": str(device),
+    }

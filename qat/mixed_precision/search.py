@@ -25,10 +25,13 @@ from qswin.qat.checkpoint import Description
 from qswin.qat.distributed import process_group
 from qswin.qat.mixed_precision.bit_operations import bit_operations
 from qswin.qat.mixed_precision.latency import latencies
-from qswin.qat.mixed_precision.probe import Probe, ProbeImages, group_quantizers, open_probe
+from qswin.qat.mixed_precision.probe import Probe, ProbeImages, draw_probe, group_quantizers, open_probe, probe_facts
 from qswin.qat.mixed_precision.sensitivity import read_report
+from qswin.qat.plan import plan_text
 from qswin.qat.quant.recipe import Recipe, Rule
+from qswin.trt.evaluation.evaluate import main_metric
 
+COSTS = ("bops", "latency")  # budgets that sites in float use up; the others are on accuracy
 SUFFIXES = (".yaml", ".yml")  # of recipes
 
 
@@ -57,6 +60,25 @@ def parse_budget(text: str, metric: str = r"\w+") -> Budget:
         known = ", ".join(f"{name}<=NUMBER" for name in (drop, "kl", "bops", "latency"))
         raise ValueError(f"--budget {shown(text)}: give one of {known}")
     return Budget(match[1], limit)
+
+
+def budget_of(text: str, metric: str, images: int, unlabelled: str | None) -> Budget:
+    """A budget that can be measured on so many images. Says so where one image decides it.
+
+    Args:
+        metric: the task's.
+        unlabelled: why the images have no labels; None where they have.
+
+    Raises:
+        ValueError: see `parse_budget`; or it needs labels, and there are none.
+    """
+    budget = parse_budget(text, metric)
+    if unlabelled and budget.name.endswith("_drop"):
+        raise ValueError(f"--budget {shown(text)}: needs labels, but {unlabelled}; give kl<=NUMBER")
+    if budget.name == "acc1_drop" and 0 < budget.limit < 100 / images:
+        step = f"one image of {images} is {100 / images:.3g} points of Acc@1"
+        logging.warning("--budget %s is finer than one image: %s; take more --images, or kl<=NUMBER", text, step)
+    return budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +111,17 @@ def candidates(report: dict[str, Any], operations: dict[str, tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search found: the groups, first those that stay in float, of which there are `floats`."""
+    """What a search found.
+
+    Args:
+        groups: first those that stay in float, of which there are `floats`.
+        budget: on accuracy, it needs that many in float; else it allows no more.
+    """
 
     recipe: Recipe
     groups: list[Candidate]
     floats: int
+    budget: Budget
 
     @property
     def share(self) -> float:
@@ -109,9 +137,14 @@ class Found:
         }
 
     def __str__(self) -> str:
-        count = f"{self.floats} of {len(self.groups)} groups stay in float"
-        first = f"{count}; {self.share:.3f} of the float model's bit operations"
+        first = f"{self.sentence()}; {self.share:.3f} of the float model's bit operations"
         return text_of([first, *(f"  {group.name}  (KL {group.kl:.4g})" for group in self.groups[: self.floats])])
+
+    def sentence(self) -> str:
+        """What the budget costs, or allows."""
+        verb = "can" if self.budget.name in COSTS else "has to" if self.floats < 2 else "have to"
+        number = "no group" if not self.floats else f"{self.floats} of {len(self.groups)} groups"
+        return f"{number} {verb} stay in float for {self.budget.name}<={self.budget.limit:g}"
 
 
 def search_recipe(
@@ -130,19 +163,39 @@ def search_recipe(
     report = read_report(sensitivity)
     with process_group(device) as ranks:
         probe = open_probe(checkpoint, images, str(ranks.device))
-        if report["job"].get("checkpoint") != probe.sha256:
-            raise ValueError(f"{sensitivity}: of another checkpoint than {checkpoint}; run qswin sensitivity on it")
+        check_same_checkpoint(report, sensitivity, checkpoint, probe.sha256)
         description = probe.description
         assert description.recipe is not None  # the probe has quantizers
         reference = probe.measure([])
-        limit = parse_budget(budget, next(iter(reference)))
+        limit = budget_of(budget, probe.metric, sum(len(batch.labels) for batch in probe.batches), probe.unlabelled)
         image = torch.from_numpy(probe.batches[0].images[:1]).to(ranks.device)
         groups = candidates(report, bit_operations(probe.model, image))
-        if limit.name in ("bops", "latency"):
+        if limit.name in COSTS:
             floats = most_in_float(cost_of(limit, probe.model, description, groups, target), limit, len(groups))
         else:
             floats = least_in_float(probe, groups, limit, reference)
-    return Found(mixed_recipe(description.recipe, groups, floats), groups, floats)
+    return Found(mixed_recipe(description.recipe, groups, floats), groups, floats, limit)
+
+
+def plan_search(
+    checkpoint: Path, images: ProbeImages, sensitivity: Path, budget: str, outputs: list[Path], device: str
+) -> str:
+    """What `search_recipe` would do. All that it reads is checked, and nothing is written. Raises as it does."""
+    parse_budget(budget)
+    report = read_report(sensitivity)
+    with process_group(device) as ranks:
+        drawn = draw_probe(checkpoint, images)
+        facts = probe_facts(drawn, checkpoint, images, str(report["job"].get("by", "site")), ranks.device)
+    check_same_checkpoint(report, sensitivity, checkpoint, drawn.loaded.sha256)
+    metric = next(iter(main_metric(drawn.loaded.description.task, ()).headline))
+    limit = budget_of(budget, metric, len(drawn.samples), drawn.unlabelled)
+    return plan_text("search", facts | {"budget": f"{limit.name}<={limit.limit:g}"}, outputs)
+
+
+def check_same_checkpoint(report: dict[str, Any], sensitivity: Path, checkpoint: Path, sha256: str) -> None:
+    """Raises ValueError for a report of another checkpoint."""
+    if report["job"].get("checkpoint") != sha256:
+        raise ValueError(f"{sensitivity}: of another checkpoint than {checkpoint}; run qswin sensitivity on it")
 
 
 def save_recipe(path: Path, recipe: Recipe) -> None:

@@ -16,7 +16,16 @@ from qswin.calib.messages import text_of
 from qswin.calib.reading import read_json
 from qswin.calib.validation import validate
 from qswin.qat.distributed import process_group
-from qswin.qat.mixed_precision.probe import Groups, Probe, ProbeImages, group_quantizers, open_probe
+from qswin.qat.mixed_precision.probe import (
+    Groups,
+    Probe,
+    ProbeImages,
+    draw_probe,
+    group_quantizers,
+    open_probe,
+    probe_facts,
+)
+from qswin.qat.plan import plan_text
 from qswin.qat.quant.quantizers import quantizers
 from qswin.trt.report import plots
 
@@ -64,6 +73,15 @@ def run_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, 
             raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from error
     logging.info("%s: %d rows", path, len(report["rows"]))
     return report
+
+
+def plan_sensitivity(checkpoint: Path, images: ProbeImages, by: str, path: Path, device: str) -> str:
+    """What `run_sensitivity` would do. All that it reads is checked, and nothing is written. Raises as it does."""
+    with process_group(device) as ranks:
+        facts = probe_facts(draw_probe(checkpoint, images), checkpoint, images, by, ranks.device)
+    if path.is_file():
+        facts["state"] = f"{path} has {len(read_report(path)['rows'])} groups; those of the same job are kept"
+    return plan_text("sensitivity", facts, [path])
 
 
 @contextlib.contextmanager
@@ -120,11 +138,14 @@ def table(report: dict[str, Any], rows: int) -> str:
     lines = [f"{'':<40} {'alone: KL':>12} {'':>8} {'all but: KL':>12}"]
     values = [(row["name"], row["alone"], row["without"]) for row in report["rows"][:rows]]
     for name, alone, without in [*values, ("everything", report["all"], report["float"])]:
-        metric = next(key for key in alone if key != "kl")
-        lines.append(
-            f"{name:<40} {alone['kl']:12.4g} {alone[metric]:8.4g} {without['kl']:12.4g} {without[metric]:8.4g}"
-        )
+        lines.append(f"{name:<40} {_cells(alone)} {_cells(without)}")
     return text_of(lines)
+
+
+def _cells(metrics: dict[str, float]) -> str:
+    """The KL and the main metric, which is missing where there were no labels."""
+    main = next((f"{value:8.4g}" for key, value in metrics.items() if key != "kl"), " " * 8)
+    return f"{metrics['kl']:12.4g} {main}"
 
 
 def plot(report: dict[str, Any], path: Path, rows: int) -> None:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from absl import logging
@@ -15,11 +15,13 @@ from qswin.calib.data.batches import image_batches
 from qswin.calib.data.folders import ImageFolder, Sample, draw_samples, scan_unlabelled, training_folder
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
+from qswin.calib.files import sidecar_path
 from qswin.calib.histogram_file import HISTOGRAMS, save_histograms
 from qswin.models.registry import task_of
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
 from qswin.qat.float_model import FloatModel, build_float_model, check_class_order, model_arguments
+from qswin.qat.plan import check_readable, model_fact, plan_text, sites_fact
 from qswin.qat.ptq.calibrate import calibrate, needs_images_again
 from qswin.qat.ptq.ranges import observations
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, tell
@@ -40,6 +42,76 @@ def check(options: CalibrationConfig, ranks: Ranks) -> None:
         raise ValueError(f"calibration's {keys} need one process; leave torchrun out")
 
 
+class Prepared(NamedTuple):
+    """A calibration that is checked and may begin.
+
+    Args:
+        samples: to calibrate on.
+        held: others, for the verdict.
+    """
+
+    recipe: Recipe
+    run: Run
+    floating: FloatModel
+    twin: nn.Module
+    folder: ImageFolder
+    classes: tuple[str, ...] | None
+    samples: list[Sample]
+    held: list[Sample]
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint that is made."""
+        return self.run.folder / PTQ
+
+
+def _is_done(run: Run) -> bool:
+    return run.finished(PTQ) is not None and (run.folder / HISTOGRAMS).is_file()
+
+
+def _checked(config: Config, ranks: Ranks) -> tuple[Recipe, Run]:
+    """The recipe, and the run's folder. Raises ValueError where either cannot be used."""
+    recipe = read_recipe(config.recipe, config.calibration.calibrator, config.calibration.budget)
+    if not recipe.rules:
+        names = ", ".join(name for name, known in RECIPES.items() if known.rules)
+        raise ValueError(f"recipe {recipe.name!r} quantizes nothing; choose one of {names}")
+    check(config.calibration, ranks)
+    return recipe, Run.of(config, "calibrate")
+
+
+def _prepare(config: Config, ranks: Ranks, recipe: Recipe, run: Run) -> Prepared:
+    """Finds the images and builds the twin. Raises as `run_calibration` does."""
+    folder = scan_unlabelled(task_of(model_arguments(config.model)), training_folder(config.data.root))
+    floating = build_float_model(config.model, config.data.preprocessing)
+    classes = class_names(folder, floating)
+    twin = quantize(floating.model, recipe).to(ranks.device)
+    drawn = draw_samples(folder, config.calibration.images + VERDICT_IMAGES, config.seed)
+    held = min(VERDICT_IMAGES, len(drawn) // VERDICT_SHARE)
+    samples, others = drawn[: len(drawn) - held][: config.calibration.images], drawn[len(drawn) - held :]
+    return Prepared(recipe, run, floating, twin, folder, classes, samples, others)
+
+
+def plan_calibration(config: Config, ranks: Ranks) -> str:
+    """What `run_calibration` would do. All that it reads is checked, and nothing is written. Raises as it does."""
+    recipe, run = _checked(config, ranks)
+    prepared = _prepare(config, ranks, recipe, run)
+    options, size = config.calibration, prepared.floating.preprocessing
+    everything = [*prepared.samples, *prepared.held]
+    images = check_readable(everything, size, options.batch_size, config.data.workers, config.data.skip_unreadable)
+    held = f"{len(prepared.held)} for the verdict" if prepared.held else "none for a verdict"
+    facts = {
+        "model": model_fact(prepared.floating.arguments, prepared.floating.model, size, config.model.checkpoint),
+        "recipe": f"{recipe.name}, {sites_fact(prepared.twin)}",
+        "images": f"{images} of the {len(prepared.folder.samples)} in {prepared.folder.root}, {held}",
+        "device": str(ranks.device),
+    }
+    if _is_done(run):
+        return plan_text(
+            "calibrate", facts | {"state": f"done: {prepared.path} is there; resume=never starts over"}, []
+        )
+    return plan_text("calibrate", facts, [prepared.path, sidecar_path(prepared.path), run.folder / HISTOGRAMS])
+
+
 def run_calibration(config: Config, ranks: Ranks) -> Path:
     """Builds, quantizes, calibrates; writes <run>/ptq.safetensors, which it returns, and the histograms beside it.
 
@@ -49,48 +121,52 @@ def run_calibration(config: Config, ranks: Ranks) -> Path:
         ValueError: the recipe quantizes nothing, the run's folder is another job's, or calibration fails; says which.
         OSError: images or weights are missing, or nothing could be written.
     """
-    recipe = read_recipe(config.recipe, config.calibration.calibrator, config.calibration.budget)
-    if not recipe.rules:
-        names = ", ".join(name for name, known in RECIPES.items() if known.rules)
-        raise ValueError(f"recipe {recipe.name!r} quantizes nothing; choose one of {names}")
-    check(config.calibration, ranks)
-    run = Run.of(config, "calibrate")
-    path = run.folder / PTQ
-    if run.finished(PTQ) is not None and (run.folder / HISTOGRAMS).is_file():
+    recipe, run = _checked(config, ranks)
+    if _is_done(run):
+        path = run.folder / PTQ
         logging.info("%s: already calibrated; resume=never starts over", path)
         return path
-    folder = scan_unlabelled(task_of(model_arguments(config.model)), training_folder(config.data.root))
-    floating = build_float_model(config.model, config.data.preprocessing)
-    preprocessing = floating.preprocessing
-    classes = class_names(folder, floating)
-    twin = quantize(floating.model, recipe).to(ranks.device)
+    start = time.perf_counter()
+    prepared = _prepare(config, ranks, recipe, run)
     if ranks.main:
         run.claim()
-    drawn = draw_samples(folder, config.calibration.images + VERDICT_IMAGES, config.seed)
-    held = min(VERDICT_IMAGES, len(drawn) // VERDICT_SHARE)
-    samples, others = drawn[: len(drawn) - held][: config.calibration.images], drawn[len(drawn) - held :]
+    description = _calibrate(prepared, config, ranks)
+    if ranks.main:
+        save_checkpoint(prepared.path, prepared.twin, description)
+        save_histograms(run.folder / HISTOGRAMS, observations(prepared.twin))
+        count, skipped = len(list(quantizers(prepared.twin))), description.metrics["unreadable_images"]
+        seen = f"{description.metrics['calibration_images']} images" + (f" ({skipped} skipped)" if skipped else "")
+        logging.info("%s: %d quantizers from %s in %.1f s", prepared.path, count, seen, time.perf_counter() - start)
+    return prepared.path
+
+
+def _calibrate(prepared: Prepared, config: Config, ranks: Ranks) -> Description:
+    """Calibrates the twin and compares it with the float model; returns what its sidecar says."""
+    floating, twin, recipe = prepared.floating, prepared.twin, prepared.recipe
     metrics = calibrate_on(
-        twin, samples, preprocessing, config.calibration, config.data, recipe.dead_range, config.seed, ranks
+        twin,
+        prepared.samples,
+        floating.preprocessing,
+        config.calibration,
+        config.data,
+        recipe.dead_range,
+        config.seed,
+        ranks,
     )
-    if unseen := list(_load(others, preprocessing, config.calibration, config.data, ranks, [])):
+    if unseen := list(_load(prepared.held, floating.preprocessing, config.calibration, config.data, ranks, [])):
         verdict = Comparison(twin, unseen).verdict()
         tell(verdict, _remedy(config, recipe), config.calibration.strict)
         metrics["verdict"] = verdict.to_dict()
-    description = Description(
+    return Description(
         floating.arguments,
         "ptq",
-        preprocessing,
-        classes,
+        floating.preprocessing,
+        prepared.classes,
         recipe_of(twin),
         parent=floating.sha256,
         metrics=metrics,
         source=floating.source,
     )
-    if ranks.main:
-        save_checkpoint(path, twin, description)
-        save_histograms(run.folder / HISTOGRAMS, observations(twin))
-        logging.info("%s: %d quantizers", path, len(list(quantizers(twin))))
-    return path
 
 
 def class_names(folder: ImageFolder, floating: FloatModel) -> tuple[str, ...] | None:
@@ -147,10 +223,6 @@ def calibrate_on(
     tensors = _load(mine, preprocessing, options, data, ranks, skipped)
     steps = -(-len(mine) // options.batch_size)
     quiet = not (ranks.main and sys.stderr.isatty())
-    start = time.perf_counter()
     images = calibrate(twin, tqdm(tensors, "calibrate", steps, disable=quiet), options, dead_range, seed)
-    seconds = time.perf_counter() - start
     total, left_out = map(int, ranks.sum([images, len(skipped)]))
-    if ranks.main:
-        logging.info("calibrated on %d images in %.1f s", total, seconds)
     return {"calibration_images": total, "unreadable_images": left_out}

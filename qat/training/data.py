@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from absl import logging
 
-from qswin.calib.data.batches import Batch, image_batches
+from qswin.calib.data.batches import Batch, decoding_processes, image_batches
 from qswin.calib.data.folders import ImageFolder, scan_folder, spread_samples
 from qswin.calib.data.images import Preprocessing
 from qswin.calib.data.shards import ImageFile
@@ -70,14 +70,15 @@ def check_decoder(decoder: str, task: str) -> None:
 
 
 def choose_decoder(
-    task: str, preprocessing: Preprocessing, data: DataConfig, augment: AugmentConfig, device: torch.device
+    task: str, preprocessing: Preprocessing, data: DataConfig, augment: AugmentConfig, device: torch.device, images: int
 ) -> Decoder:
-    """The decoder that `data.decoder` names. Raises ValueError for an augmentation that it lacks."""
+    """The decoder that `data.decoder` names, for so many images. Raises ValueError where it lacks an augmentation."""
+    workers = decoding_processes(data.workers, images)
     if data.decoder == "dali":
-        load = functools.partial(dali.load_batches, preprocessing=preprocessing, workers=data.workers, device=device)
+        load = functools.partial(dali.load_batches, preprocessing=preprocessing, workers=workers, device=device)
         return Decoder(dali.EncodedImages, dali.DrawPiece(augment), load)
     transform = train_transform(task, preprocessing, augment)
-    return Decoder(TrainImages, transform, functools.partial(load_batches, workers=data.workers))
+    return Decoder(TrainImages, transform, functools.partial(load_batches, workers=workers))
 
 
 class TrainingData:
@@ -94,7 +95,7 @@ class TrainingData:
     def __init__(
         self, folders: Folders, decoder: Decoder, data: DataConfig, batch_size: int, seed: int, ranks: Ranks
     ) -> None:
-        if data.workers > (cores := os.cpu_count() or 1):
+        if (data.workers or 0) > (cores := os.cpu_count() or 1):
             logging.warning("data.workers=%d, and this machine has %d cores: fewer may be faster", data.workers, cores)
         self.folders, self.decoder, self.options = folders, decoder, data
         self.batch_size, self.seed, self.ranks = batch_size, seed, ranks

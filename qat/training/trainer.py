@@ -17,12 +17,13 @@ from absl import logging
 from torch import nn
 from tqdm import tqdm
 
-from qswin.calib.data.folders import ImageFolder
+from qswin.calib.data.folders import ImageFolder, spread_samples
 from qswin.models.registry import family_of, task_of
 from qswin.qat.backends.torch_predictor import TorchPredictor
 from qswin.qat.checkpoint import Description, save_checkpoint
 from qswin.qat.distributed import Ranks
 from qswin.qat.float_model import build_float_model, model_arguments
+from qswin.qat.plan import check_readable, model_fact, plan_text, sites_fact
 from qswin.qat.ptq.verdict import VERDICT_IMAGES, Comparison, Verdict, tell
 from qswin.qat.quant.quantizers import quantizers
 from qswin.qat.quant.recipe import RECIPES
@@ -37,6 +38,8 @@ from qswin.qat.training.progress import LAST, REMEDY, Log, load_state, open_log,
 from qswin.qat.training.starting import checkpoint_start, float_start
 from qswin.qat.training.step import NonFiniteLoss, TrainStep
 from qswin.trt.evaluation.evaluate import evaluate, main_metric
+
+CHECKED = 64  # images of each folder that a plan decodes
 
 
 class Trainer:
@@ -60,14 +63,15 @@ class Trainer:
         if config.init is not None and Path(config.init).resolve() == self.path.resolve():
             raise ValueError(f"init={config.init}: this training would write it; choose another run=FOLDER")
         preprocessing, augment = self.description.preprocessing, self.options.augment
-        decoder = choose_decoder(self.task, preprocessing, config.data, augment, ranks.device)
+        images = len(folders.train.samples)
+        decoder = choose_decoder(self.task, preprocessing, config.data, augment, ranks.device, images)
         self.data = TrainingData(folders, decoder, config.data, self.options.batch_size, config.seed, ranks)
         self.steps_per_epoch = len(self.data) // self.options.grad_accum_steps
         if not self.steps_per_epoch:
-            images = f"{folders.train.root}: {len(folders.train.samples)} images"
-            raise ValueError(f"{images} do not fill one step; lower train.batch_size")
+            raise ValueError(f"{folders.train.root}: {images} images do not fill one step; lower train.batch_size")
         self.step = self._build_step(len(folders.train.classes))
         self.last_save, self.saved_step = time.monotonic(), 0
+        self.began = (time.monotonic(), 0)  # when this process began to train, at which step
 
     def _start(self, folder: ImageFolder) -> tuple[nn.Module, Description]:
         """The model to train, and the sidecar of what will come of it."""
@@ -120,13 +124,37 @@ class Trainer:
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(self._kept()) from error
 
+    def plan(self) -> str:
+        """What `run` would do. A sample of the images is decoded, and nothing is written. Raises as `run` does."""
+        config, options, folders = self.config, self.options, self.data.folders
+        size, state = self.description.preprocessing, "from the beginning"
+        if self._is_finished():
+            state = f"done: {self.path} is there; train.epochs can be raised, and resume=never starts over"
+        elif self._resume():
+            state = f"going on at step {self.step.done} of {self.step.total}"
+        for folder in folders:
+            sample = spread_samples(folder, CHECKED)
+            check_readable(sample, size, options.batch_size, config.data.workers, config.data.skip_unreadable)
+        batch = options.batch_size * options.grad_accum_steps * self.ranks.world
+        facts = {
+            "model": model_fact(self.description.model, self.model, size, config.init or config.model.checkpoint),
+            "recipe": "none: it stays in float" if self.description.recipe is None else sites_fact(self.model),
+            "images": f"{len(folders.train.samples)} in {folders.train.root}, {len(folders.validation.samples)} in val",
+            "training": f"{options.epochs} epochs of {self.steps_per_epoch} steps of {batch} images",
+            "device": f"{self.ranks.device}, {self.ranks.world} processes",
+            "state": state,
+        }
+        return plan_text("train", facts, [] if state.startswith("done") else [self.path, self.run_folder.folder / LAST])
+
     def _train(self) -> dict[str, float]:
         """The steps that are left; returns the metrics of the last epoch."""
         metrics: dict[str, float] = {}
-        with open_log(self.run_folder.folder, self.step.done) if self.ranks.main else _no_log() as log:
+        folder, self.began = self.run_folder.folder, (time.monotonic(), self.step.done)
+        with open_log(folder, self.step.done) if self.ranks.main else _no_log() as log:
             while self.step.done < self.step.total:
-                self.train_epoch(log)
+                loss = self.train_epoch(log)
                 metrics = self.validate()
+                self._tell_epoch(loss, metrics)
                 shares = {} if self.step.oscillations is None else self.step.oscillations.shares()
                 log({"step": self.step.done, "epoch": self.step.done // self.steps_per_epoch, **metrics, **shares})
                 self.save()
@@ -152,18 +180,38 @@ class Trainer:
             what = f"was trained from another file than init={self.config.init} is now"
             raise ValueError(f"{path}: {what}; choose another run=FOLDER, or start over with resume=never")
 
-    def train_epoch(self, log: Log) -> None:
-        """The rest of the epoch that the next step lies in."""
+    def _tell_epoch(self, loss: float, metrics: dict[str, float]) -> None:
+        """A line of what an epoch came to, on rank 0; with the first, where to see more."""
+        if not self.ranks.main:
+            return
+        epoch = f"epoch {self.step.done // self.steps_per_epoch} of {self.options.epochs}"
+        values = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": loss, **metrics}.items())
+        logging.info("%s: %s; %s left", epoch, values, self._time_left())
+        if self.step.done - self.began[1] <= self.steps_per_epoch:
+            board = self.run_folder.folder / "tensorboard"
+            logging.info("curves: tensorboard --logdir %s, then http://localhost:6006", board)
+
+    def _time_left(self) -> str:
+        """Of the whole training, at the speed so far."""
+        start, first = self.began
+        each = (time.monotonic() - start) / max(self.step.done - first, 1)
+        return str(tqdm.format_interval(each * (self.step.total - self.step.done)))
+
+    def train_epoch(self, log: Log) -> float:
+        """The rest of the epoch that the next step lies in; returns the mean loss of its steps, on this rank."""
+        losses: list[float] = []
         epoch, done = divmod(self.step.done, self.steps_per_epoch)
         accumulated = self.options.grad_accum_steps
         batches = self.data.batches(epoch, done * accumulated, self.steps_per_epoch * accumulated)
         quiet = not (self.ranks.main and sys.stderr.isatty())
-        for _ in tqdm(range(done, self.steps_per_epoch), f"epoch {epoch}", disable=quiet):
+        steps, name = range(done, self.steps_per_epoch), f"epoch {epoch + 1} of {self.options.epochs}"
+        for _ in (bar := tqdm(steps, name, self.steps_per_epoch, initial=done, disable=quiet)):
             start, number, rate = time.perf_counter(), self.step.done, self.step.lr_factor() * self.options.lr
             try:
-                loss = self.step(batches)
+                losses.append(loss := self.step(batches))
             except NonFiniteLoss as error:
                 raise ValueError(f"{error}; the batch's files: {self.data.files(error.indices)}") from error
+            bar.set_postfix(loss=f"{loss:.4g}", lr=f"{rate:.2g}", all_left=self._time_left(), refresh=False)
             if number % self.options.log_every == 0:
                 (total,) = self.ranks.sum([loss])
                 images = self.options.batch_size * accumulated * self.ranks.world
@@ -171,6 +219,7 @@ class Trainer:
                 log({"step": number, "loss": total / self.ranks.world, "lr": rate, "images_per_second": speed})
             if time.monotonic() - self.last_save > 60 * self.options.save_minutes:
                 self.save()
+        return sum(losses) / max(len(losses), 1)
 
     def validate(self) -> dict[str, float]:
         """{"acc1", "acc5"}, or {"dice"}, over val/, every rank taking its share."""
@@ -188,8 +237,8 @@ class Trainer:
             save_state(self.run_folder.folder, {**self.step.state_dict(), **started})
         self.last_save, self.saved_step = time.monotonic(), self.step.done
 
-    def _resume(self) -> None:
-        """Goes back to last.pt, if any.
+    def _resume(self) -> bool:
+        """Goes back to last.pt, if any, and says whether there was one.
 
         Raises:
             ValueError: it cannot be read, does not fit the model or the config, or began with another `init` or other
@@ -208,6 +257,7 @@ class Trainer:
                 raise ValueError(f"{folder / LAST}: {error}; {REMEDY}") from error
             self.saved_step = self.step.done
             logging.info("%s: going on at step %d of %d", folder / LAST, self.step.done, self.step.total)
+        return state is not None
 
     def _finish(self, metrics: dict[str, float]) -> Path:
         """Saves the trained checkpoint, on rank 0, with the verdict on it.

@@ -62,6 +62,12 @@ def test_mistakes_in_an_override_name_it(config_file, override, words):
         load_config(config_file, [override])
 
 
+def test_a_section_whose_keys_are_comments_sets_nothing(tmp_path):
+    (file := tmp_path / "a.yaml").write_text("data:\n  # root: DIR\ntrain:\n  augment:\nseed: 3\n")
+    config = load_config(file, ["data.root=photos", "model.name=swin_tiny_patch4_window7_224", "run=runs/a"])
+    assert (config.data.root, config.seed) == ("photos", 3)
+
+
 def test_a_missing_value_says_how_to_give_it(tmp_path):
     (tmp_path / "a.yaml").write_text("model:\n  name: x\nrun: runs/x\n")
     with pytest.raises(ValueError, match="data.root is not set; add data.root=VALUE"):

@@ -44,7 +44,7 @@ class CacheOptions:
         images: how many, drawn at random from the folder.
         batch_size: TensorRT calibrates full batches only.
         seed: of the drawing.
-        workers: decoding processes.
+        workers: decoding processes; None for one a core.
         skip_unreadable: skip the files that cannot be read.
         offline_for: make the cache from ONNX Runtime's activations, for this TensorRT version, "8.6.0"; None for
             TensorRT's own cache.
@@ -58,7 +58,7 @@ class CacheOptions:
     images: int = 512
     batch_size: int = 16
     seed: int = 0
-    workers: int = 4
+    workers: int | None = None
     skip_unreadable: bool = False
     offline_for: str | None = None
     timeout: float | None = None

@@ -1,6 +1,7 @@
 """Accuracy, or Dice and HD95, of anything that maps images to logits. No torch."""
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,7 @@ class CountingMetric(Metric, Protocol):
 
 
 class Accuracy:
-    """Acc@1 and Acc@5, in per cent."""
+    """Acc@1 and Acc@5, in per cent; and the standard error of Acc@1, sqrt(p (1 - p) / images) of a share p."""
 
     headline = {"acc1": "Acc@1", "acc5": "Acc@5"}
 
@@ -64,7 +65,8 @@ class Accuracy:
 
     def result(self) -> dict[str, Any]:
         images, first, fifth = self.counts.tolist()
-        return {"acc1": 100 * first / images, "acc5": 100 * fifth / images}
+        error = math.sqrt(first * (images - first) / images**3)
+        return {"acc1": 100 * first / images, "acc5": 100 * fifth / images, "acc1_error": 100 * error}
 
 
 def main_metric(task: str, classes: Sequence[str]) -> CountingMetric:
@@ -127,7 +129,7 @@ class EvaluationOptions:
     Attributes:
         images: evaluate this many, evenly spread; 0 for all.
         batch_size: of models that take any.
-        workers: decoding processes.
+        workers: decoding processes; None for one a core.
         skip_unreadable: count and skip the files that cannot be read.
         pictures: a folder for pictures of the worst images.
         worst: how many pictures.
@@ -135,7 +137,7 @@ class EvaluationOptions:
 
     images: int = 0
     batch_size: int = 32
-    workers: int = 4
+    workers: int | None = None
     skip_unreadable: bool = False
     pictures: Path | None = None
     worst: int = 8
@@ -188,8 +190,9 @@ def _worst_cases(predictor: Predictor, classes: Sequence[str], options: Evaluati
 
 def table(report: dict[str, Any], headline: dict[str, str]) -> str:
     """A report as two lines, and one a class where there are results by class."""
-    metrics = "".join(f" {heading:>7}" for heading in headline.values())
-    values = "".join(f" {_number(report[key], 4 if key == 'dice' else 2):>7}" for key in headline)
+    cells = {key: _cell(report, key) for key in headline}
+    metrics = "".join(f" {heading:>{max(7, len(cells[key]))}}" for key, heading in headline.items())
+    values = "".join(f" {cell:>7}" for cell in cells.values())
     lines = [
         f"{'model':<32} {'backend':<20} {'precision':<9}{metrics} {'images':>7} {'images/s':>9}",
         f"{report['model']:<32} {report['backend']:<20} {report['precision']:<9}{values} {report['images']:7d}"
@@ -197,6 +200,12 @@ def table(report: dict[str, Any], headline: dict[str, str]) -> str:
     ]
     lines += [f"  Dice of {name}: {value:.4f}" for name, value in report.get("dice_per_class", {}).items()]
     return text_of(lines)
+
+
+def _cell(report: dict[str, Any], key: str) -> str:
+    """A metric, with its standard error where it has one: 76.25 +-2.13."""
+    number = _number(report[key], 4 if key == "dice" else 2)
+    return f"{number} +-{report[f'{key}_error']:.2f}" if f"{key}_error" in report else number
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -14,7 +14,7 @@ Values = dict[str, Any]
 Rows = list[Values]
 SENSITIVE = 40  # groups of a sensitivity result that are drawn
 # Kinds whose results are a line each: their heading, and the keys that are shown. A key that no result has is left out.
-SCORES = ("acc1", "acc5", "dice", "volume_dice", "volume_hd95")
+SCORES = ("acc1", "acc1_error", "acc5", "dice", "volume_dice", "volume_hd95")
 LISTED = {
     "evaluation": ("Accuracy", ("backend", "precision", *SCORES, "images", "images_per_second")),
     "comparison": (

@@ -1,6 +1,7 @@
 """Batches that processes decode against the same files read one by one."""
 
 import contextlib
+import os
 import select
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from qswin.calib.data.batches import fill_up, image_batches
+from qswin.calib.data.batches import decoding_processes, fill_up, image_batches
 from qswin.calib.data.folders import scan_folder
 from qswin.calib.data.images import Preprocessing, load_image
 
@@ -120,3 +121,21 @@ def test_a_killed_decoding_process_is_an_error(data):
     psutil.wait_procs(server.children(), timeout=20)
     with pytest.raises(ChildProcessError, match="decoding process died"):
         list(batches)
+
+
+@pytest.mark.parametrize(
+    ("workers", "images", "cores", "ranks", "expected"),
+    [
+        (3, 10**6, 8, 1, 3),  # as asked for
+        (0, 10**6, 8, 1, 0),
+        (None, 10**6, 8, 1, 8),
+        (None, 10**6, 64, 1, 16),
+        (None, 10**6, 64, 8, 8),
+        (None, 200, 8, 1, 3),
+        (None, 20, 8, 1, 0),
+    ],
+)
+def test_a_process_a_core_decodes_unless_it_is_not_worth_it(monkeypatch, workers, images, cores, ranks, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert decoding_processes(workers, images) == expected

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qswin.calib.data.batches import image_batches
-from qswin.calib.data.folders import ImageFolder, scan_folder, scan_unlabelled, spread_samples, training_folder
+from qswin.calib.data.folders import (
+    ImageFolder,
+    scan_folder,
+    scan_unlabelled,
+    scan_with_labels_if_any,
+    spread_samples,
+    training_folder,
+)
 from qswin.calib.data.images import Preprocessing, load_mask, open_image
 from qswin.qat.schema import AugmentConfig
 from qswin.qat.training.images import train_transform
@@ -73,6 +80,21 @@ def test_images_without_labels_may_lie_flat(tmp_path):
     assert training_folder(photos) == photos / "train"
     with pytest.raises(FileNotFoundError, match="no such folder"):
         scan_unlabelled("classification", training_folder(tmp_path / "nowhere"))
+
+
+def test_labels_are_left_where_they_are_none_of_the_models(masks, tmp_path):
+    (photos := tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(photos / "a.png")
+    assert scan_with_labels_if_any("classification", photos.parent, ["cat"])[1] is None
+    folder, why = scan_with_labels_if_any("classification", photos.parent, ["cat", "dog"])
+    assert "1 classes, but the model has 2" in why and len(folder.samples) == 1
+    folder, why = scan_with_labels_if_any("segmentation", masks / "val" / "images", ["background", "left", "right"])
+    assert "lie in no folder of a class" in why and len(folder.samples) == 6
+    (masks / "val" / "masks" / "case1_slice_1.png").unlink()
+    with pytest.raises(ValueError, match="lacks its mask"):
+        scan_with_labels_if_any("segmentation", masks / "val", None)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        scan_with_labels_if_any("classification", tmp_path / "nowhere", None)
 
 
 def test_class_names_are_text_of_a_bounded_size(masks):

@@ -64,7 +64,7 @@ def test_checkpoints_of_other_models(tmp_path, kind, name):
     [
         (lambda: torchvision.models.resnet18().state_dict(), "a foreign checkpoint .*'conv1.weight'.*docs/models.md"),
         (lambda: timm.create_model("vit_tiny_patch16_224", **VIT).state_dict(), "of the family 'vit'; choose a model"),
-        (lambda: {f"net.{k}": v for k, v in small_swin().state_dict().items()}, "a foreign checkpoint"),
+        (lambda: {f"swin_net.{k}": v for k, v in small_swin().state_dict().items()}, "a foreign checkpoint"),
         (lambda: {k: v for k, v in torchvision_swin(False).state_dict().items() if "mlp.3" not in k}, "fc2.*missing"),
         (
             lambda: {k: v for k, v in torchvision_swin(False).state_dict().items() if "features.0" not in k},

@@ -91,6 +91,17 @@ def test_ordinary_weights_are_read(tmp_path):
     assert torch.equal(found["b"], base.T) and torch.equal(found["c"], base[1])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net.", "_orig_mod.", "module._orig_mod.", "model.net."])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
+    torch.save({f"{prefix}{name}": WEIGHT for name in ("a.model.b", "net")}, tmp_path / "a.pth")
+    assert list(read_state(tmp_path / "a.pth")) == ["a.model.b", "net"]
+
+
+def test_a_prefix_of_some_tensors_is_part_of_their_names(tmp_path):
+    torch.save({"model.a": WEIGHT, "b": WEIGHT}, tmp_path / "a.pth")
+    assert list(read_state(tmp_path / "a.pth")) == ["model.a", "b"]
+
+
 def test_integers_are_not_taken_for_weights(tmp_path):
     with pytest.raises(ValueError, match="a.pth: a is of torch.int8, not torch.float32; check"):
         check_state({"a": WEIGHT.to(torch.int8)}, {"a": WEIGHT}, tmp_path / "a.pth")

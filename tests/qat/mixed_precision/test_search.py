@@ -16,6 +16,8 @@ from qswin.qat.mixed_precision.bit_operations import bit_operations
 from qswin.qat.mixed_precision.probe import group_quantizers
 from qswin.qat.mixed_precision.search import (
     Candidate,
+    Found,
+    budget_of,
     candidates,
     fewest,
     most_in_float,
@@ -25,6 +27,7 @@ from qswin.qat.mixed_precision.search import (
 from qswin.qat.mixed_precision.sensitivity import measure_groups
 from qswin.qat.ptq import job
 from qswin.qat.quant.quantizers import quantizers
+from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.recipe_file import read_recipe
 from qswin.qat.quant.rewrite import enable, quantize
 from tests.helpers import fails, invoke, lively_swin
@@ -48,6 +51,46 @@ def test_the_commands_rank_and_find_a_recipe_that_calibrate_takes(checkpoint, da
     assert len(list(quantizers(twin))) > 0.5 * len(list(quantizers(model)))
     with process_group("cpu") as ranks:
         job.run_calibration(config, ranks)
+
+
+def test_flat_images_are_ranked_and_searched_by_kl(checkpoint, data, tmp_path, capsys):
+    """Without labels there is no Acc@1: a budget on it says so, one on the KL is met."""
+    (flat := tmp_path / "photos").mkdir()
+    for index, file in enumerate(sorted((data / "train").rglob("*.png"))[:4]):
+        (flat / f"{index}.png").write_bytes(file.read_bytes())
+    common = ["--checkpoint", checkpoint, "--data", flat, "--images", 4, "--device", "cpu"]
+    assert invoke("sensitivity", *common, "--by", "layer", "--json", tmp_path / "s.json") == 0
+    assert set(json.loads((tmp_path / "s.json").read_text())["all"]) == {"kl"}
+    search_for = [*common, "--sensitivity", tmp_path / "s.json", "--recipe", tmp_path / "mixed.yaml", "--budget"]
+    capsys.readouterr()
+    line = fails(capsys, "search", *search_for, "acc1_drop<=1")
+    assert "--budget 'acc1_drop<=1': needs labels" in line and f"images of {flat} lie in no folder of a class" in line
+    assert invoke("search", *search_for, "kl<=1000") == 0
+    assert "no group has to stay in float for kl<=1000; " in capsys.readouterr().out
+
+
+def test_a_budget_finer_than_one_image_is_a_warning(caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        budget_of("acc1_drop<=2.5", "acc1", 40, None)
+        budget_of("kl<=1e-9", "acc1", 40, None)
+        assert not caplog.text
+        budget_of("acc1_drop<=2.4", "acc1", 40, None)
+    assert "finer than one image: one image of 40 is 2.5 points of Acc@1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("floats", "budget", "words"),
+    [
+        (0, "kl<=1", "no group has to stay in float for kl<=1"),
+        (1, "acc1_drop<=0.5", "1 of 2 groups has to stay in float for acc1_drop<=0.5"),
+        (2, "kl<=1", "2 of 2 groups have to stay in float"),
+        (0, "latency<=3", "no group can stay in float for latency<=3"),
+        (2, "bops<=0.5", "2 of 2 groups can stay in float for bops<=0.5"),
+    ],
+)
+def test_what_is_found_is_said_in_a_sentence(floats, budget, words):
+    groups = [Candidate(name, [name], 1.0, 1.0, 4.0) for name in "ab"]
+    assert str(Found(named_recipe("gemm"), groups, floats, parse_budget(budget))).startswith(words)
 
 
 def test_the_greedy_search_is_near_the_best_choice(probe, tmp_path):

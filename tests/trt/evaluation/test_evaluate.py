@@ -21,7 +21,7 @@ from qswin.qat.export.onnx_export import export_onnx, save_onnx
 from qswin.qat.ptq.ranges import find_ranges
 from qswin.qat.quant.recipe import named_recipe
 from qswin.qat.quant.rewrite import quantize
-from qswin.trt.evaluation.evaluate import Accuracy, count_correct, evaluate
+from qswin.trt.evaluation.evaluate import Accuracy, count_correct, evaluate, table
 from qswin.trt.graphs.files import read_onnx
 from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 from tests.helpers import SMALL, V1, fails, small_swin
@@ -72,6 +72,16 @@ def test_evaluation_weighs_images_not_batches():
         lambda images: np.tile(np.float32([9, 0, 1, 2, 3, 4, 5]), (len(images), 1)), batches, [Accuracy()]
     )
     assert (result["acc1"], result["acc5"], result["images"]) == (90.0, 90.0, 10)
+    right = np.array([1] * 9 + [0])
+    assert result["acc1_error"] == pytest.approx(100 * right.std() / np.sqrt(10))
+
+
+def test_the_table_has_the_standard_error_beside_acc1():
+    report = {"model": "a.onnx", "backend": "b", "precision": "int8", "images": 10, "images_per_second": 1.0}
+    text = table({**report, "acc1": 90.0, "acc5": 100.0, "acc1_error": 9.487}, Accuracy.headline)
+    heading, row = text.splitlines()
+    assert "90.00 +-9.49  100.00" in row and len(heading) == len(row)
+    assert heading.index("Acc@1") + 5 == row.index("+-9.49") + 6
 
 
 def test_no_images_is_an_error():
