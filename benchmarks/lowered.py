@@ -1,4 +1,4 @@
-"""A calibrated checkpoint on the project's kernels beside its fake-quantized model, on validation images: do they agree?
+"""A calibrated checkpoint on the project's kernels beside its fake-quantized model, on validation images.
 
     python -m benchmarks.lowered --checkpoint runs/x/ptq.safetensors ... --data DIR --out docs/results/lowered.json
 
@@ -28,7 +28,7 @@ def logits(model: nn.Module, batches: list[Tensor], device: str) -> Tensor:
 
 
 def measure(checkpoint: Path, data: Path, batch_size: int, workers: int, device: str) -> dict[str, Any]:
-    """Accuracy of both, how often they agree, and the mean KL divergence of the kernels' predictions from the other's."""
+    """Accuracy of both, how often they agree, and the mean KL divergence between their predictions."""
     twin, description = load_checkpoint(checkpoint)
     twin = twin.to(device).eval()
     folder = scan_folder("classification", data / "val", description.classes)

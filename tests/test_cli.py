@@ -222,6 +222,7 @@ def test_export_and_evaluate_say_what_is_wrong(config_file, data, tmp_path, caps
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_checkpoint(config_file, tmp_path):
     """The kernel refuses files over 40 kB: the config of the run fits, the checkpoint does not."""
     script = """

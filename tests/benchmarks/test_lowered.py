@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import lowered  # noqa: E402
-from qswin.qat.checkpoint import save_checkpoint  # noqa: E402
-from tests.helpers import twin_of, write_images  # noqa: E402
+from tests.helpers import write_images  # noqa: E402
 from tests.qat.backends.test_bundle import save  # noqa: E402
 
 

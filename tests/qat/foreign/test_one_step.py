@@ -24,6 +24,7 @@ def flat(data, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_from_weights_and_a_flat_folder_to_int8(swin_file, flat, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ("quantize", "--model", swin_file, "--data", flat, "-o", out, *SMALL, "--json", tmp_path / "q.json")

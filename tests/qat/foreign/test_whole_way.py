@@ -175,12 +175,12 @@ def test_tensorrt_rtx(model, tmp_path):
 
 @torch.inference_mode()
 def test_kernels(model):
-    """Their references, which are what runs on a CPU; of Swin, which they are for."""
+    """Their references, which are what runs on a CPU; of Swin and ViT, which they are for."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from qswin.qat.lowering.lower import lower
 
-    if family_of(model[1]["name"]).name != "swin":
-        pytest.skip("the kernels are for Swin's classifiers")
+    if family_of(model[1]["name"]).name not in ("swin", "vit"):
+        pytest.skip("the kernels are for classifiers of Swin and ViT")
     twin = calibrated(model[0], named_recipe("attention"))
     expected, found = twin(images()), lower(twin, images()[:1])(images())
     assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()

@@ -127,12 +127,13 @@ def is_float(name: str) -> bool:
 
 
 def machine_code(target: GPUTarget, kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> str:
-    """PTX, Python floats being typed as torch 2.11's Inductor types them."""
+    """PTX, Python floats being typed as torch 2.11's Inductor types them, pointers as multiples of 16."""
     names = kernel.arg_names
     types = {n: pointers.get(n, "fp64" if is_float(n) else "i32") for n in names} | dict.fromkeys(
         constants, "constexpr"
     )
-    source = ASTSource(kernel, types, {(names.index(n),): value for n, value in constants.items()})
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n].startswith("*")}
+    source = ASTSource(kernel, types, {(names.index(n),): value for n, value in constants.items()}, aligned)
     return triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
 
 

@@ -12,11 +12,11 @@ SLOW = pytest.mark.slow
 # Compute capability, format, and the matrix instruction: Hopper's is wgmma, that of Blackwell's servers tcgen05.
 TARGETS = [
     ("80", "int8", "mma.sync"),
-    ("89", "fp8", "mma.sync"),
     *(
         pytest.param(target, marks=SLOW)
         for target in (
             ("86", "int8", "mma.sync"),
+            ("89", "fp8", "mma.sync"),
             ("89", "int8", "mma.sync"),
             ("90", "int8", "wgmma"),
             ("90", "fp8", "wgmma"),
@@ -58,9 +58,9 @@ def test_products_are_the_matrix_units_in_the_format(compiled):
 
 
 def test_registers_suffice(compiled):
-    """What spills goes through memory: 16 bytes of GELU's kernel on Hopper, 32 of the stem's on 10.0, no other."""
+    """What spills goes through memory: 32 bytes of the stem's kernel on 10.0, no other's."""
     kernels, _, _ = compiled
-    allowed = {"linear": 16, "patch_embed": 32}
+    allowed = {"patch_embed": 32}
     assert all(kernel["spilled"] <= allowed.get(name, 0) for name, kernel in kernels.items())
 
 
