@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test slow check floors browser coverage demo wheel lock audit clean
+.PHONY: setup test slow gpu check floors browser coverage demo wheel lock audit clean
 
 setup: .venv/ready
 
@@ -31,6 +31,13 @@ test: check
 # The tests that take long: the commands of README.md and docs/, and the long variants of others
 slow: setup
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load --timeout 900
+
+# The tests that a GPU runs otherwise, or that need one; what was skipped, and why, comes last. Packages need a compiler
+# that links its library dynamically.
+gpu: setup
+	CXX=$${CXX:-/usr/bin/g++} $(BIN)/python -m pytest -m "gpu or not slow" -rs tests/qat/kernels tests/qat/lowering \
+	  tests/cpp/test_gpu.py tests/qat/backends/test_inductor.py tests/qat/mixed_precision/test_latency.py \
+	  tests/trt/engines/test_gpu.py
 
 # The tests with the oldest release of every dependency: make floors PYTHON=python3.10
 floors: .floors/ready

@@ -369,7 +369,8 @@ def assert_same_maps(graph: onnx.ModelProto, model: torch.nn.Module, size: tuple
         assert ours.shape == theirs.shape and error.mean() < 0.002 * theirs.std().item()
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("fp32", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
 def test_a_backbone_of_one_size_gives_feature_maps(precision):
     twin, description = backbone()
     graph = saved(export_onnx(twin, description, precision))

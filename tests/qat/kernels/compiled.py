@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -137,8 +137,14 @@ def machine_code(target: GPUTarget, kernel: Any, pointers: dict[str, str], const
     return triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
 
 
-def spilled(ptx: str) -> int:
-    """Bytes of registers that do not fit and go through memory, by the assembler."""
+class Assembled(NamedTuple):
+    """What the assembler makes of PTX: bytes of registers that do not fit and go through memory, and instructions."""
+
+    spilled: int
+    instructions: int
+
+
+def assemble(ptx: str) -> Assembled:
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
     knobs = triton.knobs.nvidia
     ptxas = knobs.ptxas_blackwell if arch.startswith(("sm_10", "sm_12")) else knobs.ptxas
@@ -146,7 +152,10 @@ def spilled(ptx: str) -> int:
         (Path(folder) / "kernel.ptx").write_text(ptx)
         command = [ptxas.path, "-v", f"--gpu-name={arch}", "kernel.ptx", "-o", "kernel.cubin"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return sum(map(int, re.findall(r"(\d+) bytes spill stores", done.stderr)))
+        command = [knobs.nvdisasm.path, "-c", "kernel.cubin"]
+        code = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill stores", done.stderr)))
+    return Assembled(spills, len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)))
 
 
 def written(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> list[str]:
@@ -180,7 +189,7 @@ def main(capability: str, number_format: str) -> None:
     found = {}
     for name, (kernel, pointers, constants) in kernels(LEVELS[number_format]).items():
         code = machine_code(target, kernel, pointers, constants)
-        found[name] = {"code": code, "spilled": spilled(code), "written": written(kernel, pointers, constants)}
+        found[name] = {"code": code, "written": written(kernel, pointers, constants), **assemble(code)._asdict()}
     print(json.dumps(found))
 
 

@@ -189,6 +189,31 @@ def test_linear_gelu_quantize(m, n, k, dtype):
         torch.testing.assert_close(expected[:, -1].double(), column.clamp(-448, 448), rtol=2**-4, atol=2**-9)
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(150, 96, 96), (70, 160, 33), (130, 128, 200)])
+@FORMATS
+def test_walks_over_the_columns_compute_the_same(m, n, k, dtype, monkeypatch):
+    """What layers with many rows do; here with as few as can be."""
+    monkeypatch.setattr(linear, "MULTIPROCESSORS", 0)
+    assert linear.walk_config(m, n, k) is not None and linear.walk_config(m, n, 300) is None
+    x, weight = random_levels(dtype, m, k), random_levels(dtype, n, k)
+    scale, bias, inv_scale = torch.rand(n) * unit(dtype), torch.randn(n) * 20, torch.rand(n) * 5
+    ours, expected = compare(linear.linear_quantize, linear.linear_quantize_reference, x, weight, scale, bias)
+    assert_levels_close(ours, expected)
+    arguments = (x, weight, scale / 20, bias / 20, inv_scale)
+    ours, expected = compare(linear.linear_gelu_quantize, linear.linear_gelu_quantize_reference, *arguments)
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=2**-3, atol=1.0 if dtype == torch.int8 else 0.03)
+    ours, expected = compare(linear.linear_float, linear.linear_float_reference, x, weight, scale, bias, torch.float32)
+    torch.testing.assert_close(ours, expected, rtol=1e-2 if CUDA else 1e-5, atol=1e-2 if CUDA else 1e-5)
+
+
+def test_a_walk_normalizes_heads(monkeypatch):
+    monkeypatch.setattr(linear, "MULTIPROCESSORS", 0)
+    x, weight = random_int8(150, 64), random_int8(288, 64)
+    arguments = (x, weight, torch.rand(288) * 1e-3, torch.randn(288), torch.full((288,), 100.0), 32)
+    ours, expected = compare(linear.linear_cosine_quantize, linear.linear_cosine_quantize_reference, *arguments)
+    assert_levels_close(ours, expected, share=0.01)
+
+
 @triton.jit
 def _gelu_kernel(y_ptr, out_ptr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)

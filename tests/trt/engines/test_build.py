@@ -111,7 +111,7 @@ def test_swin_v2_builds(rtx, tmp_path, images, scaled):
     assert len(engine) > 100_000
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8-scaled"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("int8-scaled", marks=SLOW)])
 def test_folding_changes_no_result(graphs, kind):
     pytest.importorskip("onnx_graphsurgeon", reason="ONNX-GraphSurgeon is not installed")
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
