@@ -54,7 +54,7 @@ def compiled(request):
 
 @pytest.mark.slow
 def test_instructions_do_not_creep_back(compiled):
-    """They are not all that a kernel's time depends on (docs/performance.md), but nothing else is seen without a GPU."""
+    """A kernel's time depends on more (docs/performance.md), but more is not seen without a GPU."""
     kernels, number_format, instruction = compiled
     if (number_format, instruction) != ("int8", "wgmma"):
         pytest.skip("counted for compute capability 9.0 and INT8")
