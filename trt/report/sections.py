@@ -10,13 +10,25 @@ from qswin.trt.report import plots
 from qswin.trt.report.folder import LARGEST, RunFolder
 from qswin.trt.report.ranges import histograms, range_table, stage_ranges
 from qswin.trt.report.results import cell, is_numbers, read_results, result_sections
+from qswin.trt.report.summary import summary
 from qswin.trt.report.webpage import Part, Picture, page, table
 
 Sections = dict[str, list[Part]]  # {heading: its parts}
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PICTURES = 200
 # What comes first, in this order.
-FIRST = ("Accuracy", "Verdicts", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers", "Worst images")
+FIRST = (
+    "Summary",
+    "Accuracy",
+    "Verdicts",
+    "Speed",
+    "Training",
+    "Sensitivity",
+    "Ranges",
+    "Histograms",
+    "Layers",
+    "Worst images",
+)
 
 
 def report(run: Path) -> Sections:
@@ -27,10 +39,11 @@ def report(run: Path) -> Sections:
         ValueError: it holds nothing to report; matplotlib is missing.
     """
     folder = RunFolder(run)
-    stages = stage_ranges(folder)
+    stages, results, told = stage_ranges(folder), read_results(folder), read_verdicts(folder)
     sections = {
-        **result_sections(read_results(folder)),
-        "Verdicts": verdicts(folder),
+        "Summary": summary(results, told),
+        **result_sections(results),
+        "Verdicts": verdicts(told),
         "Training": training(folder),
         "Ranges": range_table(stages),
         "Histograms": histograms(folder, stages),
@@ -45,15 +58,23 @@ def report(run: Path) -> Sections:
     return {**found, "Skipped": [table(["file", "reason"], folder.skipped.items())]} if folder.skipped else found
 
 
-def verdicts(folder: RunFolder) -> list[Part]:
-    """How far each checkpoint is from the float model, from the sidecars."""
-    rows = []
-    for path, found in folder.read("**/*.safetensors.json", read_json):
-        metrics = found.get("metrics") if found.get("kind") == "checkpoint" else None
+def read_verdicts(folder: RunFolder) -> list[tuple[str, dict[str, Any]]]:
+    """Each checkpoint's name and verdict, from the sidecars."""
+    found = []
+    for path, sidecar in folder.read("**/*.safetensors.json", read_json):
+        metrics = sidecar.get("metrics") if sidecar.get("kind") == "checkpoint" else None
         verdict = metrics.get("verdict") if isinstance(metrics, dict) else None
         if isinstance(verdict, dict):
-            shown = [cell(verdict.get(key)) for key in ("agreement", "kl", "images")]
-            rows.append([path.stem, *shown, "yes" if verdict.get("good") else "no", cell(verdict.get("blame", ""))])
+            found.append((path.stem, verdict))
+    return found
+
+
+def verdicts(told: list[tuple[str, dict[str, Any]]]) -> list[Part]:
+    """How far each checkpoint is from the float model."""
+    rows = []
+    for name, verdict in told:
+        shown = [cell(verdict.get(key)) for key in ("agreement", "kl", "images")]
+        rows.append([name, *shown, "yes" if verdict.get("good") else "no", cell(verdict.get("blame", ""))])
     headings = ["checkpoint", "agreement, %", "mean KL", "images", "good", "to blame"]
     return [table(headings, rows)] if rows else []
 

@@ -27,16 +27,27 @@ th { cursor: pointer; position: sticky; top: 0; background: #f4f4f4; }
 tr.int8 td { background: #e6f4ea; } tr.fp16 td { background: #fff6dd; } tr.fp32 td { background: #fde8e8; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
+nav a { margin-right: 1rem; }
+:root { color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  body { background: #16181b; color: #e4e4e4; } a { color: #8ab4f8; } img { background: #fff; }
+  th { background: #26292d; } th, td { border-color: #3b3e42; }
+  tr.int8 td { background: #1c3525; } tr.fp16 td { background: #3b3317; } tr.fp32 td { background: #3d2121; }
+}
 """
 SORT = """
-for (const head of document.querySelectorAll("th")) head.onclick = () => {
+for (const head of document.querySelectorAll("th")) {
+  head.tabIndex = 0;
+  head.onkeydown = event => { if (event.key === "Enter") head.onclick(); };
+  head.onclick = () => {
   const body = head.closest("table").tBodies[0], column = head.cellIndex, down = head.dataset.down !== "1";
   const value = row => { const text = row.cells[column].dataset.value; return isNaN(text) ? text : Number(text); };
   const order = (x, y) => typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "string" ? -1 : 1;
   const rows = [...body.rows].sort((a, b) => order(value(a), value(b)));
   head.dataset.down = down ? "1" : "0";
   for (const row of down ? rows.reverse() : rows) body.append(row);
-};
+  };
+}
 """
 
 
@@ -74,15 +85,16 @@ def rendered(part: Part) -> str:
 
 
 def page(title: str, sections: dict[str, list[Part]]) -> str:
-    """A whole page: {heading: its parts}."""
+    """A whole page: {heading: its parts}, with links to them on top."""
     name = html.escape(title)
+    links = "".join(f'<a href="#{number}">{html.escape(heading)}</a> ' for number, heading in enumerate(sections))
     body = "".join(
-        f"<section><h2>{html.escape(heading)}</h2>{''.join(map(rendered, parts))}</section>"
-        for heading, parts in sections.items()
+        f'<section id="{number}"><h2>{html.escape(heading)}</h2>{"".join(map(rendered, parts))}</section>'
+        for number, (heading, parts) in enumerate(sections.items())
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{name}</h1>{body}<script>{SORT}</script></body></html>\n"
+        f"<body><h1>{name}</h1><nav>{links}</nav>{body}<script>{SORT}</script></body></html>\n"
     )

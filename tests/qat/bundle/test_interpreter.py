@@ -53,17 +53,24 @@ def test_logits_are_the_lowered_models_to_the_bit(name, recipe, settings):
     ids=["V1", "V2 in FP8"],
 )
 def test_the_stored_launches_run_in_tritons_interpreter(name, recipe):
-    """Kernels with the grids, constants and arguments that are in the file, and nothing else."""
+    """Kernels with the grids, constants and arguments that are in the file, and nothing else.
+
+    Each is compared with its reference on the same inputs: in FP8 one value that is rounded otherwise changes all
+    logits of a small random model.
+    """
     made = make_bundle(name, recipe)
     bundle, images = read_bundle(write_bundle(made.bundle)), made.images[:1]
     memory = interpreter._Memory(bundle, bundle.batches[0])
     memory.spaces["input"].view(torch.float32).copy_(images.flatten())
-    for launch in bundle.batches[0].launches:
+    for launch, call in zip(bundle.batches[0].launches, bundle.manifest.calls[0], strict=True):
+        result = memory.tensor(call.result)
         launch_by_triton(bundle.manifest.kernels[launch.kernel], launch, memory)
-    found = memory.spaces["output"].view(torch.float32)
-    with torch.inference_mode():
-        expected = made.lowered(images)[0]
-    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+        found = result.float().clone()
+        interpreter._run(bundle, memory, launch, call)  # over the kernel's result
+        expected = result.float().clone()
+        difference = (found - expected).abs()
+        assert difference.mean() <= 2e-3 * expected.abs().mean(), call.operator
+        assert (difference > 1e-3 * expected.abs().max()).float().mean() <= 0.02, call.operator
 
 
 def launch_by_triton(kernel, launch, memory):
