@@ -71,7 +71,7 @@ def test_floats_are_narrowed_before_they_are_used(compiled):
 
 
 def test_products_are_the_matrix_units_in_the_format(compiled):
-    """On 9.0 and 10.0 FP8 products need 64 rows. With the 16 of attention over 576 tokens they are exact ones in FP16."""
+    """On 9.0 and 10.0 FP8 products need 64 rows. Those of 16 (attention over 576 tokens) are exact ones in FP16."""
     kernels, number_format, instruction = compiled
     for name, kernel in kernels.items():
         few_rows = instruction != "mma.sync" and name == "attention of 576"
