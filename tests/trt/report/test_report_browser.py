@@ -9,6 +9,7 @@ import pytest
 from tests.trt.report.test_report import html, make_run
 
 browsing = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+ACCURACY, SPEED = 1, 2  # which tables of the page
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -69,31 +70,40 @@ def test_it_opens_without_errors_and_shows_its_pictures(page):
 
 
 def test_clicks_on_a_heading_sort_down_and_up(page):
-    ms = page.locator("table").nth(1).locator("th").nth(3)
-    assert column(page, 1, 3) == ["1", "8"]
+    ms = page.locator("table").nth(SPEED).locator("th").nth(3)
+    assert column(page, SPEED, 3) == ["1", "8"]
     ms.click()
-    assert column(page, 1, 3) == ["8", "1"]
+    assert column(page, SPEED, 3) == ["8", "1"]
     ms.click()
-    assert column(page, 1, 3) == ["1", "8"]
+    assert column(page, SPEED, 3) == ["1", "8"]
+    assert page.problems == []
+
+
+def test_the_keyboard_sorts_too(page):
+    ms = page.locator("table").nth(SPEED).locator("th").nth(3)
+    ms.press("Enter")
+    assert column(page, SPEED, 3) == ["8", "1"]
+    ms.press("Enter")
+    assert column(page, SPEED, 3) == ["1", "8"]
     assert page.problems == []
 
 
 def test_numbers_sort_by_value_and_texts_by_letters(page):
     page.evaluate(
-        """values => {
-            const body = document.querySelectorAll("table")[0].tBodies[0], row = body.rows[0];
+        """([table, values]) => {
+            const body = document.querySelectorAll("table")[table].tBodies[0], row = body.rows[0];
             body.replaceChildren(...values.map(value => {
                 const copy = row.cloneNode(true);
                 copy.cells[3].dataset.value = copy.cells[3].textContent = value;
                 return copy;
             }));
         }""",
-        ["10", "-", "9", "9.5", "b", "a"],
+        [ACCURACY, ["10", "-", "9", "9.5", "b", "a"]],
     )
-    page.locator("table").nth(0).locator("th").nth(3).click()
-    down = column(page, 0, 3)
-    page.locator("table").nth(0).locator("th").nth(3).click()
-    up = column(page, 0, 3)
+    page.locator("table").nth(ACCURACY).locator("th").nth(3).click()
+    down = column(page, ACCURACY, 3)
+    page.locator("table").nth(ACCURACY).locator("th").nth(3).click()
+    up = column(page, ACCURACY, 3)
     assert [value for value in up if value[0].isdigit()] == ["9", "9.5", "10"]
     assert [value for value in up if value.isalpha()] == ["a", "b"]
     assert down == up[::-1]
