@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.results import commit, device_name, write_rows
@@ -19,6 +18,7 @@ from qswin.calib.data.batches import image_batches
 from qswin.calib.data.folders import scan_folder
 from qswin.qat.checkpoint import load_checkpoint
 from qswin.qat.lowering.lower import lower
+from qswin.qat.ptq.prediction import LOGITS, divergence
 
 
 @torch.inference_mode()
@@ -37,8 +37,8 @@ def measure(checkpoint: Path, data: Path, batch_size: int, workers: int, device:
     labels = torch.cat([torch.as_tensor(batch.labels) for batch in found])
     lowered = lower(twin, images[0][:1].to(device), torch.float16 if device == "cuda" else torch.float32)
     expected, ours = logits(twin, images, device), logits(lowered, images, device)
-    divergence = F.kl_div(ours.log_softmax(1), expected.log_softmax(1), reduction="batchmean", log_target=True)
-    row: dict[str, Any] = {"model": description.model["name"], "images": len(labels), "kl": round(float(divergence), 7)}
+    kl = float(divergence({LOGITS: ours}, {LOGITS: expected}).mean())
+    row: dict[str, Any] = {"model": description.model["name"], "images": len(labels), "kl": round(kl, 7)}
     for name, each in (("fake_quantized", expected), ("kernels", ours)):
         row[f"acc1_{name}"] = round(100 * float((each.argmax(1) == labels).double().mean()), 2)
     return row | {"agreement": round(100 * float((ours.argmax(1) == expected.argmax(1)).double().mean()), 2)}

@@ -1,4 +1,4 @@
-"""Attention in INT8 or FP8: matmuls, position bias, mask and softmax for some queries of a window in a head at once."""
+"""Attention in INT8 or FP8: matmuls, position bias, mask and softmax in one kernel."""
 
 from typing import Any, NamedTuple
 

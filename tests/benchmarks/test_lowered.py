@@ -1,5 +1,6 @@
 """The comparison of lowered and fake-quantized models, on a small one."""
 
+import json
 import sys
 
 import pytest
@@ -19,7 +20,7 @@ def test_they_agree_on_a_small_model(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     lowered.main()
     lowered.main()
-    first, second = lowered.json.loads(out.read_text())
+    first, second = json.loads(out.read_text())
     assert first == second and first["images"] == 20
     assert first["agreement"] >= 95 and 0 <= first["kl"] < 1e-3
     assert abs(first["acc1_kernels"] - first["acc1_fake_quantized"]) <= 5

@@ -105,7 +105,7 @@ def result_sections(results: Results) -> dict[str, list[Part]]:
     """{heading: its parts} of the results; one without parts has nothing to show. ValueError: no matplotlib."""
     return {
         **{heading: listed(results.get(kind, {}), keys) for kind, (heading, keys) in LISTED.items()},
-        "Speed": speed(results.get("timing", {})),
+        "Speed": speed(timing_rows(results)),
         "Sensitivity": sensitivity(results.get("sensitivity", {})),
         "Layers": layers(results.get("layers", {})),
     }
@@ -129,9 +129,13 @@ def cell(value: Any) -> Cell:
     return ", ".join(map(str, value))
 
 
-def speed(results: dict[str, Values]) -> list[Part]:
-    """What `qswin bench` measured, all of it in one table and one picture."""
-    rows = [row for values in results.values() for row in values["rows"]]
+def timing_rows(results: Results) -> Rows:
+    """What `qswin bench` measured, the rows of all files."""
+    return [row for values in results.get("timing", {}).values() for row in values["rows"]]
+
+
+def speed(rows: Rows) -> list[Part]:
+    """All timings in one table and one picture."""
     if not rows:
         return []
     timed = table(list(map(heading, TIMING)), [[row[key] for key in TIMING] for row in rows])

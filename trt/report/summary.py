@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qswin.trt.report.results import Results, Rows, Values, is_number
+from qswin.trt.report.results import Results, Values, is_number, timing_rows
 from qswin.trt.report.webpage import Cell, Part, table
 
 FLOAT = ("fp32", "tf32", "fp16")  # precisions of models that are not quantized
@@ -32,21 +32,36 @@ class Joined(NamedTuple):
         return next((name for name in METRICS if is_number(self.evaluation.get(name))), None)
 
 
+class Difference(NamedTuple):
+    """How far a model's metric is above that of a float one."""
+
+    reference: str
+    points: float
+
+
+class Finding(NamedTuple):
+    """A model beside the float ones; None where none can be compared with it."""
+
+    model: Joined
+    difference: Difference | None
+    times: float | None
+
+
 def summary(results: Results, verdicts: Iterable[tuple[str, Values]]) -> list[Part]:
     """Sentences and a table; nothing where neither a verdict, an accuracy nor a time is there.
 
     Args:
         verdicts: a checkpoint's name and its verdict (qat/ptq/verdict.py), for each that has one.
     """
-    joined = join(results)
-    told = list(verdicts)
-    sentences = [*map(of_verdict, told), *of_models(joined)]
-    if not sentences and not joined:
+    joined, told = join(results), list(verdicts)
+    found = {key: Finding(model, against_float(joined, model), speed_up(joined, key)) for key, model in joined.items()}
+    sentences = [*map(of_verdict, told), *of_models(found)]
+    if not sentences and not found:
         return []
     good = all(verdict.get("good") for _, verdict in told)
     sentences += [f"Next: {command}." for command in next_command(results, good)]
     said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)
-    return [said, models(joined)] if joined else [said]
+    return [said, models(found)] if found else [said]
 
 
 def of_verdict(told: tuple[str, Values]) -> str:
@@ -57,19 +72,18 @@ def of_verdict(told: tuple[str, Values]) -> str:
     return f"{name} {near}: {numbers}, on {shown(verdict.get('images'))} images that it was not calibrated on."
 
 
-def of_models(joined: dict[Key, Joined]) -> list[str]:
+def of_models(found: dict[Key, Finding]) -> list[str]:
     """For each quantized model its accuracy beside float's, and how many times as fast it is."""
     sentences = []
-    for (name, backend), model in joined.items():
-        difference, times = against_float(joined, model), speed_up(joined, (name, backend))
-        found = []
+    for (name, backend), (model, difference, times) in found.items():
+        said = []
         if difference is not None and model.metric is not None:
             value, points = model.evaluation[model.metric], difference.points
-            found.append(f"has {shown(value)} {METRICS[model.metric]}, {points:+.2f} against {difference.reference}")
+            said.append(f"has {shown(value)} {METRICS[model.metric]}, {points:+.2f} against {difference.reference}")
         if times is not None:
-            found.append(f"is {times:.2f} times as fast as float at batch {shown(model.timing['batch'])}")
-        if found and not model.is_float:
-            sentences.append(f"{name} on {backend} {' and '.join(found)}.")
+            said.append(f"is {times:.2f} times as fast as float at batch {shown(model.timing['batch'])}")
+        if said:
+            sentences.append(f"{name} on {backend} {' and '.join(said)}.")
     return sentences
 
 
@@ -81,7 +95,7 @@ def join(results: Results) -> dict[Key, Joined]:
         if isinstance(values.get("model"), str)
     }
     timings: dict[Key, Values] = {}
-    for row in timed(results):
+    for row in timing_rows(results):
         best = timings.get(key := key_of(row))
         if best is None or (row["batch"], row["ms"]) < (best["batch"], best["ms"]):
             timings[key] = row
@@ -89,21 +103,9 @@ def join(results: Results) -> dict[Key, Joined]:
     return {key: Joined(evaluations.get(key, {}), timings.get(key, {})) for key in keys}
 
 
-def timed(results: Results) -> Rows:
-    """The rows of all timings."""
-    return [row for values in results.get("timing", {}).values() for row in values["rows"]]
-
-
 def key_of(values: Values) -> Key:
     """The model's file, and the first word of the backend: versions and CUDA graphs are not told apart."""
     return Path(values["model"]).name, str(values.get("backend", "")).partition(" ")[0].rstrip(",")
-
-
-class Difference(NamedTuple):
-    """How far a model's metric is above that of a float one."""
-
-    reference: str
-    points: float
 
 
 def against_float(joined: dict[Key, Joined], model: Joined) -> Difference | None:
@@ -130,17 +132,15 @@ def speed_up(joined: dict[Key, Joined], key: Key) -> float | None:
     return min(floats) / model.timing["ms"] if floats and model.timing["ms"] else None
 
 
-def models(joined: dict[Key, Joined]) -> str:
+def models(found: dict[Key, Finding]) -> str:
     """A line for each model: accuracy and speed side by side."""
     rows: list[list[Cell]] = []
-    for key, model in joined.items():
-        values = model.evaluation
-        difference = against_float(joined, model)
-        points = None if difference is None else difference.points
-        accuracy = [values.get(model.metric or ""), values.get("acc1_error"), points]
-        time = [model.timing.get("batch"), model.timing.get("ms"), speed_up(joined, key)]
-        rows.append([*key, model.precision, *map(number, (*accuracy, values.get("images"), *time))])
-    metric = next((METRICS[model.metric] for model in joined.values() if model.metric), "Acc@1")
+    for key, (model, difference, times) in found.items():
+        values, points = model.evaluation, None if difference is None else difference.points
+        accuracy = [values.get(model.metric or ""), values.get("acc1_error"), points, values.get("images")]
+        time = [model.timing.get("batch"), model.timing.get("ms"), times]
+        rows.append([*key, model.precision, *map(number, (*accuracy, *time))])
+    metric = next((METRICS[each.model.metric] for each in found.values() if each.model.metric), "Acc@1")
     headings = ["model", "on", "precision", metric, "+-", "against float", "images", "batch", "ms", "times float"]
     kept = [at for at in range(len(headings)) if at < 3 or any(row[at] is not None for row in rows)]
     return table([headings[at] for at in kept], [[row[at] for at in kept] for row in rows])

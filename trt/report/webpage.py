@@ -40,12 +40,12 @@ for (const head of document.querySelectorAll("th")) {
   head.tabIndex = 0;
   head.onkeydown = event => { if (event.key === "Enter") head.onclick(); };
   head.onclick = () => {
-  const body = head.closest("table").tBodies[0], column = head.cellIndex, down = head.dataset.down !== "1";
-  const value = row => { const text = row.cells[column].dataset.value; return isNaN(text) ? text : Number(text); };
-  const order = (x, y) => typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "string" ? -1 : 1;
-  const rows = [...body.rows].sort((a, b) => order(value(a), value(b)));
-  head.dataset.down = down ? "1" : "0";
-  for (const row of down ? rows.reverse() : rows) body.append(row);
+    const body = head.closest("table").tBodies[0], column = head.cellIndex, down = head.dataset.down !== "1";
+    const value = row => { const text = row.cells[column].dataset.value; return isNaN(text) ? text : Number(text); };
+    const order = (x, y) => typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "string" ? -1 : 1;
+    const rows = [...body.rows].sort((a, b) => order(value(a), value(b)));
+    head.dataset.down = down ? "1" : "0";
+    for (const row of down ? rows.reverse() : rows) body.append(row);
   };
 }
 """
