@@ -84,7 +84,7 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
         assert written["kind"] == kind and "python" in written["versions"], command
     headings = re.findall("<h2>(.*?)</h2>", (run / "report.html").read_text())
     assert headings == [
-        *("Accuracy", "Verdicts", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers"),
+        *("Summary", "Accuracy", "Verdicts", "Speed", "Training", "Sensitivity", "Ranges", "Histograms", "Layers"),
         *("Comparisons", "Mixed precision", "Exports", "Builds"),
     ]
 
