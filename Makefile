@@ -49,11 +49,11 @@ floors: .floors/ready
 	  --editable '.[demo,test]' --editable '.[rtx]'
 	touch $@
 
-# Headless Chromium for the test of the report's page, which is skipped without one
+# Headless Chromium and the accessibility checker axe-core, for the test of the report's page, which is skipped without
 browser: .browser/chromium
 
 .browser/chromium:
-	npm install --silent --no-save --prefix .browser @sparticuz/chromium@147
+	npm install --silent --no-save --prefix .browser @sparticuz/chromium@147 axe-core@4
 	cd .browser && node --input-type=module --eval "import chromium from '@sparticuz/chromium'; \
 	  import { copyFileSync } from 'fs'; copyFileSync(await chromium.executablePath(), 'chromium')"
 

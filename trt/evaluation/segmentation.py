@@ -132,6 +132,9 @@ class Overlays(WorstCases):
     def picture(self, case: Case, pixels: np.ndarray) -> np.ndarray:
         return np.concatenate([pixels, paint(pixels, case.label), paint(pixels, case.predicted)], axis=1)
 
+    def caption(self, case: Case) -> str:
+        return f"input, mask, prediction; Dice {case.score:.2f}; {case.file.stem}"
+
 
 def paint(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The image with its foreground classes half covered in colours. (H, W, 3) and (H, W) -> (H, W, 3) uint8."""

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.special import softmax
 
 from qswin.calib.data.batches import Batch
 from qswin.calib.data.images import Preprocessing, load_pixels
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import write_atomic
+
+CAPTION = "Description"  # the key of a PNG's text that says what it shows
 
 
 class Case(NamedTuple):
@@ -43,6 +46,10 @@ class WorstCases(ABC):
     def picture(self, case: Case, pixels: np.ndarray) -> np.ndarray:
         """What is drawn of a case. (H, W, 3) uint8, as the model sees it -> (H', W', 3) uint8."""
 
+    @abstractmethod
+    def caption(self, case: Case) -> str:
+        """What the picture shows, in words. The PNG holds it as its description."""
+
     def name(self, case: Case) -> str:
         """Of the picture's file, without the suffix."""
         return f"{case.score:.4f}_{case.file.stem}"
@@ -57,8 +64,10 @@ class WorstCases(ABC):
     def draw(self) -> None:
         """Writes the pictures. Raises OSError when one cannot be written."""
         for case in self._worst:
-            png = io.BytesIO()
-            Image.fromarray(self.picture(case, load_pixels(case.file, self.preprocessing))).save(png, "PNG")
+            png, text = io.BytesIO(), PngInfo()
+            text.add_itxt(CAPTION, self.caption(case))
+            drawn = Image.fromarray(self.picture(case, load_pixels(case.file, self.preprocessing)))
+            drawn.save(png, "PNG", pnginfo=text)
             write_atomic(self.folder / f"{self.name(case)}.png", png.getvalue())
 
 
@@ -72,6 +81,10 @@ class WorstImages(WorstCases):
 
     def picture(self, case: Case, pixels: np.ndarray) -> np.ndarray:
         return pixels
+
+    def caption(self, case: Case) -> str:
+        label, predicted = (self.classes[index] for index in (case.label, case.predicted))
+        return f"true {label} (p = {case.score:.2f}), predicted {predicted}; {case.file.stem}"
 
     def name(self, case: Case) -> str:
         label, predicted = (re.sub(r"[^\w.-]+", "-", self.classes[index]) for index in (case.label, case.predicted))

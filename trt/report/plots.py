@@ -17,7 +17,9 @@ Row = dict[str, Any]
 Plot = Callable[[Any], None]  # draws on a pair of axes
 LABEL = 80  # letters of a name
 PIXELS = 960  # the width of a picture
-HISTOGRAM_BINS = 120  # as many as a panel can show
+HISTOGRAM_BINS = 120  # as many as a picture can show
+Margins = tuple[float, float, float, float]  # left, bottom, right and top, as shares of a picture
+BELOW: Margins = (0.1, 0.34, 0.97, 0.9)  # room for a legend of three lines below the axes
 
 
 def pyplot() -> Any:
@@ -32,40 +34,36 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save(draw: Plot | Sequence[Plot], path: Path, **options: Any) -> None:
-    """Writes a PNG of one plot, or of several; the options are those of `png`. Raises as `png` and `write_atomic`."""
+def save(draw: Plot, path: Path, **options: Any) -> None:
+    """Writes a PNG of a plot; the options are those of `png`. Raises as `png` and `write_atomic`."""
     write_atomic(path, png(draw, **options))
 
 
-def png(draw: Plot | Sequence[Plot], width: float = 8, height: float = 4, columns: int = 1) -> bytes:
-    """A PNG of one plot, or of several, row by row.
+def png(draw: Plot, width: float = 8, height: float = 4, pixels: int = PIXELS, margins: Margins | None = None) -> bytes:
+    """A PNG of a plot.
 
     Args:
-        draw: the plot, or the plots; each draws on the axes that it is given.
-        width, height: of each plot, in inches.
+        draw: draws on the axes that it is given.
+        width, height: in inches.
+        pixels: the width.
+        margins: None fits them to the labels, which takes longer than drawing does.
 
     Raises:
         ValueError: matplotlib is missing.
     """
-    draws = [draw] if callable(draw) else draw
-    library, rows = pyplot(), -(-len(draws) // columns)
-    figure, panels = library.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    for axes, drawn in zip(panels.flat, draws, strict=False):
-        drawn(axes)
-    for unused in panels.flat[len(draws) :]:
-        unused.axis("off")
-    # Fitting the margins to the labels takes longer than drawing them: a grid has fixed ones.
-    if columns > 1:
-        figure.subplots_adjust(0.03, 0.12 / rows, 0.99, 1 - 0.12 / rows, 0.12, 0.25)
-    fit = "tight" if columns == 1 else None
+    library = pyplot()
+    figure, axes = library.subplots(figsize=(width, height))
+    draw(axes)
+    if margins is not None:
+        figure.subplots_adjust(*margins)
     data = BytesIO()
-    figure.savefig(data, format="png", dpi=PIXELS / (width * columns), bbox_inches=fit)
+    figure.savefig(data, format="png", dpi=pixels / width, bbox_inches="tight" if margins is None else None)
     library.close(figure)
     return data.getvalue()
 
 
-def picture(draw: Plot | Sequence[Plot], caption: str, **options: Any) -> Picture:
-    """A plot, or several, as a picture of the page; the options are those of `png`."""
+def picture(draw: Plot, caption: str, **options: Any) -> Picture:
+    """A plot as a picture of the page; the options are those of `png`."""
     return Picture(png(draw, **options), caption)
 
 
@@ -102,8 +100,7 @@ def histogram(axes: Any, observation: Observation, candidates: dict[str, float],
         axes.axvline(amax, color=f"C{colour}", label=f"{name} {amax:.3g}")
     for style, (name, amax) in zip(("-", "--"), taken.items(), strict=False):
         axes.axvline(amax, color="black", linewidth=1, linestyle=style, ymax=0.5, label=f"{name} {amax:.3g}")
-    # The legend stands on the right.
-    axes.set(yscale="log", ylim=(0.5, None), xlim=(0, 1.35 * observation.histogram.amax))
+    axes.set(yscale="log", ylim=(0.5, None), xlim=(0, 1.02 * observation.histogram.amax))
     axes.minorticks_off()
-    axes.tick_params(labelsize=7)
-    axes.legend(fontsize=6, loc="upper right")
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2, frameon=False)

@@ -1,5 +1,6 @@
 """The ranges of a run's checkpoints, and the histograms that they were chosen from, as sections of the report."""
 
+import html
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,11 @@ from qswin.calib.grid import grid_of
 from qswin.calib.histogram_file import HISTOGRAMS, Observation, load_histograms
 from qswin.trt.report import plots
 from qswin.trt.report.folder import RunFolder
-from qswin.trt.report.webpage import Part, table
+from qswin.trt.report.webpage import Gallery, Part, table
 
 STAGES = ("ptq", "qat")
 MOST_HISTOGRAMS = 5000
-PANELS = 12  # histograms in a picture
+PICTURE = {"width": 4, "height": 3, "pixels": 640, "margins": plots.BELOW}  # of a histogram
 WEIGHT = "_weight_quantizer"
 RANGE = "._amax"
 
@@ -91,7 +92,7 @@ def range_table(stages: Stages) -> list[Part]:
     ratio = {name: found["qat"][name] / found["ptq"][name] for name in both if found["ptq"][name] > 0}
     rows = [[name, *(found[stage].get(name) for stage in found), ratio.get(name)] for name in names]
     listed = table(["quantizer", *found, "qat / ptq"], rows)
-    if not ratio:
+    if all(value == 1 for value in ratio.values()):  # training moved none, or there was none
         return [listed]
 
     def plot(axes: Any) -> None:
@@ -114,29 +115,26 @@ def histograms(folder: RunFolder, stages: Stages) -> list[Part]:
     largest = {stage: ranges.largest for stage, ranges in stages.items()}
     shares = {stage: ranges.shares for stage, ranges in stages.items()}
     return [
-        *pictures(activations, largest, CALIBRATORS, "|x|"),
-        *pictures(weights, shares, ["max", "mse"], "|w| as a share of its channel's largest"),
+        *gallery(activations, largest, CALIBRATORS, "|x|"),
+        *gallery(weights, shares, ["max", "mse"], "|w| as a share of its channel's largest"),
     ]
 
 
-def pictures(
+def gallery(
     found: list[tuple[str, Observation]], taken: dict[str, dict[str, float]], calibrators: Collection[str], what: str
 ) -> list[Part]:
-    """The histograms of some quantizers, several to a picture.
+    """The histograms of some quantizers, below a line that says of what.
 
     Args:
         taken: {stage: {quantizer: its range}} of the checkpoints.
     """
-    parts: list[Part] = []
-    for start in range(0, len(found), PANELS):
-        shown = found[start : start + PANELS]
-        panels = [panel(name, observation, taken, calibrators) for name, observation in shown]
-        caption = f"histograms of {what}, from {shown[0][0]} on"
-        parts.append(plots.picture(panels, caption, width=4, height=2.4, columns=3))
-    return parts
+    drawn = [
+        plots.picture(plot_of(name, observation, taken, calibrators), name, **PICTURE) for name, observation in found
+    ]
+    return [f"<p>How often each {html.escape(what)} was seen.</p>", Gallery(drawn)] if drawn else []
 
 
-def panel(
+def plot_of(
     name: str, observation: Observation, taken: dict[str, dict[str, float]], calibrators: Collection[str]
 ) -> plots.Plot:
     """Draws one quantizer's histogram."""
@@ -146,6 +144,6 @@ def panel(
 
     def plot(axes: Any) -> None:
         plots.histogram(axes, observation, candidates, own)
-        axes.set_title(plots.label(f"{name.removesuffix('_quantizer')}, {grid.name}"), fontsize=7)
+        axes.set_title(plots.label(f"{name.removesuffix('_quantizer')}, {grid.name}"), fontsize=8)
 
     return plot

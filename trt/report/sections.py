@@ -1,20 +1,25 @@
 """Everything that a run's folder holds, as the sections of a page."""
 
+import io
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from qswin.calib.data.images import naming_unreadable
 from qswin.calib.files import write_atomic
 from qswin.calib.reading import JSON_BYTES, parse_json, read_json, read_regular
+from qswin.trt.evaluation.worst import CAPTION
 from qswin.trt.report import plots
 from qswin.trt.report.folder import LARGEST, RunFolder
 from qswin.trt.report.ranges import histograms, range_table, stage_ranges
 from qswin.trt.report.results import cell, is_numbers, read_results, result_sections
 from qswin.trt.report.summary import summary
-from qswin.trt.report.webpage import Part, Picture, page, table
+from qswin.trt.report.webpage import Gallery, Part, Picture, page, table
 
 Sections = dict[str, list[Part]]  # {heading: its parts}
-PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PICTURES = 200
 # What comes first, in this order.
 FIRST = (
@@ -110,16 +115,23 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def worst_images(folder: RunFolder) -> list[Part]:
     """What `qswin evaluate --pictures` drew in the folder `pictures` of the run's."""
-    parts: list[Part] = []
-    for path in folder.files("pictures/*.png"):
-        data = read_regular(path, LARGEST[".png"])
-        if not data.startswith(PNG):
-            folder.skip(path, "not a PNG")
-        elif len(parts) == MOST_PICTURES:
+    found: list[Picture] = []
+    for path, picture in folder.read("pictures/*.png", read_picture):
+        if len(found) == MOST_PICTURES:
             folder.skip(path, f"the page shows {MOST_PICTURES} pictures")
         else:
-            parts.append(Picture(data, path.stem))
-    return parts
+            found.append(picture)
+    return [Gallery(found)] if found else []
+
+
+def read_picture(path: Path) -> Picture:
+    """A PNG with its description as the caption, or else its name. Raises ValueError for any other file."""
+    data = read_regular(path, LARGEST[".png"])
+    try:
+        with naming_unreadable(path), Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return Picture(data, str(image.info.get(CAPTION, path.stem)))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a PNG, or cut off") from error
 
 
 def write_report(folder: Path, out: Path) -> tuple[int, int]:
@@ -133,15 +145,24 @@ def write_report(folder: Path, out: Path) -> tuple[int, int]:
         OSError: it cannot be written.
     """
     sections = report(folder)
-    content = page(f"qswin: {folder.name}", sections).encode(errors="backslashreplace")
+    content = page(f"qswin: {folder.resolve().name}", sections).encode(errors="backslashreplace")
     write_atomic(out, content)
     return len(content), save_pictures(sections, out.with_name(f"{out.stem}-pictures"))
 
 
 def save_pictures(sections: Sections, folder: Path) -> int:
     """Writes the pictures as PNGs too, named by their place and caption. Returns how many there are."""
-    pictures = [part for parts in sections.values() for part in parts if isinstance(part, Picture)]
+    pictures = list(pictures_of(part for parts in sections.values() for part in parts))
     for number, picture in enumerate(pictures, 1):
         name = re.sub(r"[^\w.]+", "-", picture.caption)[:80].strip("-")
         write_atomic(folder / f"{number:02d}-{name}.png", picture.png)
     return len(pictures)
+
+
+def pictures_of(parts: Iterable[Part]) -> Iterator[Picture]:
+    """The pictures, in order, those of galleries too."""
+    for part in parts:
+        if isinstance(part, Gallery):
+            yield from part.pictures
+        elif isinstance(part, Picture):
+            yield part

@@ -14,8 +14,16 @@ class Picture:
     caption: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side, as many as fit: one a row on a phone. Small ones are enlarged."""
+
+    pictures: Sequence[Picture]
+
+
 Cell = str | float | int | None
-Part = str | Picture  # HTML, or a picture
+Part = str | Picture | Gallery  # HTML, or pictures
+FOLDED = 20  # more rows or pictures than these are shown on a click
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
@@ -25,8 +33,11 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; 
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 th { cursor: pointer; position: sticky; top: 0; background: #f4f4f4; }
 tr.int8 td { background: #e6f4ea; } tr.fp16 td { background: #fff6dd; } tr.fp32 td { background: #fde8e8; }
-figure { margin: 1rem 0; }
+figure { margin: 1rem 0; } figcaption { font-size: 13px; }
 img { max-width: 100%; height: auto; }
+summary { cursor: pointer; margin: .5rem 0; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1rem; }
+.gallery figure { margin: 0; } .gallery img { width: 100%; }
 nav a { margin-right: 1rem; }
 :root { color-scheme: light dark; }
 @media (prefers-color-scheme: dark) {
@@ -73,13 +84,22 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], classes: Iter
         f'<tr class="{html.escape(kind)}">{"".join(map(cell, row))}</tr>'
         for kind, row in zip(kinds, found, strict=True)
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return folded(f'<div class="scroll" tabindex="0">{whole}</div>', len(found), "rows")
+
+
+def folded(content: str, count: int, what: str) -> str:
+    """HTML, or where it holds more than `FOLDED` of something, their number, which opens it on a click."""
+    return content if count <= FOLDED else f"<details><summary>{count} {what}</summary>{content}</details>"
 
 
 def rendered(part: Part) -> str:
-    """HTML of a part; a picture's holds the picture."""
+    """HTML of a part. A picture's holds the picture."""
     if isinstance(part, str):
         return part
+    if isinstance(part, Gallery):
+        shown = "".join(map(rendered, part.pictures))
+        return folded(f'<div class="gallery">{shown}</div>', len(part.pictures), "pictures")
     data, text = base64.b64encode(part.png).decode(), html.escape(part.caption)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
@@ -96,5 +116,5 @@ def page(title: str, sections: dict[str, list[Part]]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{name}</h1><nav>{links}</nav>{body}<script>{SORT}</script></body></html>\n"
+        f"<body><header><h1>{name}</h1></header><nav>{links}</nav><main>{body}</main><script>{SORT}</script></body></html>\n"
     )

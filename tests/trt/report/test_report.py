@@ -12,15 +12,20 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from qswin.calib.calibrators import CALIBRATORS, find_range
+from qswin.calib.data.batches import Batch
+from qswin.calib.data.images import Preprocessing
 from qswin.calib.grid import grid_of
 from qswin.calib.histogram_file import HISTOGRAMS, Observation, save_histograms
+from qswin.trt.evaluation.worst import WorstImages
 from qswin.trt.report import plots
-from qswin.trt.report.ranges import panel, read_ranges
+from qswin.trt.report.ranges import plot_of, read_ranges
 from qswin.trt.report.sections import report
-from qswin.trt.report.webpage import page
+from qswin.trt.report.webpage import FOLDED, Gallery, Picture, page, table
 from tests.helpers import fails, filled, invoke
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+HISTOGRAMS_OF = 13  # quantizers
+PICTURES = 5 + HISTOGRAMS_OF  # the loss, ranges before and after, speed, sensitivity, a worst image
 SITE = "layers.0.blocks.0.attn.qkv._input_quantizer"
 EVALUATION = {
     **{"kind": "evaluation", "backend": "onnxruntime 1", "precision": "int8"},
@@ -99,7 +104,7 @@ def make_run(folder):
             {f"{SITE}._amax": np.array(amax, np.float32), "head.weight": np.zeros(3)}, folder / f"{stage}.safetensors"
         )
     Image.new("RGB", (4, 4)).save(folder / "pictures" / "worst.png")
-    save_histograms(folder / HISTOGRAMS, {f"{SITE[:-10]}{i}_quantizer": observation() for i in range(13)})
+    save_histograms(folder / HISTOGRAMS, {f"{SITE[:-10]}{i}_quantizer": observation() for i in range(HISTOGRAMS_OF)})
     return folder
 
 
@@ -142,7 +147,9 @@ def test_everything_is_shown(run):
 def test_it_is_one_file_that_loads_nothing(run):
     text = html(run)
     shown = Page(text)
-    assert len(shown.pictures) == 7 and [link for link in shown.links if not link.startswith("#")] == shown.pictures
+    assert (
+        len(shown.pictures) == PICTURES and [link for link in shown.links if not link.startswith("#")] == shown.pictures
+    )
     for source in shown.pictures:
         with Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))) as image:
             image.load()
@@ -154,7 +161,7 @@ def test_the_command_writes_it_and_its_pictures_beside_the_files(run):
     assert invoke("report", run, "--json", made) == 0
     written = run / "report.html"
     assert written.read_text() == html(run)
-    expected = {"kind": "report", "page": str(written), "bytes": written.stat().st_size, "pictures": 7}
+    expected = {"kind": "report", "page": str(written), "bytes": written.stat().st_size, "pictures": PICTURES}
     assert json.loads(made.read_text()).items() >= expected.items()
     embedded = [base64.b64decode(source.partition(",")[2]) for source in Page(written.read_text()).pictures]
     assert [path.read_bytes() for path in sorted((run / "report-pictures").iterdir())] == embedded
@@ -173,17 +180,16 @@ def test_weights_are_drawn_by_channel(tmp_path):
     save_file({"fc._weight_quantizer._amax": amax}, tmp_path / "cut.safetensors")
     with pytest.raises(ValueError, match=r"fc\._weight_quantizer is there, but not fc\.weight"):
         read_ranges(tmp_path / "cut.safetensors")
-    captions = [part.caption for part in report(tmp_path)["Histograms"]]
-    assert captions == [
-        "histograms of |x|, from fc._input_quantizer on",
-        "histograms of |w| as a share of its channel's largest, from fc._weight_quantizer on",
-    ]
+    of_inputs, inputs, of_weights, weights = report(tmp_path)["Histograms"]
+    assert "|x|" in of_inputs and "share of its channel" in of_weights
+    captions = [[picture.caption for picture in gallery.pictures] for gallery in (inputs, weights)]
+    assert captions == [["fc._input_quantizer"], ["fc._weight_quantizer"]]
 
 
 def test_a_histogram_is_drawn_with_every_range():
     """The bars hold every value that was counted; a line stands at each calibrator's range and each checkpoint's."""
     axes, seen = plots.pyplot().figure().subplots(), observation()
-    panel(SITE, seen, {"ptq": {SITE: 1.25}, "qat": {"other": 3.0}}, CALIBRATORS)(axes)
+    plot_of(SITE, seen, {"ptq": {SITE: 1.25}, "qat": {"other": 3.0}}, CALIBRATORS)(axes)
     (bars,) = axes.patches
     assert bars.get_data().values.sum() == pytest.approx(1000)
     lines = {line.get_label().split()[0]: line.get_xdata()[0] for line in axes.lines}
@@ -251,6 +257,7 @@ def test_only_regular_files_of_the_folder_are_shown(tmp_path, odd, name):
     ("name", "content", "reason"),
     [
         ("pictures/s.png", "root:x:0:0", "not a PNG"),
+        ("pictures/s.png", "\x89PNG\r\n\x1a\n cut", "not a PNG"),
         ("a1.json", "{", "not JSON, or cut off"),
         ("a1.json", '{"kind": "spam", "rows": [1]}', "not a result of qswin"),
         ("a1.json", json.dumps({"kind": "timing", "rows": [ROW | {"ms": "1"}]}), "its 'rows' are not rows of model"),
@@ -270,7 +277,7 @@ def test_only_regular_files_of_the_folder_are_shown(tmp_path, odd, name):
 def test_what_is_not_of_its_kind_is_skipped(tmp_path, name, content, reason):
     (tmp_path / "a.json").write_text(json.dumps(EVALUATION))
     (tmp_path / "pictures").mkdir()
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     ((_, (file, told)),) = Page(html(tmp_path)).tables[-1:]
     assert file == name and told.startswith(reason)
 
@@ -294,22 +301,47 @@ def test_the_page_must_be_called_html(run, capsys):
     assert (run / "ptq.safetensors").read_bytes() == before
 
 
-def test_one_function_draws_one_plot_or_a_grid(tmp_path):
-    """A grid is as wide as a single plot; a place that is left over stays blank."""
+def test_a_plot_fills_its_picture(tmp_path):
+    """Fitted, or with margins that leave a quarter of the height free below."""
 
     def fill(axes):
         axes.axis("off")
         axes.add_patch(plots.pyplot().Rectangle((0, 0), 1, 1, color="black", transform=axes.transAxes))
 
-    plots.save([fill] * 4, tmp_path / "grid.png", width=4, height=2.4, columns=3)
-    with Image.open(tmp_path / "grid.png") as image:
-        dark = np.asarray(image.convert("L")) < 128
-    assert dark.shape[1] == plots.PIXELS
-    thirds = [np.array_split(row, 3, axis=1) for row in np.array_split(dark, 2)]
-    assert [[part.any() for part in row] for row in thirds] == [[True] * 3, [True, False, False]]
-    plots.save(fill, tmp_path / "one.png")
-    with Image.open(tmp_path / "one.png") as image:
-        assert (np.asarray(image.convert("L")) < 128).mean() > 0.9
+    for margins, share in ((None, 0.9), ((0, 0.25, 1, 1), 0.7)):
+        plots.save(fill, tmp_path / "plot.png", pixels=640, margins=margins)
+        with Image.open(tmp_path / "plot.png") as image:
+            dark = np.asarray(image.convert("L")) < 128
+        assert share < dark.mean() < share + 0.1
+        assert margins is None or (dark.shape[1] == 640 and not dark[-dark.shape[0] // 5 :].any())
+
+
+def test_long_tables_and_galleries_are_folded():
+    """What is longer than a screen opens on a click on its length."""
+    short, long = (table(["a"], [[i] for i in range(count)]) for count in (FOLDED, FOLDED + 1))
+    assert "<details" not in short and f"<details><summary>{FOLDED + 1} rows</summary>" in long
+    assert len(Page(long).tables[0]) == FOLDED + 2
+    few, many = (page("x", {"Y": [Gallery([Picture(b"", "z")] * count)]}) for count in (FOLDED, FOLDED + 1))
+    assert "<details" not in few and f"<details><summary>{FOLDED + 1} pictures</summary>" in many
+
+
+def test_a_worst_image_is_told_in_words(tmp_path):
+    """Its caption is what `evaluate --pictures` wrote into the PNG, or else its name."""
+    evaluated = WorstImages(tmp_path / "pictures", 1, ("<people>", "buildings"), Preprocessing(size=(8, 8)))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    evaluated.update(np.array([[0.0, np.log(9.0)]]), Batch(np.zeros(0), np.array([0]), [tmp_path / "a.png"]))
+    evaluated.draw()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "z.png")
+    (gallery,) = report(tmp_path)["Worst images"]
+    assert [each.caption for each in gallery.pictures] == ["true <people> (p = 0.10), predicted buildings; a", "z"]
+    assert "true &lt;people&gt;" in html(tmp_path)
+
+
+def test_ranges_that_training_left_alone_are_not_drawn(tmp_path):
+    for stage in ("ptq", "qat"):
+        save_file({f"{SITE}._amax": np.array(2.0, np.float32)}, tmp_path / f"{stage}.safetensors")
+    (listed,) = report(tmp_path)["Ranges"]
+    assert Page(listed).tables[0][1:] == [[SITE, "2", "2", "1"]]
 
 
 def test_what_cannot_be_reported_says_why(tmp_path):

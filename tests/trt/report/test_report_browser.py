@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trt.report.test_report import html, make_run
+from tests.trt.report.test_report import PICTURES, html, make_run
 
 browsing = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 ACCURACY, SPEED = 1, 2  # which tables of the page
@@ -57,6 +57,17 @@ def page(browser, request, file):
     opened.close()
 
 
+@pytest.fixture(params=["light", "dark"])
+def axe(page, request):
+    """The page with axe-core in it, which `make browser` brings, in a light and a dark form."""
+    library = Path(chromium()).parent / "node_modules" / "axe-core" / "axe.min.js"
+    if not library.is_file():
+        pytest.skip("no axe-core beside the browser; make browser brings it")
+    page.emulate_media(color_scheme=request.param)
+    page.evaluate(library.read_text())
+    return page
+
+
 def column(page, table: int, cell: int) -> list[str]:
     rows = page.locator("table").nth(table).locator("tbody tr")
     return [rows.nth(i).locator("td").nth(cell).inner_text() for i in range(rows.count())]
@@ -64,7 +75,7 @@ def column(page, table: int, cell: int) -> list[str]:
 
 def test_it_opens_without_errors_and_shows_its_pictures(page):
     sizes = page.evaluate("[...document.images].map(image => [image.complete, image.naturalWidth, image.clientWidth])")
-    assert len(sizes) == 7
+    assert len(sizes) == PICTURES
     assert all(complete and natural > 0 and shown > 0 for complete, natural, shown in sizes)
     assert page.problems == []
 
@@ -115,3 +126,20 @@ def test_nothing_is_wider_than_the_window(page):
     assert page.evaluate(
         "[...document.images].every(image => image.getBoundingClientRect().right <= window.innerWidth)"
     )
+
+
+def test_an_accessibility_checker_finds_nothing(axe):
+    found = axe.evaluate("axe.run().then(result => result.violations)")
+    assert [(each["impact"], each["id"], [node["html"][:200] for node in each["nodes"][:3]]) for each in found] == []
+
+
+def test_what_is_folded_opens_by_keyboard(page):
+    page.evaluate(
+        """() => {
+            document.body.insertAdjacentHTML("beforeend", "<details><summary>21 rows</summary><p>all</p></details>");
+        }"""
+    )
+    inner = page.locator("details p").last
+    assert not inner.is_visible()
+    page.locator("summary").last.press("Enter")
+    assert inner.is_visible()
