@@ -7,7 +7,7 @@ import pytest
 from tests.helpers import fails, invoke
 from tests.trt.package.conftest import LABELS, save_built, save_graph
 
-WANTED = "the server's schema is not installed: pip install --no-deps tritonclient python-rapidjson"
+WANTED = "tritonclient, which brings the server's schema, is not installed"
 
 
 @pytest.fixture(scope="module")
