@@ -43,6 +43,7 @@ COMMANDS = {
     "doctor": "say what this machine can do, and what adds what is missing",
     "inspect": "list a checkpoint's quantizers, or the layers of an engine or ONNX file",
     "report": "one HTML page of everything in a run's folder",
+    "package": "make a folder to deploy of a run's model files, or a Triton model repository",
     "completion": "print a script that completes commands and options in bash, zsh or tcsh",
 }
 

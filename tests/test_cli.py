@@ -75,6 +75,7 @@ def test_what_a_command_did_can_be_had_as_json(config_file, data, tmp_path):
             *small,
         ),
         ("report", "report", run),
+        ("package", "deployment", run, "--out", tmp_path / "deploy", "--triton"),
     ]
     assert {command for command, *_ in steps} == set(cli.COMMANDS) - {"completion"}
     for command, kind, *arguments in steps:

@@ -102,6 +102,7 @@ def run(folder: Path, *command: str | Path) -> str:
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     files = {file.relative_to(ROOT) for name in FOLDERS for file in (ROOT / name).rglob("*.py")}
+    files |= {file.relative_to(ROOT) for file in (ROOT / "trt" / "package" / "templates").iterdir()}
     expected = {file.as_posix() if file.parts[0] == "qswin" else f"qswin/{file.as_posix()}" for file in files}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert found == expected

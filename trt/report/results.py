@@ -39,6 +39,7 @@ UNSHOWN = (  # kinds of JSON that are qswin's, and that no section shows
     *("checkpoint", "engine", "package", "bundle", "calibration cache"),
     *("checkpoint report", "calibration cache report"),
     *("quantizers", "doctor", "report", "models", "checkpoint description", "quantization"),
+    *("deployment", "preprocessing"),
 )
 MOST_TIMED = 1000  # rows that a picture can show
 Results = dict[str, dict[str, Values]]  # {kind: {file: what it holds}}
