@@ -2,12 +2,18 @@
 
 import argparse
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qswin import cli
+from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,6 +43,26 @@ def test_the_config_page_is_what_the_schema_says():
     assert make_config.PAGE.read_text() == make_config.page(), "run python docs/make_config.py"
 
 
+def test_the_notebook_is_the_script():
+    make_notebook = script("make_notebook")
+    assert make_notebook.PAGE.read_text() == make_notebook.page(), "run python docs/make_notebook.py"
+    assert not [cell for cell in json.loads(make_notebook.page())["cells"] if cell.get("outputs")]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code.append("import json; print(json.dumps([in_float, in_int8, in_onnx, same, seen, verdict.good]))")
+    program, one_core = [sys.executable, "-c", "\n\n".join(code)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=tmp_path, env=one_core, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    in_float, in_int8, in_onnx, same, seen, good = json.loads(done.stdout.splitlines()[-1])
+    assert in_float > 80 and abs(in_int8 - in_float) < 2 and abs(in_onnx - in_float) < 2
+    assert same > 95 and seen == 256 and good
+    assert OnnxRuntimePredictor(tmp_path / "int8.onnx").precision == "int8"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
@@ -54,6 +80,23 @@ def test_links_lead_somewhere(page):
                 else [""]
             )
             assert anchor in headings, target
+
+
+def named(entries) -> list[str]:
+    """The files that a nav of MkDocs names, at any depth."""
+    if isinstance(entries, str):
+        return [entries]
+    return [file for entry in entries for inner in entry.values() for file in named(inner)]
+
+
+def test_each_page_has_one_place_in_the_site_and_in_the_index():
+    docs = ROOT / "docs"
+    pages = sorted(page.relative_to(docs).as_posix() for page in docs.rglob("*.md"))
+    nav = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(file for file in nav if not file.startswith("repository/")) == pages
+    assert all((ROOT / file.removeprefix("repository/")).exists() for file in nav if file.startswith("repository/"))
+    links = re.findall(r"\]\(([^)#:]+\.md)\)", (docs / "index.md").read_text())
+    assert sorted(["index.md", *(link for link in links if not link.startswith("../"))]) == pages
 
 
 def command_lines(page):
