@@ -1,6 +1,7 @@
 """The documentation says what the code says."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -36,6 +37,27 @@ def test_the_api_page_is_what_the_docstrings_say():
     pytest.importorskip("triton", reason="Triton is not installed, whose kernels the page describes")
     make_api = script("make_api")
     assert make_api.PAGE.read_text() == make_api.page(), "run python docs/make_api.py"
+
+
+def test_the_api_page_has_every_public_name_once():
+    pytest.importorskip("triton", reason="Triton is not installed, whose kernels the page describes")
+    make_api = script("make_api")
+    assert len(make_api.MODULES) == len(set(make_api.MODULES))
+    expected = [member for name in make_api.MODULES for _, member in make_api.public(importlib.import_module(name))]
+    found = [each.member for each in make_api.entries()]
+    assert len(found) == len(expected) and set(found) == set(expected) >= set(make_api.FACE.values())
+    headings = re.findall(r"^##+ (.*)", make_api.page(), re.M)
+    anchors = [make_api.anchor(heading) for heading in headings]
+    assert len(anchors) == len(set(anchors))
+    assert set(re.findall(r"\(#(.*?)\)", make_api.page())) <= set(anchors)
+
+
+def test_a_name_that_a_module_lacks_cannot_be_moved(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed, whose kernels the page describes")
+    make_api = script("make_api")
+    monkeypatch.setitem(make_api.MOVED, "qswin.qat.checkpoint", {"Train": ("no_such",)})
+    with pytest.raises(ValueError, match="MOVED: qswin.qat.checkpoint lacks no_such"):
+        make_api.entries()
 
 
 def test_the_config_page_is_what_the_schema_says():
