@@ -57,9 +57,9 @@ browser: .browser/chromium
 	cd .browser && node --input-type=module --eval "import chromium from '@sparticuz/chromium'; \
 	  import { copyFileSync } from 'fs'; copyFileSync(await chromium.executablePath(), 'chromium')"
 
-# The pages as a site, build/site/index.html. A warning is an error, and a dead link is a warning.
+# The pages as a site, build/site/index.html. A warning is an error, and a dead link is a warning; --quiet would hide both.
 docs: .site/ready
-	NO_MKDOCS_2_WARNING=1 .site/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .site/bin/mkdocs build --strict
 
 .site/ready: constraints/docs.txt
 	$(PYTHON) -m venv --clear .site
