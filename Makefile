@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test slow gpu check floors browser coverage demo wheel lock audit clean
+.PHONY: setup test slow gpu check floors browser docs coverage demo wheel lock audit clean
 
 setup: .venv/ready
 
@@ -57,6 +57,15 @@ browser: .browser/chromium
 	cd .browser && node --input-type=module --eval "import chromium from '@sparticuz/chromium'; \
 	  import { copyFileSync } from 'fs'; copyFileSync(await chromium.executablePath(), 'chromium')"
 
+# The pages as a site, build/site/index.html. A warning is an error, and a dead link is a warning; --quiet would hide both.
+docs: .site/ready
+	NO_MKDOCS_2_WARNING=1 .site/bin/mkdocs build --strict
+
+.site/ready: constraints/docs.txt
+	$(PYTHON) -m venv --clear .site
+	.site/bin/pip install --quiet --disable-pip-version-check --requirement constraints/docs.txt
+	touch $@
+
 # Which lines all the tests reach; takes about twice as long as they do
 coverage: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
@@ -86,4 +95,4 @@ audit: setup
 
 # What can be made again; runs/ is the user's
 clean:
-	rm -rf .venv .floors .browser build dist *.egg-info runs/demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .floors .browser .site build dist *.egg-info runs/demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,58 +1,102 @@
-"""Writes docs/api.md from the docstrings of the modules that a Python user calls: python docs/make_api.py"""
+"""Writes docs/api.md, by task, from the docstrings of the modules that a Python user calls: python docs/make_api.py"""
 
 import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import qswin
 
-# In the order of the layout; the names that qswin itself gives stand first on the page, not in their modules.
-MODULES = (
-    "qswin.models.registry",
-    "qswin.calib.data.images",
-    "qswin.calib.data.folders",
-    "qswin.calib.data.batches",
-    "qswin.calib.calibrators",
-    "qswin.calib.histogram_file",
-    "qswin.calib.trt_cache.cache_file",
-    "qswin.calib.trt_cache.offline",
-    "qswin.qat.checkpoint",
-    "qswin.qat.foreign.convert",
-    "qswin.qat.quant.recipe",
-    "qswin.qat.quant.rewrite",
-    "qswin.qat.quant.layers",
-    "qswin.qat.quant.quantizers",
-    "qswin.qat.quant.fake_quantize",
-    "qswin.qat.ptq.calibrate",
-    "qswin.qat.ptq.ranges",
-    "qswin.qat.ptq.equalization",
-    "qswin.qat.ptq.verdict",
-    "qswin.qat.ptq.choose_calibrators",
-    "qswin.qat.ptq.bias_correction",
-    "qswin.qat.ptq.reconstruction",
-    "qswin.qat.mixed_precision.sensitivity",
-    "qswin.qat.mixed_precision.search",
-    "qswin.qat.export.onnx_export",
-    "qswin.qat.lowering.lower",
-    "qswin.qat.kernels.norm_quantize",
-    "qswin.qat.kernels.linear",
-    "qswin.qat.kernels.attention",
-    "qswin.qat.bundle.reader",
-    "qswin.qat.bundle.runner",
-    "qswin.trt.engines.build",
-    "qswin.trt.engines.engine",
-    "qswin.trt.engines.precision",
-    "qswin.trt.evaluation.evaluate",
-    "qswin.trt.evaluation.segmentation",
-    "qswin.trt.evaluation.timing",
-    "qswin.trt.evaluation.compare",
-)
+# Each task's sentence, and the modules whose functions serve it. MOVED names those that serve another task.
+TASKS = {
+    "Load models and images": (
+        "Build a float model, read a checkpoint of any library, and prepare images.",
+        "qswin.models.registry",
+        "qswin.qat.foreign.convert",
+        "qswin.calib.data.images",
+        "qswin.calib.data.folders",
+        "qswin.calib.data.batches",
+    ),
+    "Quantize a model": (
+        "Choose a recipe and put quantizers into a model.",
+        "qswin.qat.quant.recipe",
+        "qswin.qat.quant.rewrite",
+        "qswin.qat.quant.layers",
+        "qswin.qat.quant.quantizers",
+    ),
+    "Calibrate ranges": (
+        "Find the ranges of all quantizers from images, without training.",
+        "qswin.qat.ptq.calibrate",
+        "qswin.qat.ptq.ranges",
+        "qswin.qat.ptq.equalization",
+        "qswin.qat.ptq.choose_calibrators",
+        "qswin.qat.ptq.bias_correction",
+        "qswin.qat.ptq.reconstruction",
+        "qswin.calib.calibrators",
+        "qswin.calib.histogram_file",
+        "qswin.calib.trt_cache.cache_file",
+        "qswin.calib.trt_cache.offline",
+    ),
+    "Compare and measure": (
+        "Say how far two models differ, what each site costs, how accurate a model is and how fast.",
+        "qswin.qat.ptq.verdict",
+        "qswin.qat.mixed_precision.sensitivity",
+        "qswin.qat.mixed_precision.search",
+        "qswin.trt.evaluation.evaluate",
+        "qswin.trt.evaluation.segmentation",
+        "qswin.trt.evaluation.compare",
+        "qswin.trt.evaluation.timing",
+    ),
+    "Train": (
+        "Train a quantized model in [your own loop](training-loops.md).",
+        "qswin.qat.quant.fake_quantize",
+    ),
+    "Save checkpoints": (
+        "Write a model and its sidecar.",
+        "qswin.qat.checkpoint",
+    ),
+    "Export to ONNX": (
+        "Make an ONNX graph of a float or quantized model.",
+        "qswin.qat.export.onnx_export",
+    ),
+    "Build and run": (
+        "Make an engine, a bundle or a model of integer kernels, and run it.",
+        "qswin.trt.engines.build",
+        "qswin.trt.engines.engine",
+        "qswin.trt.engines.precision",
+        "qswin.qat.lowering.lower",
+        "qswin.qat.kernels.norm_quantize",
+        "qswin.qat.kernels.linear",
+        "qswin.qat.kernels.attention",
+        "qswin.qat.bundle.reader",
+        "qswin.qat.bundle.runner",
+    ),
+    "Extend qswin": ("Register a family, its quantized twins or a calibrator ([extending](extending.md)).",),
+}
+MOVED = {
+    "qswin.qat.checkpoint": {
+        "Load models and images": (
+            "load_checkpoint",
+            "open_checkpoint",
+            "load_model",
+            "load_state",
+            "read_description",
+            "Loaded",
+        )
+    },
+    "qswin.qat.quant.rewrite": {"Train": ("enable", "disable", "clip_weights"), "Extend qswin": ("register_twins",)},
+    "qswin.models.registry": {"Extend qswin": ("register_family",)},
+    "qswin.calib.calibrators": {"Extend qswin": ("Parameter", "Calibrator", "calibrator")},
+}
+MODULES = [name for _, *names in TASKS.values() for name in names]
 FACE = {name: getattr(qswin, name) for name in qswin.__all__}
 PAGE = Path(__file__).with_name("api.md")
 
@@ -82,38 +126,94 @@ def signature(member: Any) -> str:
     return f"({ast.unparse(node.args)}){returns}"
 
 
-def entry(name: str, member: Any) -> str:
-    return f"### {name}\n\n```text\n{name}{signature(member)}\n\n{inspect.getdoc(member)}\n```\n"
+class Entry(NamedTuple):
+    """A function or class on the page."""
+
+    task: str
+    module: str
+    name: str
+    member: Any
+
+    @property
+    def face(self) -> bool:
+        """Whether `from qswin import ...` gives it."""
+        return any(self.member is member for member in FACE.values())
 
 
-def face() -> str:
-    """What `from qswin import ...` gives, in the order of the modules and by name."""
-    members = sorted(FACE.items(), key=lambda item: (item[1].__module__, item[0]))
-    names = "".join(f"    {name},\n" for name in qswin.__all__)
-    entries = "\n".join(entry(*item) for item in members)
-    return f"## qswin\n\n```python\nfrom qswin import (\n{names})\n```\n\n{entries}"
+def entries() -> list[Entry]:
+    """All that is public, in the order of the tasks and their modules; a task's own modules come first.
+
+    Raises:
+        ValueError: MOVED names what a module lacks; or the page would lack a name of qswin's own.
+    """
+    found = []
+    for task, (_, *modules) in TASKS.items():
+        for module in modules:
+            members = dict(public(importlib.import_module(module)))
+            tasks = {name: other for other, names in MOVED.get(module, {}).items() for name in names}
+            if lacking := tasks.keys() - members.keys():
+                raise ValueError(f"MOVED: {module} lacks {', '.join(sorted(lacking))}")
+            found += [Entry(tasks.get(name, task), module, name, member) for name, member in members.items()]
+    if lacking := FACE.keys() - {each.name for each in found if each.face}:
+        raise ValueError(f"TASKS: the modules lack {', '.join(sorted(lacking))} of qswin")
+    return sorted(found, key=lambda each: list(TASKS).index(each.task))
 
 
-def section(name: str) -> str:
-    """A module's own text, and what it defines beside the names of `face`."""
-    module = importlib.import_module(name)
-    entries = "\n".join(entry(*item) for item in public(module) if item[1] not in FACE.values())
-    return f"## {name}\n\n{inspect.getdoc(module)}\n\n{entries}"
+def titles(found: list[Entry]) -> list[str]:
+    """The headings: names. Where two would have the same anchor, with the module, and a class says that it is one."""
+    count = Counter(each.name.lower() for each in found)
+
+    def title(each: Entry) -> str:
+        kind = " (class)" if inspect.isclass(each.member) else ""
+        return each.name if count[each.name.lower()] == 1 else f"{each.module.split('.')[-1]}.{each.name}{kind}"
+
+    return [title(each) for each in found]
 
 
-def contents() -> str:
-    """A list of the modules, each with the first sentence of its text."""
-    lines = ["- [qswin](#qswin): the names that most programs need"]
-    for name in MODULES:
-        about = (inspect.getdoc(importlib.import_module(name)) or "").split("\n\n")[0].replace("\n", " ")
-        lines.append(f"- [{name}](#{name.replace('.', '')}): {about}")
-    return "\n".join(lines) + "\n\n"
+def anchor(heading: str) -> str:
+    """As GitHub and MkDocs make it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def entry(title: str, each: Entry) -> str:
+    return f"### {title}\n\n```text\n{each.name}{signature(each.member)}\n\n{inspect.getdoc(each.member)}\n```\n"
+
+
+def table(found: list[tuple[str, Entry]]) -> str:
+    """Task -> functions, with links; those of `from qswin import ...` are bold and come first."""
+    lines = ["| task | functions |", "| --- | --- |"]
+    for task in TASKS:
+        names = sorted((pair for pair in found if pair[1].task == task), key=lambda pair: not pair[1].face)
+        links = (f"[{title}](#{anchor(title)})" for title, _ in names)
+        cells = (f"**{link}**" if each.face else link for link, (_, each) in zip(links, names, strict=True))
+        lines.append(f"| [{task}](#{anchor(task)}) | {', '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(task: str, found: list[tuple[str, Entry]]) -> str:
+    """A task's functions: of `from qswin import ...`, then module by module, whose text stands in its own task."""
+    here = [pair for pair in found if pair[1].task == task]
+    parts = [f"## {task}\n\n{TASKS[task][0]}\n"]
+    if names := [each.name for _, each in here if each.face]:
+        parts.append(f"From `qswin`: {', '.join(f'`{name}`' for name in names)}.\n")
+        parts += [entry(*pair) for pair in here if pair[1].face]
+    for module, pairs in itertools.groupby((pair for pair in here if not pair[1].face), lambda pair: pair[1].module):
+        text = f"\n\n{inspect.getdoc(importlib.import_module(module))}" if module in TASKS[task] else ""
+        parts.append(f"From `{module}`:{text}\n")
+        parts += [entry(*pair) for pair in pairs]
+    return "\n".join(parts)
 
 
 def page() -> str:
     """The whole page."""
-    head = "# Python API\n\nWritten by `python docs/make_api.py` from the docstrings; the README has an example.\n\n"
-    return head + contents() + "\n".join((face(), *map(section, MODULES)))
+    found = entries()
+    titled = list(zip(titles(found), found, strict=True))
+    head = "# Python API\n\nWritten by `python docs/make_api.py` from the docstrings. The README and the\n"
+    head += (
+        "[notebook](tutorial.ipynb) have examples. Names in bold are imported from `qswin`. The others are imported\n"
+    )
+    head += "from the module that is named above them.\n\n"
+    return head + table(titled) + "\n" + "\n".join(section(task, titled) for task in TASKS)
 
 
 if __name__ == "__main__":

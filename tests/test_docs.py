@@ -1,13 +1,20 @@
 """The documentation says what the code says."""
 
 import argparse
+import importlib
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qswin import cli
+from qswin.trt.graphs.runtime import OnnxRuntimePredictor
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,9 +39,50 @@ def test_the_api_page_is_what_the_docstrings_say():
     assert make_api.PAGE.read_text() == make_api.page(), "run python docs/make_api.py"
 
 
+def test_the_api_page_has_every_public_name_once():
+    pytest.importorskip("triton", reason="Triton is not installed, whose kernels the page describes")
+    make_api = script("make_api")
+    assert len(make_api.MODULES) == len(set(make_api.MODULES))
+    expected = [member for name in make_api.MODULES for _, member in make_api.public(importlib.import_module(name))]
+    found = [each.member for each in make_api.entries()]
+    assert len(found) == len(expected) and set(found) == set(expected) >= set(make_api.FACE.values())
+    headings = re.findall(r"^##+ (.*)", make_api.page(), re.M)
+    anchors = [make_api.anchor(heading) for heading in headings]
+    assert len(anchors) == len(set(anchors))
+    assert set(re.findall(r"\(#(.*?)\)", make_api.page())) <= set(anchors)
+
+
+def test_a_name_that_a_module_lacks_cannot_be_moved(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed, whose kernels the page describes")
+    make_api = script("make_api")
+    monkeypatch.setitem(make_api.MOVED, "qswin.qat.checkpoint", {"Train": ("no_such",)})
+    with pytest.raises(ValueError, match="MOVED: qswin.qat.checkpoint lacks no_such"):
+        make_api.entries()
+
+
 def test_the_config_page_is_what_the_schema_says():
     make_config = script("make_config")
     assert make_config.PAGE.read_text() == make_config.page(), "run python docs/make_config.py"
+
+
+def test_the_notebook_is_the_script():
+    make_notebook = script("make_notebook")
+    assert make_notebook.PAGE.read_text() == make_notebook.page(), "run python docs/make_notebook.py"
+    assert not [cell for cell in json.loads(make_notebook.page())["cells"] if cell.get("outputs")]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code.append("import json; print(json.dumps([in_float, in_int8, in_onnx, same, seen, verdict.good]))")
+    program, one_core = [sys.executable, "-c", "\n\n".join(code)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=tmp_path, env=one_core, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    in_float, in_int8, in_onnx, same, seen, good = json.loads(done.stdout.splitlines()[-1])
+    assert in_float > 80 and abs(in_int8 - in_float) < 2 and abs(in_onnx - in_float) < 2
+    assert same > 95 and seen == 256 and good
+    assert OnnxRuntimePredictor(tmp_path / "int8.onnx").precision == "int8"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -54,6 +102,23 @@ def test_links_lead_somewhere(page):
                 else [""]
             )
             assert anchor in headings, target
+
+
+def named(entries) -> list[str]:
+    """The files that a nav of MkDocs names, at any depth."""
+    if isinstance(entries, str):
+        return [entries]
+    return [file for entry in entries for inner in entry.values() for file in named(inner)]
+
+
+def test_each_page_has_one_place_in_the_site_and_in_the_index():
+    docs = ROOT / "docs"
+    pages = sorted(page.relative_to(docs).as_posix() for page in docs.rglob("*.md"))
+    nav = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(file for file in nav if not file.startswith("repository/")) == pages
+    assert all((ROOT / file.removeprefix("repository/")).exists() for file in nav if file.startswith("repository/"))
+    links = re.findall(r"\]\(([^)#:]+\.md)\)", (docs / "index.md").read_text())
+    assert sorted(["index.md", *(link for link in links if not link.startswith("../"))]) == pages
 
 
 def command_lines(page):
