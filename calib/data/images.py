@@ -27,6 +27,7 @@ BROKEN = (  # what Pillow's readers raise over a damaged file
     *(RuntimeError, struct.error, zlib.error),
 )
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose pixels Pillow widens from 16 bits to 32
+CAPTION = "Description"  # the key of a PNG's text that says what it shows
 UNREADABLE = (
     "missing, or cannot be read as an image; mend or remove it, or skip it"
     " (--skip-unreadable, or data.skip_unreadable=true in a config)"

@@ -13,11 +13,9 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.special import softmax
 
 from qswin.calib.data.batches import Batch
-from qswin.calib.data.images import Preprocessing, load_pixels
+from qswin.calib.data.images import CAPTION, Preprocessing, load_pixels
 from qswin.calib.data.shards import ImageFile
 from qswin.calib.files import write_atomic
-
-CAPTION = "Description"  # the key of a PNG's text that says what it shows
 
 
 class Case(NamedTuple):

@@ -8,10 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from qswin.calib.data.images import naming_unreadable
+from qswin.calib.data.images import CAPTION, naming_unreadable
 from qswin.calib.files import write_atomic
 from qswin.calib.reading import JSON_BYTES, parse_json, read_json, read_regular
-from qswin.trt.evaluation.worst import CAPTION
 from qswin.trt.report import plots
 from qswin.trt.report.folder import LARGEST, RunFolder
 from qswin.trt.report.ranges import histograms, range_table, stage_ranges
