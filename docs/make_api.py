@@ -175,18 +175,24 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
+def wrapped(text: str, indent: str) -> str:
+    """Lines of 120 characters at most. Only spaces are broken at, so that links and names stay whole."""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def entry(title: str, each: Entry) -> str:
-    return f"### {title}\n\n```text\n{each.name}{signature(each.member)}\n\n{inspect.getdoc(each.member)}\n```\n"
+    called = wrapped(f"{each.name}{signature(each.member)}", " " * 4)
+    return f"### {title}\n\n```text\n{called}\n\n{inspect.getdoc(each.member)}\n```\n"
 
 
-def table(found: list[tuple[str, Entry]]) -> str:
-    """Task -> functions, with links; those of `from qswin import ...` are bold and come first."""
-    lines = ["| task | functions |", "| --- | --- |"]
+def contents(found: list[tuple[str, Entry]]) -> str:
+    """A line for each task, with links to its functions; those of `from qswin import ...` are bold and come first."""
+    lines = []
     for task in TASKS:
         names = sorted((pair for pair in found if pair[1].task == task), key=lambda pair: not pair[1].face)
         links = (f"[{title}](#{anchor(title)})" for title, _ in names)
         cells = (f"**{link}**" if each.face else link for link, (_, each) in zip(links, names, strict=True))
-        lines.append(f"| [{task}](#{anchor(task)}) | {', '.join(cells)} |")
+        lines.append(wrapped(f"- [{task}](#{anchor(task)}): {', '.join(cells)}", "  "))
     return "\n".join(lines) + "\n"
 
 
@@ -213,7 +219,7 @@ def page() -> str:
         "[notebook](tutorial.ipynb) have examples. Names in bold are imported from `qswin`. The others are imported\n"
     )
     head += "from the module that is named above them.\n\n"
-    return head + table(titled) + "\n" + "\n".join(section(task, titled) for task in TASKS)
+    return head + contents(titled) + "\n" + "\n".join(section(task, titled) for task in TASKS)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import html
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def section(command: str, summary: str, parser: argparse.ArgumentParser) -> str:
     """
     formatter: Any = parser._get_formatter()
     example = (parser.epilog or "").removeprefix("example:\n")
-    lines = [f"## qswin {command}", "", html.escape(parser.description or summary, quote=False), "", "```sh"]
+    about = html.escape(parser.description or summary, quote=False)
+    lines = [f"## qswin {command}", "", *textwrap.wrap(about, 120, break_on_hyphens=False), "", "```sh"]
     lines += [text.strip() for text in example.splitlines()]
     lines += ["```", "", "| flag | value | default | |", "| --- | --- | --- | --- |"]
     for action in parser._actions:

@@ -1,7 +1,8 @@
-"""Takes the pictures of a report in docs/pictures: a desk's window and a phone's, light and dark.
+"""Takes the pictures of a report in docs/pictures: a desktop's window in its light form, a phone's in its dark one.
 
-make demo browser
-python docs/make_screenshots.py runs/demo/report.html
+The page is that of any run, such as `make demo` leaves; `make browser` brings the browser:
+
+    python docs/make_screenshots.py runs/demo/report.html
 """
 
 import argparse

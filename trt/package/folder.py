@@ -95,8 +95,14 @@ def write_values(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_template(folder: Path, name: str, **values: str) -> None:
-    """A file of the templates with {name} replaced by values, {numpy} and its like by the versions here."""
+    """A file of the templates with {name} replaced by values, {numpy} and its like by the versions here.
+
+    A distribution that is not here under its own name, such as onnxruntime beside onnxruntime-gpu, is not pinned.
+    """
     text = (TEMPLATES / name).read_text()
-    for key, value in ({each: version_of(each) or "" for each in PINNED} | values).items():
+    for each in PINNED:
+        version = version_of(each)
+        text = text.replace(f"=={{{each}}}", f"=={version}" if version else "")
+    for key, value in values.items():
         text = text.replace(f"{{{key}}}", value)
     (folder / name).write_text(text)

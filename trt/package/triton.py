@@ -66,7 +66,7 @@ def largest_batch(artefact: Artefact) -> int:
 
 
 def write_repository(root: Path, served: Sequence[Artefact], templates: Path) -> None:
-    """Writes `root`: three folders for each model.
+    """Writes `root`: three folders for each model. Labels and preprocessing are copied from the folder around it.
 
     Raises:
         ValueError: two files would get one name.
@@ -84,7 +84,7 @@ def write_repository(root: Path, served: Sequence[Artefact], templates: Path) ->
 def _write_model(folder: Path, artefact: Artefact) -> None:
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(model_config(artefact))
-    (folder / "labels.txt").write_text("\n".join(artefact.labels) + "\n", "utf-8")
+    shutil.copyfile(folder.parents[1] / "labels.txt", folder / "labels.txt")
     shutil.copyfile(artefact.path, folder / "1" / BACKENDS[artefact.suffix].file)
 
 

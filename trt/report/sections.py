@@ -152,9 +152,10 @@ def write_report(folder: Path, out: Path) -> tuple[int, int]:
 def save_pictures(sections: Sections, folder: Path) -> int:
     """Writes the pictures as PNGs too, named by their place and caption. Returns how many there are."""
     pictures = list(pictures_of(part for parts in sections.values() for part in parts))
+    digits = max(2, len(str(len(pictures))))  # so that the names sort as the page does
     for number, picture in enumerate(pictures, 1):
         name = re.sub(r"[^\w.]+", "-", picture.caption)[:80].strip("-")
-        write_atomic(folder / f"{number:02d}-{name}.png", picture.png)
+        write_atomic(folder / f"{number:0{digits}d}-{name}.png", picture.png)
     return len(pictures)
 
 

@@ -19,7 +19,7 @@ from qswin.calib.histogram_file import HISTOGRAMS, Observation, save_histograms
 from qswin.trt.evaluation.worst import WorstImages
 from qswin.trt.report import plots
 from qswin.trt.report.ranges import plot_of, read_ranges
-from qswin.trt.report.sections import report
+from qswin.trt.report.sections import report, save_pictures
 from qswin.trt.report.webpage import FOLDED, Gallery, Picture, page, table
 from tests.helpers import fails, filled, invoke
 
@@ -165,6 +165,12 @@ def test_the_command_writes_it_and_its_pictures_beside_the_files(run):
     assert json.loads(made.read_text()).items() >= expected.items()
     embedded = [base64.b64decode(source.partition(",")[2]) for source in Page(written.read_text()).pictures]
     assert [path.read_bytes() for path in sorted((run / "report-pictures").iterdir())] == embedded
+
+
+def test_the_names_of_many_pictures_sort_as_the_page_does(tmp_path):
+    shown = [Picture(bytes([number]), "x") for number in range(101)]
+    assert save_pictures({"Y": [Gallery(shown)]}, tmp_path) == 101
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == [each.png for each in shown]
 
 
 def test_weights_are_drawn_by_channel(tmp_path):
